@@ -1,0 +1,38 @@
+# Every target makes .venv by itself; `make PYTHON=python3.12 test` takes another interpreter.
+PYTHON ?= python3
+BIN = .venv/bin
+READY = .venv/.ready
+
+.PHONY: test test-slow lint format bench demo clean
+
+test: $(READY)  ## the tests of every day
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## format, style, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## the budgets, as ratios measured in one run; writes benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+demo: $(READY)
+	@echo "make demo is not there yet (see dev/LOG.md)" && exit 1
+
+clean:
+	rm -rf .venv build dist
+
+# torch is asked for by its exact version first: a range may pull gigabytes of CUDA
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)

@@ -1,0 +1,154 @@
+"""Base weights: where `w0` is read from at each rebuild, a copy in memory or safetensors files through a memory map."""
+
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fedkseed.errors import BindingError
+from fedkseed.noise import QUANTUM
+from fedkseed.weights import NamedParameter
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BATCH_ELEMENTS = 64 * QUANTUM
+"""Elements that a file hands out before it gives their pages back: 16 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Base values of elements start .. start + len(values) - 1 of the tensor with that name; values are 1-D."""
+
+    name: str
+    start: int
+    values: torch.Tensor
+
+
+class Base(Protocol):
+    """Where base weights are read from."""
+
+    def batches(self, names: Sequence[str]) -> Iterator[list[Stretch]]:
+        """The tensors of these names, stretch by stretch; a batch is valid until the next is asked for."""
+        ...
+
+
+class MemoryBase:
+    """A copy of the weights as they were when the model was bound."""
+
+    def __init__(self, entries: Sequence[NamedParameter]) -> None:
+        self._tensors = {entry.name: entry.parameter.detach().clone() for entry in entries}
+
+    def batches(self, names: Sequence[str]) -> Iterator[list[Stretch]]:
+        """See `Base.batches`."""
+        yield [Stretch(name, 0, self._tensors[name].reshape(-1)) for name in names]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a tensor lies: the map of its file, the offset of its first byte, its type and shape."""
+
+    file: mmap.mmap
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def stretch(self, start: int, stop: int) -> torch.Tensor:
+        """Elements start .. stop - 1."""
+        size = self.dtype.itemsize
+        raw = torch.frombuffer(self.file, dtype=torch.uint8, count=(stop - start) * size, offset=self.offset + start * size)
+        # a tensor may lie at any byte; a view of another type must not
+        return (raw if raw.data_ptr() % size == 0 else raw.clone()).view(self.dtype)
+
+
+class FileBase:
+    """Safetensors files, read through a memory map whose pages are given back as soon as they have been used.
+
+    Args:
+        path: a safetensors file, or a folder with `model.safetensors` or `model.safetensors.index.json`.
+        entries: the parameters that the file must hold, under any of their names, in their shapes.
+
+    Raises:
+        BindingError: the file is missing or malformed, or a tensor is missing or has another shape or an unknown type.
+    """
+
+    def __init__(self, path: str | Path, entries: Sequence[NamedParameter]) -> None:
+        found = {name: span for file in _files(Path(path)) for name, span in _read_header(file).items()}
+        self._spans: dict[str, _Span] = {}
+        for entry in entries:
+            span = next((found[alias] for alias in entry.aliases if alias in found), None)
+            if span is None:
+                raise BindingError(
+                    f"{path}: no float32, float16 or bfloat16 tensor {entry.name!r}, which the model has; "
+                    "pass the model's own base file"
+                )
+            if span.shape != entry.parameter.shape:
+                raise BindingError(
+                    f"{path}: {entry.name} has shape {list(span.shape)}, the model's has {list(entry.parameter.shape)}; "
+                    "pass the model's own base file"
+                )
+            self._spans[entry.name] = span
+
+    def batches(self, names: Sequence[str]) -> Iterator[list[Stretch]]:
+        """See `Base.batches`."""
+        batch: list[Stretch] = []
+        room = BATCH_ELEMENTS
+        for name in names:
+            span = self._spans[name]
+            start, n = 0, span.shape.numel()
+            while start < n:
+                stop = min(n, start + max(QUANTUM, room // QUANTUM * QUANTUM))
+                batch.append(Stretch(name, start, span.stretch(start, stop)))
+                room -= stop - start
+                start = stop
+                if room <= 0:
+                    yield batch
+                    self._give_back(batch)
+                    batch, room = [], BATCH_ELEMENTS
+        yield batch
+        self._give_back(batch)
+
+    def _give_back(self, batch: Sequence[Stretch]) -> None:
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+            return
+        for stretch in batch:
+            span = self._spans[stretch.name]
+            first = (span.offset + stretch.start * span.dtype.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
+            end = span.offset + (stretch.start + stretch.values.numel()) * span.dtype.itemsize
+            span.file.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            return sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise BindingError(f"{path}: no such base file; expected a safetensors file or a folder with model.safetensors")
+    return [path]
+
+
+def _read_header(path: Path) -> dict[str, _Span]:
+    """The tensors of a safetensors file: 8 bytes with the header's length, the header as JSON, the data."""
+    with path.open("rb") as file:
+        try:
+            # a private map is writable, as torch wants its buffers; nothing is ever written to it
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            begin = 8 + int.from_bytes(mapped[:8], "little")
+            header = json.loads(mapped[8:begin])
+            spans = {}
+            for name, info in header.items():
+                if name == "__metadata__" or info["dtype"] not in DTYPES:
+                    continue
+                span = _Span(mapped, begin + info["data_offsets"][0], DTYPES[info["dtype"]], torch.Size(info["shape"]))
+                if begin + info["data_offsets"][1] > len(mapped) or (
+                    info["data_offsets"][1] - info["data_offsets"][0] != span.shape.numel() * span.dtype.itemsize
+                ):
+                    raise ValueError(f"{name} does not fit the file")
+                spans[name] = span
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise BindingError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+    return spans

@@ -1,0 +1,169 @@
+"""A torch model seen as base weights plus coefficients: `w = cast(w0 + sum_k a_k z_k)` (docs/noise.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkseed.base import Base, FileBase, MemoryBase
+from fedkseed.errors import BackendError, BindingError
+from fedkseed.noise import Mixture, Slot, get_backend, tensor_id
+from fedkseed.pool import MAX_ELEMENTS, SeedPool
+from fedkseed.weights import NamedParameter, join, named_parameters, tensor_digest, value_digest
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Binding:
+    """A model whose tunable parameters are moved along the perturbations of a pool; made by `bind`.
+
+    The parameters change in place. Memory beside the model, for d tunable parameters (measured in docs/memory.md):
+    a copy of the base unless it is a file; for half-precision weights and gaussian noise also 4 d bytes from the
+    first `move` on.
+
+    Attributes:
+        model: the bound module.
+        pool: the pool of perturbations.
+    """
+
+    def __init__(self, model: torch.nn.Module, pool: SeedPool, base: str | Path | None, backend: str) -> None:
+        self.model, self.pool = model, pool
+        self._entries = named_parameters(model)
+        self._tunable = [entry for entry in self._entries if entry.parameter.requires_grad]
+        _check_tunable(self._tunable)
+        self._backend = get_backend(backend)
+        self._base: Base = MemoryBase(self._tunable) if base is None else FileBase(base, self._tunable)
+        self._ids = {entry.name: tensor_id(entry.name) for entry in self._tunable}
+        self._full = [entry for entry in self._tunable if entry.parameter.dtype == torch.float32]
+        self._half = [entry for entry in self._tunable if entry.parameter.dtype != torch.float32]
+        self._coefficients = np.zeros(pool.size, np.float64)  # where half-precision weights are
+        self._centre: dict[str, torch.Tensor] = {}
+
+    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
+        """Set the weights to `cast(w0 + sum_k a_k z_k)`, wherever they were.
+
+        Args:
+            coefficients: a, float32[K], finite.
+
+        Raises:
+            InvalidValueError: another dtype, length or a non-finite coefficient; nothing has changed then.
+        """
+        mixture = self.pool.mixture_of(coefficients)
+        self._centre.clear()
+        self._from_base(mixture, {entry.name: entry.parameter for entry in self._tunable})
+        self._coefficients = coefficients.astype(np.float64)
+
+    def move(self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]) -> None:
+        """Move the weights by `sum_i amounts[i] z_indices[i]` in one pass, with docs/noise.md's rule for each precision.
+
+        float32 weights take the sum in place. Half-precision weights are computed anew from the base (hadamard), so
+        that moves which cancel leave what `rebuild` gives, or follow a float32 copy (gaussian).
+
+        Args:
+            indices: seeds, integers in [0, K), repeats allowed.
+            amounts: as many finite numbers.
+
+        Raises:
+            InvalidValueError: an index or amount outside its range; nothing has changed then.
+        """
+        at, delta = self.pool.check_amounts(indices, amounts)
+        moved = self._coefficients.copy()
+        moved[at] += delta
+        small = self.pool.mixture(at, delta)
+        whole = self.pool.mixture_of(moved.astype(np.float32)) if self._half and self.pool.family == "hadamard" else None
+        self._in_place(small, {entry.name: entry.parameter for entry in self._full})
+        if whole is not None:
+            self._from_base(whole, {entry.name: entry.parameter for entry in self._half})
+        elif self._half:
+            self._follow_centre(small)
+        self._coefficients = moved
+
+    def perturb(self, index: int, amount: float) -> None:
+        """Move the weights by `amount * z_index`; see `move`."""
+        self.move([index], [amount])
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""
+        return join(tensor_digest(entry.name, entry.parameter.shape, [entry.parameter]) for entry in self._entries)
+
+    def base_digests(self) -> dict[str, bytes]:
+        """SHA-256 of each parameter's base values widened to float32, by name, in the order of the names."""
+        tunable = {entry.name for entry in self._tunable}
+        return {
+            entry.name: value_digest(entry.name, entry.parameter.shape, self._base_values(entry, entry.name in tunable))
+            for entry in self._entries
+        }
+
+    def _base_values(self, entry: NamedParameter, tunable: bool) -> Iterator[torch.Tensor]:
+        if not tunable:
+            yield entry.parameter
+            return
+        for batch in self._base.batches([entry.name]):
+            yield from (stretch.values for stretch in batch)
+
+    def _slot(self, name: str, out: torch.Tensor, base: torch.Tensor, start: int) -> Slot:
+        flat = out.detach().reshape(-1)
+        return Slot(flat[start : start + base.numel()], base, self._ids[name], start)
+
+    def _from_base(self, mixture: Mixture, outputs: dict[str, torch.Tensor]) -> None:
+        for batch in self._base.batches(list(outputs)):
+            self._backend.sweep(mixture, [self._slot(s.name, outputs[s.name], s.values, s.start) for s in batch])
+
+    def _in_place(self, mixture: Mixture, tensors: dict[str, torch.Tensor]) -> None:
+        self._backend.sweep(mixture, [self._slot(name, x, x.detach().reshape(-1), 0) for name, x in tensors.items()])
+
+    def _follow_centre(self, mixture: Mixture) -> None:
+        if not self._centre:
+            self._centre = {entry.name: torch.empty_like(entry.parameter, dtype=torch.float32) for entry in self._half}
+            self._from_base(self.pool.mixture_of(self._coefficients.astype(np.float32)), self._centre)
+        self._in_place(mixture, self._centre)
+        for entry in self._half:
+            entry.parameter.detach().copy_(self._centre[entry.name])
+
+
+def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None, backend: str = "auto") -> Binding:
+    """See the tunable parameters of a model (those that require a gradient) as base weights plus coefficients.
+
+    The weights are left as they are; they count as the base weights `w0` unless `base` is given.
+
+    Args:
+        model: a bare module (not compiled, not wrapped for data parallelism) with dense parameters in memory.
+        pool: the pool of perturbations.
+        base: a safetensors file (or a folder with `model.safetensors` or its index) that holds `w0`; it is read again
+            through a memory map at each rebuild. None keeps a copy of the weights in memory.
+        backend: `auto`, or the name of a noise backend.
+
+    Raises:
+        BindingError: the model is wrapped; a parameter is on the meta device, sparse, not contiguous, of another type
+            than float32, float16 or bfloat16, or shares memory with another; the base file does not fit the model.
+        BackendError: no backend works on the parameters' device, or the named one cannot run here.
+    """
+    return Binding(model, pool, base, backend)
+
+
+def _check_tunable(entries: Sequence[NamedParameter]) -> None:
+    if not entries:
+        raise BindingError("no parameter requires a gradient; call model.requires_grad_(True) on what is to be tuned")
+    spans = []
+    for entry in entries:
+        name, x = entry.name, entry.parameter
+        if x.dtype not in FLOATS:
+            raise BindingError(
+                f"{name} is {x.dtype}; tunable parameters are float32, float16 or bfloat16: convert or freeze it"
+            )
+        if not x.is_contiguous():
+            raise BindingError(f"{name} is not contiguous in memory; set its data to data.contiguous() before binding")
+        if x.numel() > MAX_ELEMENTS:
+            raise BindingError(f"{name} has {x.numel()} elements; at most {MAX_ELEMENTS} have a noise")
+        if x.device.type != "cpu":
+            raise BackendError(f"{name} is on {x.device}, which no noise backend supports; move the model to the CPU")
+        spans.append((x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), name))
+    spans.sort()
+    for (_, end, first), (begin, _, second) in pairwise(spans):
+        if begin < end:
+            raise BindingError(f"{first} and {second} share memory but are two parameters; tie them as one nn.Parameter")

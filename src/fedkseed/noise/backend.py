@@ -1,0 +1,100 @@
+"""What a noise backend does, and how one is chosen.
+
+There is one operation, the sweep: one pass over a list of tensors that adds a mixture `sum_k a_k z_k` to base values.
+Rebuilding a model, perturbing it along one seed and moving it along several are sweeps that differ in their mixture
+and in where the base values lie, so that a backend has one kernel per noise family to get right and to make fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.errors import BackendError, InvalidValueError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+QUANTUM = 65536
+"""Stretches of a tensor start at multiples of this many elements: a multiple of every block size."""
+
+
+@dataclass(frozen=True)
+class HadamardMixture:
+    """`sum_k a_k z_k` of the structured family: the pool key and the table A = H a, float32[B]."""
+
+    key: int
+    table: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """`sum_k a_k z_k` of the gaussian family: 64-bit seed keys in ascending k, uint64[m], and amounts, float32[m]."""
+
+    seeds: NDArray[np.uint64]
+    amounts: NDArray[np.float32]
+
+
+Mixture = HadamardMixture | GaussianMixture
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A stretch of one tensor, and where its new values go: `out[i] <- cast(widen(base[i]) + s[start + i])`.
+
+    Attributes:
+        out: one-dimensional, contiguous; float32, float16 or bfloat16.
+        base: like `out`, of any of the three types, or `out` itself; None stores the mixture `s` alone.
+        tensor_id: the 64-bit id of the whole tensor.
+        start: row-major position in the tensor of the first element, a multiple of `QUANTUM`.
+    """
+
+    out: torch.Tensor
+    base: torch.Tensor | None
+    tensor_id: int
+    start: int = 0
+
+
+class Backend(Protocol):
+    """Computes sweeps; all backends give the same bits (docs/noise.md)."""
+
+    name: str
+
+    def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
+        """Store `cast(base + mixture)` into every slot. The slots' outputs must not overlap."""
+        ...
+
+
+MODULES = {"reference": "fedkseed.noise.reference", "cpu": "fedkseed.noise.cpu"}
+REQUIREMENTS = {"cpu": "numba: pip install 'numba>=0.60'"}
+
+
+def get_backend(name: str = "auto") -> Backend:
+    """The backend of that name; `auto` takes the fastest that works here and falls back with one line in the log.
+
+    Raises:
+        InvalidValueError: there is no backend of that name.
+        BackendError: the named backend cannot run here; the message says what to install.
+    """
+    if name == "auto":
+        try:
+            return get_backend("cpu")
+        except BackendError as error:
+            log.warning("falling back to the slow noise backend 'reference': %s", error)
+            return get_backend("reference")
+    if name not in MODULES:
+        raise InvalidValueError(f"backend {name!r} is unknown; choose one of 'auto', {', '.join(map(repr, MODULES))}")
+    try:
+        module = importlib.import_module(MODULES[name])
+    except ImportError as error:
+        raise BackendError(f"backend {name!r} cannot run here ({error}); it needs {REQUIREMENTS[name]}") from error
+    backend: Backend = module.BACKEND
+    return backend

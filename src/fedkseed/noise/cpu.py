@@ -1,0 +1,350 @@
+"""The CPU backend: numba kernels that read and write each weight once (docs/noise.md).
+
+One sweep is one call per thread for all tensors together: the work is a table with one row per slot, cut among the
+threads at multiples of `QUANTUM` elements, so that hundreds of small tensors cost nothing in Python and the number of
+threads cannot change a bit. Threads are plain Python threads around kernels without the interpreter lock: numba's own
+thread pools do not survive a fork, or abort when two threads enter them.
+
+Nothing here lets the compiler fuse a multiplication with an addition: numba's default has no `contract` flag, and the
+tests compare every bit with the NumPy reference.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from fedkseed.noise import box_muller as bm
+from fedkseed.noise.backend import QUANTUM, HadamardMixture, Mixture, Slot
+from fedkseed.noise.philox import MASK32, MULTIPLIERS, ROUNDS, WEYL
+
+CHUNK = 128
+"""One Philox call of the hadamard family gives the signs of as many elements."""
+CHUNK_BITS = 5
+CHUNKS = 1 << CHUNK_BITS
+STRETCH = CHUNK * CHUNKS
+"""Elements per step of the hadamard kernel: enough Philox calls to vectorise, little enough to stay in the first cache."""
+LANES = 16
+"""Elements per vector operation; LLVM splits or joins them to what the machine has."""
+QUADS = 128
+"""Philox calls per step of the gaussian kernel: four elements each."""
+ELEMENTS_PER_THREAD = 1 << 19
+"""Below this a second thread costs more than it saves."""
+
+FLOAT32, FLOAT16, BFLOAT16, ABSENT = range(4)
+FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+OUT, OUT_FORMAT, BASE, BASE_FORMAT, START, SIZE, TENSOR = range(7)
+"""Columns of the work table: addresses, formats, first element, number of elements, tensor id; one row per slot."""
+
+M0, M1, W0, W1 = (np.uint64(word) for word in (*MULTIPLIERS, *WEYL))
+MASK, HALF_WORD = np.uint64(MASK32), np.uint64(32)
+BLOCK_STREAM = np.uint64(0x80000000)
+SIGN = np.uint32(0x80000000)
+
+LOG0, LOG1, LOG2, LOG3, LOG4, LOG5, LOG6, LOG7 = bm.LOG
+SIN0, SIN1, SIN2, SIN3 = bm.SIN
+COS0, COS1, COS2 = bm.COS
+TWO_LN2_HI, TWO_LN2_LO, ANGLE_STEP = bm.TWO_LN2_HI, bm.TWO_LN2_LO, bm.ANGLE_STEP
+SQRT_HALF_MANTISSA = np.uint32(bm.SQRT_HALF_MANTISSA)
+HALF, ONE, TWO = np.float32(0.5), np.float32(1), np.float32(2)
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a void pointer."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), build
+
+
+@intrinsic
+def _as_float(typingctx: Any, bits: Any) -> Any:
+    """The float32 with these bits."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), build
+
+
+@intrinsic
+def _as_bits(typingctx: Any, value: Any) -> Any:
+    """The bits of a float32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+@intrinsic
+def _add_signed(
+    typingctx: Any, out: Any, base: Any, table: Any, at: Any, shift: Any, w0: Any, w1: Any, w2: Any, w3: Any
+) -> Any:
+    """128 elements at once: `out[l] <- base[l] + (-1)^(bit l of w0..w3) table[(at + l) xor shift]`; three addresses.
+
+    Written as LLVM vectors because compilers turn neither the permuted look-up nor the sign bits into vector code. The
+    low four bits of the shift permute the lanes, by four conditional exchanges with fixed strides, so that the table
+    stays as it is in the fastest cache; the other bits only move the address.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out, base, table, at, shift, *bits = args
+        word, size = ir.IntType(32), ir.IntType(64)
+        words, floats = ir.VectorType(word, LANES), ir.VectorType(ir.FloatType(), LANES)
+        undefined = ir.Constant(words, ir.Undefined)
+
+        def constant(values: Sequence[int]) -> Any:
+            return ir.Constant(words, [ir.Constant(word, value) for value in values])
+
+        def vector(address: Any, element: Any, kind: Any) -> Any:
+            address = builder.add(address, builder.mul(element, ir.Constant(size, 4)))
+            return builder.inttoptr(address, kind.as_pointer())
+
+        swap, jump = (builder.and_(shift, ir.Constant(size, mask)) for mask in (LANES - 1, ~(LANES - 1)))
+        strides = [1 << bit for bit in range(LANES.bit_length() - 1)]
+        exchanges = [
+            builder.icmp_unsigned("!=", builder.and_(swap, ir.Constant(size, s)), ir.Constant(size, 0)) for s in strides
+        ]
+        for group in range(CHUNK // LANES):
+            lane = ir.Constant(size, group * LANES)
+            entries = builder.load(vector(table, builder.xor(builder.add(at, lane), jump), words), align=4)
+            for stride, exchange in zip(strides, exchanges, strict=True):
+                exchanged = builder.shuffle_vector(entries, undefined, constant([i ^ stride for i in range(LANES)]))
+                entries = builder.select(exchange, exchanged, entries)
+            signs = builder.insert_element(undefined, bits[group * LANES // 32], ir.Constant(word, 0))
+            signs = builder.shuffle_vector(signs, undefined, constant([0] * LANES))
+            signs = builder.shl(signs, constant([31 - group * LANES % 32 - i for i in range(LANES)]))
+            signs = builder.and_(signs, constant([0x80000000] * LANES))
+            noise = builder.bitcast(builder.xor(entries, signs), floats)
+            value = builder.load(vector(base, lane, floats), align=4)
+            builder.store(builder.fadd(value, noise), vector(out, lane, floats), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5, *[types.uint32] * 4), build
+
+
+@njit(inline="always")
+def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    for _ in range(ROUNDS):
+        p0, p1 = M0 * c0, M1 * c2
+        c0, c1, c2, c3 = (p1 >> HALF_WORD) ^ c1 ^ k0, p1 & MASK, (p0 >> HALF_WORD) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    return c0, c1, c2, c3
+
+
+@njit(inline="always")
+def _widen(address, kind, first, values):  # type: ignore[no-untyped-def]
+    """values[i] <- element first + i at the address, in binary32; -0 if absent, since -0 + x is x for every x."""
+    n = values.size
+    if kind == FLOAT32:
+        floats = carray(_pointer(address + 4 * first), (n,), np.float32)
+        for i in range(n):
+            values[i] = floats[i]
+    elif kind == BFLOAT16:
+        halves = carray(_pointer(address + 2 * first), (n,), np.uint16)
+        for i in range(n):
+            values[i] = _as_float(np.uint32(np.uint32(halves[i]) << np.uint32(16)))
+    elif kind == FLOAT16:
+        halves = carray(_pointer(address + 2 * first), (n,), np.uint16)
+        for i in range(n):
+            half = np.uint32(halves[i])
+            bits = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
+            exponent = bits & np.uint32(0x0F800000)
+            normal = np.uint32(bits + np.uint32(112 << 23))
+            special = np.uint32(bits + np.uint32(224 << 23))  # infinity and NaN
+            tiny = _as_bits(_as_float(np.uint32(bits + np.uint32(113 << 23))) - _as_float(np.uint32(113 << 23)))
+            magnitude = tiny if exponent == 0 else (special if exponent == np.uint32(0x0F800000) else normal)
+            values[i] = _as_float(np.uint32(magnitude | np.uint32((half & np.uint32(0x8000)) << np.uint32(16))))
+    else:
+        for i in range(n):
+            values[i] = np.float32(-0.0)
+
+
+@njit(inline="always")
+def _store(values, address, kind, first):  # type: ignore[no-untyped-def]
+    """Element first + i at the address <- values[i], rounded once, to nearest even; a NaN becomes the canonical one."""
+    n = values.size
+    if kind == FLOAT32:
+        floats = carray(_pointer(address + 4 * first), (n,), np.float32)
+        for i in range(n):
+            floats[i] = values[i]
+    elif kind == BFLOAT16:
+        halves = carray(_pointer(address + 2 * first), (n,), np.uint16)
+        for i in range(n):
+            bits = _as_bits(values[i])
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            halves[i] = np.uint16(0x7FC0) if values[i] != values[i] else np.uint16(rounded)
+    else:
+        halves = carray(_pointer(address + 2 * first), (n,), np.uint16)
+        for i in range(n):
+            bits = _as_bits(values[i])
+            sign = np.uint32(bits & SIGN) >> np.uint32(16)
+            size = np.uint32(bits & ~SIGN)
+            odd = (size >> np.uint32(13)) & np.uint32(1)
+            normal = np.uint32(size - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+            # below 2^-14 the addition of 1/2 lines the bits up and rounds them
+            tiny = np.uint32(_as_bits(_as_float(size) + HALF) - np.uint32(126 << 23))
+            rounded = tiny if size < np.uint32(113 << 23) else normal
+            if size >= np.uint32(0x477FF000):  # 65,520 and above
+                rounded = np.uint32(0x7C00)
+            if size > np.uint32(0x7F800000):
+                rounded, sign = np.uint32(0x7E00), np.uint32(0)
+            halves[i] = np.uint16(rounded | sign)
+
+
+@njit(inline="always")
+def _share(begin, size, thread, threads, total):  # type: ignore[no-untyped-def]
+    """The part [lo, hi) of a tensor, which begins at element `begin` of all, that falls to a thread."""
+    lo = (total * thread // threads - begin + QUANTUM - 1) // QUANTUM * QUANTUM
+    hi = (total * (thread + 1) // threads - begin + QUANTUM - 1) // QUANTUM * QUANTUM
+    return min(max(lo, 0), size), min(max(hi, 0), size)
+
+
+@njit(nogil=True, cache=True)
+def _hadamard_sweep(work, table, key, thread, threads, total):  # type: ignore[no-untyped-def]
+    # blocks and chunks are powers of two: shifts and masks in place of divisions, which cost more than all the rest
+    in_block = table.size // CHUNK - 1
+    block_bits = 0
+    while 1 << block_bits <= in_block:
+        block_bits += 1
+    entries = table.ctypes.data
+    k0, k1 = key & MASK, key >> HALF_WORD
+    words = np.empty((4, CHUNKS), np.uint32)
+    shifts = np.empty(CHUNKS, np.intp)
+    values = np.empty(STRETCH, np.float32)
+    begin = 0
+    for row in range(work.shape[0]):
+        out, base = work[row, OUT], work[row, BASE]
+        direct = work[row, OUT_FORMAT] == FLOAT32 and work[row, BASE_FORMAT] == FLOAT32
+        tensor = np.uint64(work[row, TENSOR])
+        t0, t1 = tensor & MASK, tensor >> HALF_WORD
+        lo, hi = _share(begin, work[row, SIZE], thread, threads, total)
+        begin += work[row, SIZE]
+        for at in range(lo, hi, STRETCH):
+            n = min(STRETCH, hi - at)
+            first = (work[row, START] + at) >> 7
+            for i in range(CHUNKS):  # vectorised: one Philox call for each chunk's signs
+                chunk = first + i
+                r0, r1, r2, r3 = _philox(np.uint64(chunk & in_block), np.uint64(chunk >> block_bits), t0, t1, k0, k1)
+                words[0, i], words[1, i] = np.uint32(r0), np.uint32(r1)
+                words[2, i], words[3, i] = np.uint32(r2), np.uint32(r3)
+            for i in range(CHUNKS >> min(block_bits, CHUNK_BITS)):
+                block = np.uint64((first >> block_bits) + i)
+                shifts[i] = np.intp(_philox(BLOCK_STREAM, block, t0, t1, k0, k1)[0] & np.uint64(table.size - 1))
+            whole = n // CHUNK if direct else 0
+            if whole * CHUNK < n:
+                _widen(base, work[row, BASE_FORMAT], at + whole * CHUNK, values[whole * CHUNK : n])
+            for i in range((n + CHUNK - 1) // CHUNK):
+                if i < whole:
+                    source, target = base + 4 * (at + i * CHUNK), out + 4 * (at + i * CHUNK)
+                else:
+                    source = target = values.ctypes.data + 4 * i * CHUNK
+                position = ((first + i) & in_block) * CHUNK
+                shift = shifts[i >> block_bits]
+                _add_signed(target, source, entries, position, shift, words[0, i], words[1, i], words[2, i], words[3, i])
+            if whole * CHUNK < n:
+                _store(values[whole * CHUNK : n], out, work[row, OUT_FORMAT], at + whole * CHUNK)
+
+
+@njit(inline="always")
+def _box_muller(r, r2):  # type: ignore[no-untyped-def]
+    v = _as_bits(np.float32(np.int32(((r >> np.uint32(9)) << np.uint32(1)) | np.uint32(1))))
+    mantissa = np.uint32(v & np.uint32(0x7FFFFF))
+    halve = np.uint32(1) if mantissa > SQRT_HALF_MANTISSA else np.uint32(0)
+    exponent = np.uint32(np.uint32(v >> np.uint32(23)) - np.uint32(127) + halve)
+    x = _as_float(np.uint32(mantissa | np.uint32(np.uint32(np.uint32(127) - halve) << np.uint32(23)))) - ONE
+    square = x * x
+    low = (LOG3 * x + LOG2) * square + (LOG1 * x + LOG0)
+    high = (LOG7 * x + LOG6) * square + (LOG5 * x + LOG4)
+    poly = high * (square * square) + low
+    log1p = (square * x * poly - square * HALF) + x
+    n = np.float32(np.int32(np.uint32(24) - exponent))
+    rad = np.sqrt(n * TWO_LN2_HI + (n * TWO_LN2_LO - TWO * log1p))
+    quarter = np.uint32(np.uint32(r2 + np.uint32(1 << 29)) >> np.uint32(30))
+    theta = np.float32(np.int32(np.uint32(r2 - np.uint32(quarter << np.uint32(30))))) * ANGLE_STEP
+    s = theta * theta
+    sine = theta * s * ((SIN3 * s + SIN2) * (s * s) + (SIN1 * s + SIN0)) + theta
+    cosine = (s * s * ((COS2 * s + COS1) * s + COS0) - s * HALF) + ONE
+    odd = (quarter & np.uint32(1)) != 0
+    cos_sign = np.uint32(np.uint32(np.uint32(quarter + np.uint32(1)) & np.uint32(2)) << np.uint32(30))
+    sin_sign = np.uint32(np.uint32(quarter & np.uint32(2)) << np.uint32(30))
+    z = rad * _as_float(np.uint32(_as_bits(sine if odd else cosine) ^ cos_sign))
+    z2 = rad * _as_float(np.uint32(_as_bits(cosine if odd else sine) ^ sin_sign))
+    return z, z2
+
+
+@njit(nogil=True, cache=True)
+def _gaussian_sweep(work, seeds, amounts, thread, threads, total):  # type: ignore[no-untyped-def]
+    words = np.empty((4, QUADS), np.uint32)
+    sums = np.empty((4, QUADS), np.float32)
+    mixed = np.empty(4 * QUADS, np.float32)
+    values = np.empty(4 * QUADS, np.float32)
+    begin = 0
+    for row in range(work.shape[0]):
+        start = work[row, START]
+        tensor = np.uint64(work[row, TENSOR])
+        t0, t1 = tensor & MASK, tensor >> HALF_WORD
+        lo, hi = _share(begin, work[row, SIZE], thread, threads, total)
+        begin += work[row, SIZE]
+        for at in range(lo, hi, 4 * QUADS):
+            first = np.uint64((start + at) // 4)
+            sums[:] = np.float32(0)
+            for m in range(seeds.size):
+                k0, k1, amount = seeds[m] & MASK, seeds[m] >> HALF_WORD, amounts[m]
+                for i in range(QUADS):
+                    r0, r1, r2, r3 = _philox(first + np.uint64(i), np.uint64(0), t0, t1, k0, k1)
+                    words[0, i], words[1, i] = np.uint32(r0), np.uint32(r1)
+                    words[2, i], words[3, i] = np.uint32(r2), np.uint32(r3)
+                for half in range(0, 4, 2):
+                    for i in range(QUADS):
+                        z, z2 = _box_muller(words[half, i], words[half + 1, i])
+                        sums[half, i] += amount * z
+                        sums[half + 1, i] += amount * z2
+            for i in range(QUADS):
+                mixed[4 * i], mixed[4 * i + 1] = sums[0, i], sums[1, i]
+                mixed[4 * i + 2], mixed[4 * i + 3] = sums[2, i], sums[3, i]
+            n = min(4 * QUADS, hi - at)
+            _widen(work[row, BASE], work[row, BASE_FORMAT], at, values[:n])
+            for i in range(n):
+                values[i] += mixed[i]
+            _store(values[:n], work[row, OUT], work[row, OUT_FORMAT], at)
+
+
+class CpuBackend:
+    """numba, on as many threads as torch uses."""
+
+    name = "cpu"
+
+    def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
+        """See `Backend.sweep`."""
+        work = np.array([_row(slot) for slot in slots if slot.out.numel()], np.int64).reshape(-1, TENSOR + 1)
+        total = int(work[:, SIZE].sum())
+        threads = max(1, min(torch.get_num_threads(), total // ELEMENTS_PER_THREAD))
+        if isinstance(mixture, HadamardMixture):
+            kernel: Any = _hadamard_sweep
+            arguments: tuple[Any, ...] = (work, mixture.table, np.uint64(mixture.key))
+        else:
+            kernel, arguments = _gaussian_sweep, (work, mixture.seeds, mixture.amounts)
+        if threads == 1:
+            kernel(*arguments, 0, 1, total)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda thread: kernel(*arguments, thread, threads, total), range(threads)))
+
+
+def _row(slot: Slot) -> tuple[int, ...]:
+    base = (0, ABSENT) if slot.base is None else (slot.base.data_ptr(), FORMATS[slot.base.dtype])
+    signed_id = slot.tensor_id - (slot.tensor_id >> 63 << 64)
+    return (slot.out.data_ptr(), FORMATS[slot.out.dtype], *base, slot.start, slot.out.numel(), signed_id)
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,88 @@
+"""A model's parameters under their canonical names, and digests of them (docs/noise.md, "Terms").
+
+The canonical name of a tensor is the lexicographically smallest of its names in the bare module: noise is a function of
+that name, so a wrapper's prefix or another order of tied weights must not change it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedkseed.errors import BindingError
+
+WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """One parameter: its canonical name, all its names (tied weights have several), and the parameter itself."""
+
+    name: str
+    aliases: tuple[str, ...]
+    parameter: torch.nn.Parameter
+
+
+def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
+    """All parameters of a bare module, tied ones once, sorted by canonical name.
+
+    Raises:
+        BindingError: the model is wrapped, has no parameters, or one is on the meta device or sparse.
+    """
+    aliases: dict[int, list[str]] = {}
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+    found = [NamedParameter(min(names), tuple(sorted(names)), parameters[key]) for key, names in aliases.items()]
+    if not found:
+        raise BindingError(f"{type(model).__name__} has no parameters; expected a model with weights")
+    _refuse_wrapped(model, [entry.name for entry in found])
+    for entry in found:
+        if entry.parameter.device.type == "meta":
+            raise BindingError(f"{entry.name} is on the meta device; load the model's weights before binding it")
+        if entry.parameter.layout != torch.strided:
+            raise BindingError(f"{entry.name} is sparse ({entry.parameter.layout}); expected a dense parameter")
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _refuse_wrapped(model: torch.nn.Module, names: Iterable[str]) -> None:
+    prefix = "module" if [child for child, _ in model.named_children()] == ["module"] else None
+    for name in names:
+        parts = name.split(".")
+        wrapper = next((part for part in parts if part in WRAPPER_PARTS), None) or (prefix if parts[0] == prefix else None)
+        if wrapper:
+            raise BindingError(
+                f"{name} is a parameter of a wrapped model ({wrapper!r}), whose names would change the noise; "
+                "pass the bare module that was wrapped"
+            )
+
+
+def tensor_digest(name: str, shape: torch.Size, stretches: Iterable[torch.Tensor]) -> bytes:
+    """SHA-256 of one tensor: a JSON line with its name, shape and dtype, then its little-endian bytes, row-major.
+
+    The tensor comes in stretches, one after the other, so that it need not be in memory as a whole.
+    """
+    digest = hashlib.sha256()
+    for i, stretch in enumerate(stretches):
+        if i == 0:
+            header = json.dumps([name, list(shape), str(stretch.dtype).removeprefix("torch.")])
+            digest.update(header.encode() + b"\n")
+        flat = stretch.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            data: Any = flat.view(torch.uint8).numpy()
+            digest.update(data)
+    return digest.digest()
+
+
+def value_digest(name: str, shape: torch.Size, stretches: Iterable[torch.Tensor]) -> bytes:
+    """The same of the values widened to float32, so that a bfloat16 and a float32 load of one checkpoint agree."""
+    return tensor_digest(name, shape, (x.detach().float() if x.is_floating_point() else x for x in stretches))
+
+
+def join(digests: Iterable[bytes]) -> str:
+    """SHA-256 (hex) of the tensors' digests in the order of their names: the digest of a whole model."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
