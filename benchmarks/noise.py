@@ -1,0 +1,103 @@
+"""Rebuild and perturb against the speed of memory and against the published way, on SmolLM2-135M's tensor shapes."""
+
+import numpy as np
+import torch
+
+import fedkseed as fk
+
+from .harness import Row, absolute, measure, ratio, report
+
+VOCABULARY, WIDTH, KEYS, HIDDEN, LAYERS = 49152, 576, 192, 1536, 30
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The 272 parameter tensors of SmolLM2-135M (tied embeddings): 134,515,008 numbers."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    for layer in range(LAYERS):
+        head = f"model.layers.{layer}."
+        found |= {
+            f"{head}self_attn.{p}_proj.weight": (n, WIDTH) for p, n in (("q", WIDTH), ("k", KEYS), ("v", KEYS), ("o", WIDTH))
+        }
+        found |= {f"{head}mlp.{p}_proj.weight": (HIDDEN, WIDTH) for p in ("gate", "up")}
+        found |= {f"{head}mlp.down_proj.weight": (WIDTH, HIDDEN)}
+        found |= {f"{head}{p}_layernorm.weight": (WIDTH,) for p in ("input", "post_attention")}
+    return found
+
+
+class Tensors(torch.nn.Module):
+    """A model that is nothing but parameters of given names and shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in shapes().items():
+            module: torch.nn.Module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, torch.nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, torch.nn.Parameter(torch.randn(shape) * 0.02))
+
+
+def main(rounds: int = 15) -> None:
+    model = Tensors()
+    weights = [p.detach() for p in model.parameters()]
+    d = sum(w.numel() for w in weights)
+    base, other = [w.clone() for w in weights], [torch.randn_like(w) for w in weights]
+    rng = np.random.default_rng(0)
+
+    def add_out() -> None:
+        for w, w0, x in zip(weights, base, other, strict=True):
+            torch.add(w0, x, out=w)
+
+    def add_in_place() -> None:
+        for w, x in zip(weights, other, strict=True):
+            w.add_(x)
+
+    def copy() -> None:
+        for w, w0 in zip(weights, base, strict=True):
+            w.copy_(w0)
+
+    def published() -> None:  # one seed: reseed the global generator, draw every tensor anew, add it
+        torch.manual_seed(1)
+        for w in weights:
+            w.add_(torch.normal(0.0, 1.0, w.shape), alpha=-1e-6)
+
+    contenders = {"add_out": add_out, "add_in_place": add_in_place, "copy": copy}
+    for size in (1024, 4096, 65536):
+        bound = fk.bind(model, fk.SeedPool(1, size))
+        coefficients = (rng.standard_normal(size) * 1e-5).astype(np.float32)
+        contenders[f"rebuild_{size}"] = lambda bound=bound, a=coefficients: bound.rebuild(a)
+        if size == 4096:
+            contenders["perturb"] = lambda bound=bound: bound.perturb(7, 1e-3)
+            contenders["move_2"] = lambda bound=bound: bound.move([7, 9], [1e-3, -1e-3])
+    fast = measure(contenders, rounds)
+
+    gaussian = fk.bind(model, fk.SeedPool(1, 4096, "gaussian"))
+    eight = np.where(np.arange(4096) % 512 == 0, np.float32(1e-6), np.float32(0))
+    slow = measure(
+        {"published": published, "one": lambda: gaussian.perturb(7, 1e-3), "eight": lambda: gaussian.rebuild(eight)}, 3
+    )
+    per_seed = [seconds / 8 for seconds in slow["eight"]]
+    rows: list[Row] = [
+        absolute("torch.add(w0, x, out=w), per parameter", fast["add_out"], 1e9 / d, "ns"),
+        absolute("w.add_(x), per parameter", fast["add_in_place"], 1e9 / d, "ns"),
+        absolute("w.copy_(w0), per parameter", fast["copy"], 1e9 / d, "ns"),
+        ratio("hadamard, K = 4096: rebuild / torch.add", fast["rebuild_4096"], fast["add_out"], must=3, aim=1.5),
+        ratio("hadamard, K = 1024: rebuild / torch.add", fast["rebuild_1024"], fast["add_out"]),
+        ratio("hadamard, K = 65,536: rebuild / torch.add", fast["rebuild_65536"], fast["add_out"]),
+        ratio("hadamard: one perturbation / w.add_(x)", fast["perturb"], fast["add_in_place"], must=2, aim=1.3),
+        ratio("hadamard: move along two / w.add_(x)", fast["move_2"], fast["add_in_place"]),
+        absolute("published pass, one seed", slow["published"], 1, "s"),
+        absolute("gaussian, one seed of a rebuild", per_seed, 1, "s"),
+        ratio("gaussian: one seed of a rebuild / published pass", per_seed, slow["published"], must=1 / 2, aim=1 / 5),
+        ratio("gaussian: one perturbation / published pass", slow["one"], slow["published"]),
+        Row(
+            "all 4096 seeds: published way / hadamard rebuild",
+            4096 * np.median(slow["published"]) / np.median(fast["rebuild_4096"]),
+            "x",
+            4096 * min(slow["published"]) / max(fast["rebuild_4096"]),
+            4096 * max(slow["published"]) / min(fast["rebuild_4096"]),
+        ),
+    ]
+    report(f"Noise on the CPU, {d:,} float32 parameters", "noise-cpu", rows)
