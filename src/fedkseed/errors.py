@@ -5,11 +5,18 @@ Every message is one line that names the value, what was expected and what to do
 
 
 class FedKSeedError(Exception):
-    """Base of all errors that a user of fedkseed can cause or must know of."""
+    """Base of all errors that a user of fedkseed can cause or must know of.
+
+    `exit_code` is the command line's: 2 for usage (the caller can mend the call), 1 for a failure.
+    """
+
+    exit_code = 1
 
 
 class InvalidValueError(FedKSeedError, ValueError):
     """An argument outside its documented range, or of the wrong type, dtype or length."""
+
+    exit_code = 2
 
 
 class BackendError(FedKSeedError, RuntimeError):
@@ -18,3 +25,35 @@ class BackendError(FedKSeedError, RuntimeError):
 
 class BindingError(FedKSeedError, ValueError):
     """A model or a base file that perturbations cannot be applied to."""
+
+    exit_code = 2
+
+
+class ConfigError(FedKSeedError, ValueError):
+    """A setting that is unknown, out of range, or contradicts another."""
+
+    exit_code = 2
+
+
+class ModelError(FedKSeedError):
+    """A model or tokenizer that cannot be loaded or used."""
+
+    exit_code = 2
+
+
+class DataError(FedKSeedError, ValueError):
+    """A data file that cannot be read, or records that cannot be used."""
+
+    exit_code = 2
+
+
+class ProtocolError(FedKSeedError, ValueError):
+    """Bytes that are not a message, or a message that does not belong where it arrived."""
+
+
+class LedgerError(FedKSeedError):
+    """A ledger that cannot be read or written, or belongs to another base model or pool."""
+
+
+class RunError(FedKSeedError):
+    """A run folder that cannot be used, or a federation that cannot go on."""
