@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedkseed.binding import Binding, bind
     from fedkseed.errors import FedKSeedError
+    from fedkseed.ledger import Ledger
     from fedkseed.pool import SeedPool
+    from fedkseed.tuned_model import apply
 
 __version__ = version("fedkseed")
-__all__ = ["Binding", "FedKSeedError", "SeedPool", "__version__", "bind"]
+__all__ = ["Binding", "FedKSeedError", "Ledger", "SeedPool", "__version__", "apply", "bind"]
 
 _HOMES = {
     "Binding": "fedkseed.binding",
     "FedKSeedError": "fedkseed.errors",
+    "Ledger": "fedkseed.ledger",
     "SeedPool": "fedkseed.pool",
+    "apply": "fedkseed.tuned_model",
     "bind": "fedkseed.binding",
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from fedkseed.base import Base, FileBase, MemoryBase
 from fedkseed.errors import BackendError, BindingError
-from fedkseed.noise import Mixture, Slot, get_backend, tensor_id
+from fedkseed.identity import BaseIdentity
+from fedkseed.noise import Backend, Mixture, Slot, get_backend, tensor_id
 from fedkseed.pool import MAX_ELEMENTS, SeedPool
-from fedkseed.weights import NamedParameter, join, named_parameters, tensor_digest, value_digest
+from fedkseed.weights import NamedParameter, named_parameters, tensor_digest, value_digest
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,6 +28,9 @@ class Binding:
     a copy of the base unless it is a file; for half-precision weights and gaussian noise also 4 d bytes from the
     first `move` on.
 
+    A gaussian model is costly to rebuild, so the last rebuilt weights are kept where memory allows (d more numbers), and
+    rebuilding with the same coefficients copies them.
+
     Attributes:
         model: the bound module.
         pool: the pool of perturbations.
@@ -35,14 +40,14 @@ class Binding:
         self.model, self.pool = model, pool
         self._entries = named_parameters(model)
         self._tunable = [entry for entry in self._entries if entry.parameter.requires_grad]
-        _check_tunable(self._tunable)
+        check_tunable(self._tunable)
         self._backend = get_backend(backend)
         self._base: Base = MemoryBase(self._tunable) if base is None else FileBase(base, self._tunable)
-        self._ids = {entry.name: tensor_id(entry.name) for entry in self._tunable}
         self._full = [entry for entry in self._tunable if entry.parameter.dtype == torch.float32]
         self._half = [entry for entry in self._tunable if entry.parameter.dtype != torch.float32]
         self._coefficients = np.zeros(pool.size, np.float64)  # where half-precision weights are
         self._centre: dict[str, torch.Tensor] = {}
+        self._rebuilt: tuple[bytes, dict[str, torch.Tensor]] | None = None
 
     def rebuild(self, coefficients: NDArray[np.float32]) -> None:
         """Set the weights to `cast(w0 + sum_k a_k z_k)`, wherever they were.
@@ -55,14 +60,21 @@ class Binding:
         """
         mixture = self.pool.mixture_of(coefficients)
         self._centre.clear()
-        self._from_base(mixture, {entry.name: entry.parameter for entry in self._tunable})
         self._coefficients = coefficients.astype(np.float64)
+        if self._rebuilt is not None and self._rebuilt[0] == coefficients.tobytes():
+            for entry in self._tunable:
+                entry.parameter.detach().copy_(self._rebuilt[1][entry.name])
+            return
+        self._rebuilt = None
+        self._from_base(mixture, {entry.name: entry.parameter for entry in self._tunable})
+        if self.pool.family == "gaussian" and _fits(sum(e.parameter.nbytes for e in self._tunable)):
+            self._rebuilt = coefficients.tobytes(), {e.name: e.parameter.detach().clone() for e in self._tunable}
 
     def move(self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]) -> None:
         """Move the weights by `sum_i amounts[i] z_indices[i]` in one pass, with docs/noise.md's rule for each precision.
 
         float32 weights take the sum in place. Half-precision weights are computed anew from the base (hadamard), so
-        that moves which cancel leave what `rebuild` gives, or follow a float32 copy (gaussian).
+        that moves which cancel leave what `rebuild` gives, or follow a float32 copy that moves in place (gaussian).
 
         Args:
             indices: seeds, integers in [0, K), repeats allowed.
@@ -76,7 +88,7 @@ class Binding:
         moved[at] += delta
         small = self.pool.mixture(at, delta)
         whole = self.pool.mixture_of(moved.astype(np.float32)) if self._half and self.pool.family == "hadamard" else None
-        self._in_place(small, {entry.name: entry.parameter for entry in self._full})
+        add_in_place(self._backend, small, {entry.name: entry.parameter for entry in self._full})
         if whole is not None:
             self._from_base(whole, {entry.name: entry.parameter for entry in self._half})
         elif self._half:
@@ -89,41 +101,44 @@ class Binding:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""
-        return join(tensor_digest(entry.name, entry.parameter.shape, [entry.parameter]) for entry in self._entries)
+        digest = hashlib.sha256()
+        for entry in self._entries:
+            x = entry.parameter
+            digest.update(tensor_digest(entry.name, x.shape, x.dtype, [x]))
+        return digest.hexdigest()
 
-    def base_digests(self) -> dict[str, bytes]:
-        """SHA-256 of each parameter's base values widened to float32, by name, in the order of the names."""
+    def identity(self) -> BaseIdentity:
+        """Which base model this is: a fingerprint of all parameters' base values, and which of them are tuned."""
         tunable = {entry.name for entry in self._tunable}
-        return {
-            entry.name: value_digest(entry.name, entry.parameter.shape, self._base_values(entry, entry.name in tunable))
-            for entry in self._entries
-        }
+        digests = {}
+        for entry in self._entries:
+            x = entry.parameter
+            stretches = self._base_values(entry.name) if entry.name in tunable else iter([x])
+            digests[entry.name] = value_digest(entry.name, x.shape, x.dtype, stretches)
+        return BaseIdentity.of(digests, [name for name in digests if name not in tunable])
 
-    def _base_values(self, entry: NamedParameter, tunable: bool) -> Iterator[torch.Tensor]:
-        if not tunable:
-            yield entry.parameter
-            return
-        for batch in self._base.batches([entry.name]):
+    def _base_values(self, name: str) -> Iterator[torch.Tensor]:
+        for batch in self._base.batches([name]):
             yield from (stretch.values for stretch in batch)
-
-    def _slot(self, name: str, out: torch.Tensor, base: torch.Tensor, start: int) -> Slot:
-        flat = out.detach().reshape(-1)
-        return Slot(flat[start : start + base.numel()], base, self._ids[name], start)
 
     def _from_base(self, mixture: Mixture, outputs: dict[str, torch.Tensor]) -> None:
         for batch in self._base.batches(list(outputs)):
-            self._backend.sweep(mixture, [self._slot(s.name, outputs[s.name], s.values, s.start) for s in batch])
-
-    def _in_place(self, mixture: Mixture, tensors: dict[str, torch.Tensor]) -> None:
-        self._backend.sweep(mixture, [self._slot(name, x, x.detach().reshape(-1), 0) for name, x in tensors.items()])
+            slots = []
+            for s in batch:
+                out = outputs[s.name].detach().reshape(-1)[s.start : s.start + s.values.numel()]
+                slots.append(Slot(out, s.values, tensor_id(s.name), s.start))
+            self._backend.sweep(mixture, slots)
 
     def _follow_centre(self, mixture: Mixture) -> None:
         if not self._centre:
             self._centre = {entry.name: torch.empty_like(entry.parameter, dtype=torch.float32) for entry in self._half}
             self._from_base(self.pool.mixture_of(self._coefficients.astype(np.float32)), self._centre)
-        self._in_place(mixture, self._centre)
-        for entry in self._half:
-            entry.parameter.detach().copy_(self._centre[entry.name])
+        add_in_place(self._backend, mixture, self._centre)
+        still = self.pool.mixture([], [])
+        self._backend.sweep(
+            still,
+            [Slot(e.parameter.detach().reshape(-1), self._centre[e.name].reshape(-1), tensor_id(e.name)) for e in self._half],
+        )
 
 
 def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None, backend: str = "auto") -> Binding:
@@ -146,7 +161,23 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
     return Binding(model, pool, base, backend)
 
 
-def _check_tunable(entries: Sequence[NamedParameter]) -> None:
+def add_in_place(backend: Backend, mixture: Mixture, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Add a mixture to tensors where they lie, by canonical name: `x <- cast(widen(x) + sum_k a_k z_k)`."""
+    flat = {name: x.detach().reshape(-1) for name, x in tensors.items()}
+    backend.sweep(mixture, [Slot(x, x, tensor_id(name)) for name, x in flat.items()])
+
+
+def _fits(size: int) -> bool:
+    """Whether that many bytes are at most half of the memory that Linux calls available; elsewhere assumed."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return True
+    available = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+    return 2 * size <= int(available.split()[1]) * 1024
+
+
+def check_tunable(entries: Sequence[NamedParameter]) -> None:
+    """Refuse parameters that perturbations cannot be applied to; see `bind`."""
     if not entries:
         raise BindingError("no parameter requires a gradient; call model.requires_grad_(True) on what is to be tuned")
     spans = []

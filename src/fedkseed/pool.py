@@ -15,7 +15,7 @@ from fedkseed.errors import InvalidValueError
 from fedkseed.noise import GaussianMixture, HadamardMixture, Mixture, Slot, get_backend, halves, philox, tensor_id
 
 Family = Literal["hadamard", "gaussian"]
-FAMILIES: tuple[str, ...] = get_args(Family)
+FAMILIES: tuple[Family, ...] = get_args(Family)
 MAX_SIZE = 65536
 MIN_BLOCK = 128
 MAX_ELEMENTS = 2**34

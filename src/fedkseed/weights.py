@@ -61,16 +61,14 @@ def _refuse_wrapped(model: torch.nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def tensor_digest(name: str, shape: torch.Size, stretches: Iterable[torch.Tensor]) -> bytes:
+def tensor_digest(name: str, shape: torch.Size, dtype: torch.dtype, stretches: Iterable[torch.Tensor]) -> bytes:
     """SHA-256 of one tensor: a JSON line with its name, shape and dtype, then its little-endian bytes, row-major.
 
     The tensor comes in stretches, one after the other, so that it need not be in memory as a whole.
     """
-    digest = hashlib.sha256()
-    for i, stretch in enumerate(stretches):
-        if i == 0:
-            header = json.dumps([name, list(shape), str(stretch.dtype).removeprefix("torch.")])
-            digest.update(header.encode() + b"\n")
+    header = json.dumps([name, list(shape), str(dtype).removeprefix("torch.")])
+    digest = hashlib.sha256(header.encode() + b"\n")
+    for stretch in stretches:
         flat = stretch.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             data: Any = flat.view(torch.uint8).numpy()
@@ -78,11 +76,8 @@ def tensor_digest(name: str, shape: torch.Size, stretches: Iterable[torch.Tensor
     return digest.digest()
 
 
-def value_digest(name: str, shape: torch.Size, stretches: Iterable[torch.Tensor]) -> bytes:
+def value_digest(name: str, shape: torch.Size, dtype: torch.dtype, stretches: Iterable[torch.Tensor]) -> bytes:
     """The same of the values widened to float32, so that a bfloat16 and a float32 load of one checkpoint agree."""
-    return tensor_digest(name, shape, (x.detach().float() if x.is_floating_point() else x for x in stretches))
-
-
-def join(digests: Iterable[bytes]) -> str:
-    """SHA-256 (hex) of the tensors' digests in the order of their names: the digest of a whole model."""
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    if dtype.is_floating_point:
+        return tensor_digest(name, shape, torch.float32, (stretch.detach().float() for stretch in stretches))
+    return tensor_digest(name, shape, dtype, stretches)

@@ -28,7 +28,7 @@ COS = tuple(f32(c) for c in (0.04166664555668831, -0.00138873013202101, 2.443066
 
 # 2 ln 2 in two parts; the first has 12 significant bits, so that its product with an exponent (at most 24) is exact
 TWO_LN2_HI = f32(1.38623046875)
-TWO_LN2_LO = f32(2 * np.log(2.0) - 1.38623046875)
-ANGLE_STEP = f32(2 * np.pi / 2**32)
+TWO_LN2_LO = f32(6.389236659742892e-05)
+ANGLE_STEP = f32(1.462918119976564e-09)  # 2 pi 2^-32
 SQRT_HALF_MANTISSA = 0x3504F3
 """The 23 mantissa bits of sqrt(2) in binary32: larger mantissas are halved."""

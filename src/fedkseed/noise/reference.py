@@ -107,9 +107,9 @@ class ReferenceBackend:
     def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
         """See `Backend.sweep`."""
         for slot in slots:
-            values = mixture_sum(mixture, slot.tensor_id, slot.start, slot.out.numel())
-            if slot.base is not None:
-                with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):  # infinities are part of the definition
+                values = mixture_sum(mixture, slot.tensor_id, slot.start, slot.out.numel())
+                if slot.base is not None:
                     values = widen(slot.base) + values
             store(values, slot.out)
 

@@ -1,0 +1,112 @@
+"""The client as a state machine: bytes of a request in, bytes of a reply out. It knows neither transport nor data format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.errors import ProtocolError
+from fedkseed.identity import BaseIdentity
+from fedkseed.messages import TrainReply, TrainRequest
+from fedkseed.pool import SeedPool
+from fedkseed.randomness import generator
+from fedkseed.wire import pack
+from fedkseed.zeroth_order import GRAD_EXPONENT, Movable, StepSettings, local_steps
+
+
+class Model(Movable, Protocol):
+    """What a client needs of its model; `fedkseed.Binding` has it."""
+
+    pool: SeedPool
+
+    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
+        """Set the weights to base plus coefficients."""
+        ...
+
+
+class Task(Protocol):
+    """A client's private records, and the loss of the model on some of them."""
+
+    @property
+    def num_examples(self) -> int:
+        """How many records there are."""
+        ...
+
+    def loss(self, records: NDArray[np.int64]) -> float:
+        """Mean loss at the model's current weights on the records at these positions."""
+        ...
+
+
+class Client:
+    """One participant.
+
+    Args:
+        name: its stable name.
+        model: the model, shared with others or not: every answer starts with a rebuild.
+        base: identity of the model's base weights.
+        task: its records and their loss.
+    """
+
+    def __init__(self, name: str, model: Model, base: BaseIdentity, task: Task) -> None:
+        self.name, self.model, self.task = name, model, task
+        self._base = bytes.fromhex(base.fingerprint)
+
+    def answer(self, data: bytes, on_step: Callable[[int, float], None] | None = None) -> bytes:
+        """Train as a request says and give the reply's bytes; `on_step` hears each probe's step and loss.
+
+        Raises:
+            ProtocolError: not a request, or one for another client, base model or pool.
+        """
+        request = TrainRequest.decode(data)
+        if request.client != self.name:
+            raise ProtocolError(f"request is for client {request.client!r}; this is {self.name!r}")
+        if request.base != self._base:
+            raise ProtocolError(
+                f"request is for base model {request.base.hex()[:16]}..., this client has {self._base.hex()[:16]}...; "
+                "load the same base weights as the server"
+            )
+        if request.pool != self.model.pool:
+            raise ProtocolError(f"request is for {request.pool}; this client's model is bound to {self.model.pool}")
+        draw = generator(int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name, "batches")
+        order = batches(self.task.num_examples, request.batch_size, draw)
+        current: NDArray[np.int64] = np.empty(0, np.int64)
+        at = -1
+
+        def loss(step: int) -> float:
+            nonlocal current, at
+            if step != at:
+                current, at = next(order), step
+            value = self.task.loss(current)
+            if on_step is not None:
+                on_step(step, value)
+            return value
+
+        precision = request.coefficients.precision
+        settings = StepSettings(request.lr, request.eps, request.max_grad, request.loss_clip, precision)
+        self.model.rebuild(request.coefficients.unpack())
+        steps = local_steps(self.model, request.indices, loss, settings)
+        kept = np.delete(steps.losses, steps.dropped)
+        reply = TrainReply(
+            run_id=request.run_id,
+            server_round=request.server_round,
+            attempt=request.attempt,
+            client=self.name,
+            base=request.base,
+            digest=request.digest,
+            num_examples=self.task.num_examples,
+            projected_grads=pack(steps.projected_grads, precision, GRAD_EXPONENT),
+            dropped=steps.dropped,
+            loss=float(kept.mean()) if kept.size else None,
+        )
+        return reply.encode()
+
+
+def batches(num_examples: int, batch_size: int, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Batches of record positions without end: each pass over the records is in a fresh random order."""
+    while True:
+        order = draw.permutation(num_examples)
+        for first in range(0, num_examples, batch_size):
+            yield order[first : first + batch_size]

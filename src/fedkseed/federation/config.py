@@ -1,0 +1,52 @@
+"""The settings of a federation: frozen, validated, the same words as flags, TOML keys and attributes."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class FederationConfig(BaseModel):
+    """What the server decides. Descriptions are the command line's help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    algorithm: Literal["fedkseed", "fedkseed-pro"] = Field(
+        "fedkseed", description="fedkseed draws seeds uniformly, fedkseed-pro prefers those whose gradients were large"
+    )
+    num_rounds: Count = Field(40, description="rounds of federated training")
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="m: fraction of the clients in a round")
+    local_steps: Annotated[int, Field(ge=1, le=65535)] = Field(200, description="tau: two-point steps of a client in a round")
+    batch_size: Annotated[int, Field(ge=1, le=65535)] = Field(1, description="records per step")
+    lr: Positive = Field(description="learning rate; no default yet (published with 1.3B and 3B parameters: 3e-7)")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the rounds")
+    eps: Positive = Field(5e-4, description="half the distance of the two probes of a step")
+    num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="K: number of candidate seeds")
+    noise: Literal["hadamard", "gaussian"] = Field(
+        "hadamard", description="perturbations: hadamard (all seeds cost what one costs) or gaussian (as published)"
+    )
+    weighting: Literal["examples", "equal"] = Field(
+        "examples", description="a client's weight: its number of records, or equal"
+    )
+    loss_clip: Positive | None = Field(None, description="drop a step whose two losses differ by more than this")
+    min_replies: Count = Field(1, description="a round with fewer accepted replies is repeated, three times at most")
+    wire: Literal["float16", "float32"] = Field("float16", description="precision of coefficients and scalars as they travel")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="seed of everything random in the run")
+
+
+class Limits(BaseModel):
+    """What a reply must keep to, whoever sent it.
+
+    Attributes:
+        max_grad: largest magnitude of a projected gradient.
+        max_examples: largest number of records that a client may claim.
+        max_share: largest weight of one reply in a round.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_grad: Annotated[float, Field(gt=0, le=60000)] = 1e4
+    max_examples: Count = 10_000_000
+    max_share: Annotated[float, Field(gt=0, le=1)] = 1.0

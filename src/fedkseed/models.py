@@ -1,0 +1,216 @@
+"""Loading a causal language model and its tokenizer, with errors of one line.
+
+transformers is imported within the functions, so that importing this module is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+import torch
+
+from fedkseed.base import FileBase
+from fedkseed.errors import BindingError, InvalidValueError, ModelError
+from fedkseed.weights import named_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+T = TypeVar("T")
+
+
+def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.device = "cpu") -> PreTrainedModel:
+    """A causal LM in eval mode. Nothing that a model folder brings along is executed.
+
+    Args:
+        source: a folder with config.json and weights, or a hub id: taken from the local cache, else downloaded.
+        dtype: of the weights; "auto" is what the checkpoint says.
+        device: where torch shall put it.
+
+    Raises:
+        InvalidValueError: an unknown dtype, or a device that torch cannot use here.
+        ModelError: no such folder, a folder without configuration or weights, a hub id out of reach, an architecture
+            that transformers does not know as a causal LM, weights that are damaged or incomplete.
+    """
+    if dtype not in get_args(Dtype):
+        raise InvalidValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join(get_args(Dtype))}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidValueError(f"device {str(device)!r} cannot be used here ({_line(error)}); try 'cpu'") from None
+    folder = _folder(source)
+    if folder is not None:
+        _require(folder, ("config.json",), "config.json")
+        _require(folder, WEIGHT_FILES, "weights (model.safetensors)")
+
+    def load(local_files_only: bool) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        auto: Any = AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            folder or source,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=local_files_only,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if info["missing_keys"]:
+            # transformers would fill them with random numbers, other ones on every client
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"its weights lack {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        loaded: PreTrainedModel = model.to(device).eval()
+        return loaded
+
+    return _load(source, folder, "causal language model", load)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; source as for `load_model`.
+
+    Raises:
+        ModelError: no such folder, a folder without tokenizer files, a hub id out of reach, damaged files.
+    """
+    folder = _folder(source)
+    if folder is not None:
+        _require(folder, TOKENIZER_FILES, "tokenizer (tokenizer.json)")
+
+    def load(local_files_only: bool) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder or source, local_files_only=local_files_only, trust_remote_code=False
+        )
+        return tokenizer
+
+    return _load(source, folder, "tokenizer", load)
+
+
+def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:
+    """The folder that `fedkseed.bind(base=...)` may re-read the base weights from, or None to keep a copy in memory.
+
+    That is `source`, if it is a local folder whose safetensors hold every parameter under its name, in its shape and
+    with its value, and either in its dtype or widened to float32 on loading. Values are compared once, a stretch at a
+    time (0.6 s per GB from the page cache), since some architectures are rearranged when they are loaded.
+
+    Args:
+        source: what the model was loaded from.
+        model: as it was loaded, not yet moved.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    try:
+        entries = named_parameters(model)
+        base = FileBase(folder, entries)
+    except BindingError:
+        return None
+    parameters = {entry.name: entry.parameter.detach().reshape(-1) for entry in entries}
+    for batch in base.batches(list(parameters)):
+        for stretch in batch:
+            loaded = parameters[stretch.name][stretch.start : stretch.start + stretch.values.numel()]
+            if loaded.dtype not in (torch.float32, stretch.values.dtype):
+                return None
+            if not torch.equal(stretch.values.to(loaded.device, loaded.dtype), loaded):
+                return None
+    return folder
+
+
+def _folder(source: str | Path) -> Path | None:
+    """The local folder that is meant, or None for a hub id."""
+    name, path = str(source), Path(source).expanduser()
+    if not name.strip():
+        raise ModelError("the model's name is empty; give a model folder, or a hub id such as 'owner/name'")
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{name}: not a folder; give the folder that holds config.json and the weights")
+    if isinstance(source, Path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(f"{name}: no such model folder; check the path, or give a hub id such as 'owner/name'")
+    return None
+
+
+def _require(folder: Path, patterns: tuple[str, ...], what: str) -> None:
+    if not any(path for pattern in patterns for path in folder.glob(pattern)):
+        raise ModelError(f"{folder}: no {what} in this folder; give a whole Hugging Face model folder")
+
+
+def _load(source: str | Path, folder: Path | None, what: str, load: Callable[[bool], T]) -> T:
+    """Call `load(local_files_only=True)`; for a hub id that the cache does not hold (or not whole) `load(False)`."""
+    cached_error: ModelError | None = None
+    if folder is not None or _is_cached(str(source)):
+        try:
+            with _quiet(bars=False):
+                return _call(source, what, load, local_files_only=True)
+        except ModelError as error:
+            if folder is not None:
+                raise
+            cached_error = error
+    try:
+        _require_reachable(str(source), what)
+    except ModelError as error:
+        raise cached_error or error from None
+    with _quiet(bars=True):  # a download shall show its progress
+        return _call(source, what, load, local_files_only=False)
+
+
+def _call(source: str | Path, what: str, load: Callable[[bool], T], local_files_only: bool) -> T:
+    try:
+        return load(local_files_only)
+    except Exception as error:  # transformers and its parsers raise anything: OSError, ValueError, SafetensorError, KeyError
+        raise ModelError(
+            f"{source}: no {what} could be loaded ({_line(error)}); check that the folder or hub id is whole and of a causal LM"
+        ) from error
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [try_to_load_from_cache(hub_id, name) for name in ("config.json", "tokenizer_config.json")]
+    except HFValidationError as error:
+        raise ModelError(f"{hub_id!r}: neither a folder nor a hub id ({_line(error)}); give one of the two") from None
+    return any(isinstance(path, str) for path in found)
+
+
+def _require_reachable(hub_id: str, what: str) -> None:
+    """Ask the hub once: transformers would retry for half a minute before it gives up."""
+    from huggingface_hub import model_info
+
+    try:
+        model_info(hub_id, timeout=10)
+    except Exception as error:  # of whichever HTTP library, or the hub's own
+        raise ModelError(
+            f"{hub_id}: no such folder here, no {what} of that id in the local cache, and the hub does not give it "
+            f"({_line(error)}); download the model and give its folder, or check the id and the network"
+        ) from error
+
+
+@contextmanager
+def _quiet(bars: bool) -> Iterator[None]:
+    """Without transformers' advice, and without its progress bars unless asked for; its settings are put back."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    """An exception's message on one line, cut to a readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

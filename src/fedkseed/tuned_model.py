@@ -1,0 +1,44 @@
+"""From a base model to the tuned one: add a ledger's coefficients to the weights, once, in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fedkseed.binding import add_in_place, check_tunable
+from fedkseed.errors import LedgerError
+from fedkseed.identity import BaseIdentity
+from fedkseed.ledger import Ledger
+from fedkseed.noise import get_backend
+from fedkseed.weights import named_parameters, value_digest
+
+
+def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "auto") -> Ledger:
+    """Turn a base model into the tuned model, in place and without a copy of its weights.
+
+    Args:
+        model: the base model, as it was loaded; any precision whose values are the base's.
+        ledger: a ledger or its file, a run's checkpoint or the published form.
+        backend: `auto`, or the name of a noise backend.
+
+    Returns:
+        The ledger.
+
+    Raises:
+        LedgerError: the ledger cannot be read, or the model is not its base (the first tensor that differs is named).
+        BindingError: the model cannot be tuned; see `fedkseed.bind`.
+    """
+    if not isinstance(ledger, Ledger):
+        ledger = Ledger.load(ledger)
+    entries = named_parameters(model)
+    tuned = [entry for entry in entries if entry.name not in ledger.base.frozen]
+    check_tunable(tuned)
+    digests = {e.name: value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries}
+    found = BaseIdentity.of(digests, ledger.base.frozen)
+    difference = ledger.base.difference(found, list(digests))
+    if difference:
+        raise LedgerError(f"this model is not the ledger's base: {difference}; load the base model that the run started from")
+    mixture = ledger.pool.mixture_of(ledger.coefficients)
+    add_in_place(get_backend(backend), mixture, {entry.name: entry.parameter for entry in tuned})
+    return ledger

@@ -1,0 +1,100 @@
+"""The two-point estimator and a client's local steps (FedKSeed, Algorithm 1; Spall's SPSA with a given direction)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.wire import Precision, rounded
+
+GRAD_EXPONENT = 0
+"""Projected gradients travel under a fixed scale: each is rounded before the next one is known."""
+
+
+class Movable(Protocol):
+    """What local steps need of a model: `fedkseed.Binding` has it."""
+
+    def move(self, indices: Sequence[int], amounts: Sequence[float]) -> None:
+        """Move the weights by `sum_i amounts[i] z_indices[i]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How local steps are taken.
+
+    Attributes:
+        lr: learning rate.
+        eps: half the distance of the two probes, in units of z.
+        max_grad: a projected gradient larger than this is dropped.
+        loss_clip: a step whose two losses differ by more than this is dropped; None keeps all.
+        precision: of the projected gradients, rounded before they are used.
+    """
+
+    lr: float
+    eps: float
+    max_grad: float = 1e4
+    loss_clip: float | None = None
+    precision: Precision = "float32"
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """What came of n local steps: projected gradients float32[n] (0 where dropped), dropped steps, mean losses float64[n]."""
+
+    projected_grads: NDArray[np.float32]
+    dropped: tuple[int, ...]
+    losses: NDArray[np.float64]
+
+
+def projected_grad(loss_plus: float, loss_minus: float, eps: float) -> float:
+    """The two-point estimate of `z . grad L` from the losses at w + eps z and w - eps z; its error falls as eps^2."""
+    return (loss_plus - loss_minus) / (2 * eps)
+
+
+def local_steps(model: Movable, indices: Sequence[int], loss: Callable[[int], float], settings: StepSettings) -> LocalSteps:
+    """Take one two-point step along each given perturbation, in order: `w <- w - lr g z`, two passes over the weights a step.
+
+    The move back from a step's second probe, its update and the next step's first probe are one pass. A step whose
+    losses are not finite, or that `settings` excludes, leaves the weights where they were.
+
+    Args:
+        model: the weights; moved in place, and at the end where the updates have led.
+        indices: the seed of each step.
+        loss: the loss at the current weights on the batch of step t, as a function of t; called twice a step.
+        settings: learning rate, probe distance and what is dropped.
+    """
+    eps = float(np.float32(settings.eps))  # few bits, so that half-precision coefficients add up exactly in float64
+    grads = np.zeros(len(indices), np.float32)
+    losses = np.full(len(indices), math.nan)
+    dropped = []
+    for t, index in enumerate(indices):
+        if t == 0:
+            model.move([index], [eps])
+        plus = loss(t)
+        model.move([index], [-2 * eps])
+        minus = loss(t)
+        losses[t] = (plus + minus) / 2
+        grad = projected_grad(plus, minus, eps)
+        if math.isfinite(grad) and abs(grad) <= settings.max_grad and not _clipped(plus - minus, settings.loss_clip):
+            grads[t] = rounded(np.array([grad]), settings.precision, GRAD_EXPONENT)[0]
+        else:
+            dropped.append(t)
+        back = eps - float(update(settings.lr, grads[t]))
+        following = indices[t + 1 : t + 2]
+        model.move([index, *following], [back, *[eps] * len(following)])
+    return LocalSteps(grads, tuple(dropped), losses)
+
+
+def update(lr: float, grad: np.floating) -> np.float32:
+    """How far one step goes along its perturbation: `lr g`, rounded to binary32 once."""
+    return np.float32(lr * float(grad))
+
+
+def _clipped(difference: float, loss_clip: float | None) -> bool:
+    return loss_clip is not None and abs(difference) > loss_clip

@@ -1,0 +1,33 @@
+"""What all tests share: the shared folder, Hypothesis without chance, and torch's number of threads put back."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomised: a failure repeats, and a run that passes today passes tomorrow.
+settings.register_profile(
+    "fedkseed", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("fedkseed")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the shared models and vectors: $FEDKSEED_SHARED, or `shared` beside the checkout."""
+    default = Path(__file__).resolve().parents[1].parent / "shared"
+    path = Path(os.environ.get("FEDKSEED_SHARED", default))
+    if not path.is_dir():
+        pytest.skip(f"no shared folder at {path}; set FEDKSEED_SHARED to where it is")
+    return path
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    """Lets a test set torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

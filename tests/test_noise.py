@@ -1,0 +1,432 @@
+"""The backends' one operation, the sweep, and how a backend is chosen: every law over every backend."""
+
+import importlib
+import logging
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import laws
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedkseed as fk
+from fedkseed.errors import BackendError, FedKSeedError, InvalidValueError
+from fedkseed.noise import QUANTUM, HadamardMixture, Slot, cpu, get_backend, tensor_id
+
+KEY = 0x0123456789ABCDEF
+NAME = "model.layers.3.self_attn.q_proj.weight"
+backends = pytest.mark.parametrize("backend", laws.BACKENDS)
+families = pytest.mark.parametrize("family", laws.FAMILIES)
+half_types = pytest.mark.parametrize("kind", laws.HALF_TYPES, ids=str)
+
+
+def coefficients_for(family: str, size: int, seed: int = 0):
+    """Plain ones, all of them or (gaussian, where each costs a pass) six."""
+    a = np.zeros(size, np.float32)
+    few = np.random.default_rng(seed).choice(size, min(size, 6), replace=False) if family == "gaussian" else slice(None)
+    a[few] = np.random.default_rng(seed).standard_normal(size).astype(np.float32)[few]
+    return a
+
+
+def mixture_for(family: str, size: int = 300, seed: int = 0):
+    return fk.SeedPool(KEY, size, family).mixture_of(coefficients_for(family, size, seed))
+
+
+def of_patterns(patterns, kind: torch.dtype) -> torch.Tensor:
+    """A tensor of these bits."""
+    signed = np.asarray(patterns).astype(np.int32 if kind == torch.float32 else np.uint16)
+    return torch.from_numpy(signed if kind == torch.float32 else signed.view(np.int16)).view(kind)
+
+
+def some_base(n: int, kind: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Plain values with zeros of both signs, subnormals, the largest numbers and infinities among them."""
+    torch_generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=torch_generator).to(kind)
+    largest, tiny = torch.finfo(kind).max, torch.finfo(kind).smallest_normal
+    edges = torch.tensor([0.0, -0.0, tiny, -tiny / 2, tiny / 8, largest, -largest, torch.inf, -torch.inf]).to(kind)
+    x[: min(n, 9)] = edges[: min(n, 9)]
+    if n > 5000:
+        x[4990:4999] = edges
+    return x
+
+
+def swept(backend, mixture, base, kind, name=NAME, start=0, n=None):
+    """cast(base + mixture) in a tensor of the given type; base may be None."""
+    out = torch.full([len(base) if n is None else n], 7, dtype=kind)
+    get_backend(backend).sweep(mixture, [Slot(out, base, tensor_id(name), start)])
+    return out
+
+
+# --- cast(widen(base) + s) for all pairs of types ---
+
+SIZES = (1, 2, 3, 127, 128, 129, 511, 512, 513, 4095, 4096, 4097, 70_003)
+
+
+@backends
+@families
+@pytest.mark.parametrize("out_kind", laws.FLOAT_TYPES, ids=str)
+@pytest.mark.parametrize("base_kind", laws.FLOAT_TYPES, ids=str)
+def test_a_sweep_stores_the_rounded_sum_of_base_and_mixture(backend, family, base_kind, out_kind):
+    coefficients, mixture = coefficients_for(family, 300), mixture_for(family)
+    whole = laws.noise_sum(family, KEY, NAME, max(SIZES), coefficients)
+    for n in SIZES:
+        base = some_base(n, base_kind)
+        before = laws.bits(base).copy()
+        expected = laws.cast(laws.add(laws.widen(base), whole[:n]), out_kind)
+        np.testing.assert_array_equal(laws.bits(swept(backend, mixture, base, out_kind)), expected)
+        np.testing.assert_array_equal(laws.bits(base), before)
+
+
+@backends
+@families
+@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+def test_a_sweep_without_base_stores_the_rounded_mixture(backend, family, kind):
+    for n in SIZES:
+        s = laws.noise_sum(family, KEY, NAME, n, coefficients_for(family, 300))
+        np.testing.assert_array_equal(laws.bits(swept(backend, mixture_for(family), None, kind, n=n)), laws.cast(s, kind))
+
+
+@backends
+@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+def test_a_sweep_without_base_keeps_the_mixtures_zeros_of_both_signs(backend, kind):
+    mixture = HadamardMixture(KEY, np.zeros(128, np.float32))
+    out = swept(backend, mixture, None, kind, n=300)
+    assert (out == 0).all()
+    sign, _ = laws.signs_and_buckets(KEY, 128, NAME, 300)
+    np.testing.assert_array_equal(np.signbit(out.float().numpy()), sign == 1)
+
+
+@backends
+@families
+@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+def test_a_sweep_in_place_equals_one_into_another_tensor(backend, family, kind):
+    base = some_base(70_003, kind)
+    expected = swept(backend, mixture_for(family), base, kind)
+    get_backend(backend).sweep(mixture_for(family), [Slot(base, base, tensor_id(NAME))])
+    np.testing.assert_array_equal(laws.bits(base), laws.bits(expected))
+
+
+@backends
+@families
+@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+def test_a_sweep_writes_nothing_beside_its_slot(backend, family, kind):
+    """Also at addresses that are not a multiple of a vector's width."""
+    for n in (1, 127, 129, 513, 4097):
+        for offset in (1, 3, 8):
+            room = torch.full([n + offset + 600], 3, dtype=kind)
+            source = torch.cat([torch.ones(offset + 1), torch.randn(n, generator=torch.Generator().manual_seed(n))]).to(kind)
+            out, base = room[offset : offset + n], source[offset + 1 :]
+            get_backend(backend).sweep(mixture_for(family), [Slot(out, base, tensor_id(NAME))])
+            expected = swept("reference", mixture_for(family), base.clone(), kind)
+            np.testing.assert_array_equal(laws.bits(out), laws.bits(expected))
+            assert (room[:offset] == 3).all()
+            assert (room[offset + n :] == 3).all()
+
+
+@backends
+@families
+def test_a_sweep_of_no_slots_or_empty_ones_does_nothing(backend, family):
+    get_backend(backend).sweep(mixture_for(family), [])
+    empty, full = torch.empty(0), torch.zeros(5)
+    get_backend(backend).sweep(mixture_for(family), [Slot(empty, empty, 1), Slot(full, full, 2), Slot(empty, None, 3)])
+    assert (full != 0).all()
+
+
+# --- half precision, pattern by pattern ---
+
+
+@backends
+@half_types
+def test_widening_is_exact_for_every_half_pattern(backend, kind):
+    """A mixture of zeros added to each of the 65,536 patterns, into float32."""
+    patterns = np.arange(65536)
+    mixture = HadamardMixture(KEY, np.zeros(128, np.float32))
+    wide = swept(backend, mixture, of_patterns(patterns, kind), torch.float32)
+    values = laws.decode(patterns, kind)
+    np.testing.assert_array_equal(wide.numpy(), values.astype(np.float32))  # (NaN where NaN is due, too)
+    nonzero = ~np.isnan(values) & (values != 0)
+    np.testing.assert_array_equal(laws.bits(wide)[nonzero], laws.bits(values.astype(np.float32))[nonzero])
+    np.testing.assert_array_equal(wide.numpy(), of_patterns(patterns, kind).float().numpy())  # torch's opinion
+
+    # the zeros: -0 + (-0) is -0, every other sum of two zeros is +0
+    sign, _ = laws.signs_and_buckets(KEY, 128, NAME, 65536)
+    negative = np.signbit(values) & (sign == 1)
+    np.testing.assert_array_equal(np.signbit(wide.numpy())[values == 0], negative[values == 0])
+
+
+@backends
+@half_types
+def test_every_half_pattern_comes_back_from_a_round_trip(backend, kind):
+    patterns = np.arange(65536)
+    mixture = HadamardMixture(KEY, np.zeros(128, np.float32))
+    back = swept(backend, mixture, of_patterns(patterns, kind), kind)
+    values = laws.decode(patterns, kind)
+    kept = ~np.isnan(values) & (values != 0)
+    np.testing.assert_array_equal(laws.bits(back)[kept], patterns[kept])
+    assert torch.isnan(back).numpy().tolist() == np.isnan(values).tolist()
+
+
+def hard_to_round(kind: torch.dtype) -> np.ndarray:
+    """float32 patterns: every half-precision value and every middle of two, and their neighbours; edges; a sample."""
+    halves = laws.decode(np.arange(65536), kind).astype(np.float32)
+    finite = np.sort(halves[np.isfinite(halves)]).astype(np.float64)
+    middles = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+    overflow = 2 * finite[-1] - finite[-2]
+    ends = np.array([(finite[-1] + overflow) / 2, overflow, 3e38, np.inf], np.float64).astype(np.float32)
+    around = laws.bits(np.concatenate([halves, middles, ends, -ends])).astype(np.int64)
+    around = (around[:, None] + np.array([-2, -1, 0, 1, 2])).reshape(-1)
+    subnormals = np.concatenate([np.arange(3000), np.arange(0, 2**23, 4099), np.arange(2**23 - 3000, 2**23 + 3000)])
+    special = [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0xFF7FFFFF]
+    sample = np.arange(2**18, dtype=np.int64) * 2654435761 + 1
+    return (np.concatenate([around, subnormals, subnormals + 2**31, special, sample]) % 2**32).astype(np.uint32)
+
+
+@backends
+@half_types
+def test_rounding_is_to_nearest_even_for_all_hard_patterns(backend, kind):
+    patterns = hard_to_round(kind)
+    mixture = HadamardMixture(KEY, np.zeros(128, np.float32))
+    base = of_patterns(patterns, torch.float32)
+    rounded = laws.bits(swept(backend, mixture, base, kind))
+    values = patterns.view(np.float32)
+    sign, _ = laws.signs_and_buckets(KEY, 128, NAME, len(patterns))
+    expected = laws.encode(values + np.where(sign == 1, np.float32(-0.0), np.float32(0)), kind)
+    np.testing.assert_array_equal(rounded, expected)  # a NaN becomes the canonical one, so that digests agree
+
+    # what others say of all but NaN and zeros
+    plain = ~np.isnan(values) & (values != 0)
+    np.testing.assert_array_equal(rounded[plain], laws.bits(base.to(kind))[plain])
+    if kind == torch.float16:
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(rounded[plain], values.astype(np.float16).view(np.uint16)[plain])
+
+
+@half_types
+def test_rounding_the_other_way_on_ties_or_twice_would_be_noticed(kind):
+    """Negative control: the patterns above tell round-half-up, truncation and a second rounding from the right one."""
+    values = hard_to_round(kind).view(np.float32)
+    values = values[np.isfinite(values)]
+    right = laws.encode(values, kind)
+    drop = 32 - 16 if kind == torch.bfloat16 else 13
+    with np.errstate(over="ignore", invalid="ignore"):
+        bits = laws.bits(values)
+        half_up = (bits + np.uint32(1 << (drop - 1))).view(np.float32)
+        truncated = (bits & ~np.uint32((1 << drop) - 1)).view(np.float32)
+        chopped = (bits & ~np.uint32(1)).view(np.float32)  # one bit lost before the rounding
+    assert (
+        laws.encode(np.where(bits >> (drop - 1) & 1, (half_up.view(np.uint32) >> drop << drop).view(np.float32), values), kind)
+        != right
+    ).any()
+    assert (laws.encode(truncated, kind) != right).any()
+    assert (laws.encode(chopped, kind) != right).any()
+
+
+@pytest.mark.slow
+@half_types
+def test_rounding_agrees_with_torch_on_all_2_32_patterns(kind):
+    mixture = HadamardMixture(KEY, np.zeros(128, np.float32))
+    for first in range(0, 2**32, 2**24):
+        base = of_patterns(np.arange(first, first + 2**24, dtype=np.int64).astype(np.uint32).view(np.int32), torch.float32)
+        ours, theirs = swept("cpu", mixture, base, kind), base.to(kind)
+        same = (ours.view(torch.int16) == theirs.view(torch.int16)) | (torch.isnan(ours) & torch.isnan(theirs)) | (base == 0)
+        assert same.all()
+
+
+@backends
+@families
+@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+def test_nan_weights_stay_nan_with_the_references_bits(backend, family, kind):
+    base = torch.tensor([1.0, torch.nan, -torch.nan, 2.0]).to(kind).repeat(50)
+    out = swept(backend, mixture_for(family), base, kind)
+    assert torch.isnan(out).tolist() == [False, True, True, False] * 50
+    np.testing.assert_array_equal(laws.bits(out), laws.bits(swept("reference", mixture_for(family), base, kind)))
+
+
+# --- the cut into slots ---
+
+
+@backends
+@families
+@given(data=st.data())
+def test_the_cut_into_slots_changes_no_bit(backend, family, data):
+    """A tensor in any pieces at multiples of QUANTUM, in any order, among other tensors."""
+    size = data.draw(st.sampled_from([1, 300, 4096, 65536]), label="K")
+    n = data.draw(st.integers(1, 3), label="quanta") * QUANTUM + data.draw(st.sampled_from([0, 1, 77, 65535]), label="rest")
+    kind = data.draw(st.sampled_from(laws.FLOAT_TYPES), label="type")
+    cuts = sorted(data.draw(st.sets(st.integers(1, (n - 1) // QUANTUM)), label="cuts")) if n > QUANTUM else []
+    edges = [0, *(cut * QUANTUM for cut in cuts), n]
+    mixture = mixture_for(family, size)
+    base = some_base(n, kind)
+    whole = swept("cpu", mixture, base, kind)
+    pieces = torch.full([n], 7, dtype=kind)
+    other = torch.zeros(1000)
+    slots = [Slot(pieces[a:b], base[a:b], tensor_id(NAME), a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    slots.append(Slot(other, other, tensor_id("other")))
+    random.Random(data.draw(st.integers(0, 99), label="order")).shuffle(slots)
+    get_backend(backend).sweep(mixture, slots)
+    np.testing.assert_array_equal(laws.bits(pieces), laws.bits(whole))
+    np.testing.assert_array_equal(
+        laws.bits(other), laws.bits(swept("reference", mixture, torch.zeros(1000), torch.float32, "other"))
+    )
+
+
+@backends
+@families
+@pytest.mark.parametrize("size", [5, 4096, 65536])
+@pytest.mark.parametrize("start", [2**31, 2**32, 2**34 - QUANTUM], ids=["2^31", "2^32", "the end"])
+def test_positions_up_to_2_34_are_counted_without_overflow(backend, family, size, start):
+    coefficients = coefficients_for(family, size)
+    mixture = fk.SeedPool(KEY, size, family).mixture_of(coefficients)
+    out = swept(backend, mixture, None, torch.float32, start=start, n=QUANTUM)
+    if family == "gaussian":  # the transcription walks all K coefficients; six are not zero
+        few = np.flatnonzero(coefficients)
+        expected = np.zeros(QUANTUM, np.float32)
+        for k in few:
+            expected = expected + coefficients[k] * laws.gaussian_z(KEY, NAME, QUANTUM, int(k), start)
+    else:
+        expected = laws.hadamard_sum(KEY, size, NAME, QUANTUM, coefficients, start)
+    np.testing.assert_array_equal(laws.bits(out), laws.bits(expected))
+
+
+# --- threads ---
+
+
+def model_of_odd_sizes(kinds):
+    """Tensors whose ends lie nowhere near a share's."""
+    sizes = (300_001, 7, QUANTUM + 1, 524_289, 1, 900_003, 3 * QUANTUM + 5, 128, 700_001)
+    return {f"t{i}": some_base(n, kinds[i % len(kinds)], i) for i, n in enumerate(sizes)}
+
+
+def sweep_model(backend, mixture, tensors):
+    outs = {name: torch.full_like(x, 7) for name, x in tensors.items()}
+    get_backend(backend).sweep(mixture, [Slot(outs[name], x, tensor_id(name)) for name, x in tensors.items()])
+    return {name: laws.bits(x) for name, x in outs.items()}
+
+
+@pytest.fixture
+def thread_counts(monkeypatch):
+    """How many threads each sweep started; sweeps in the calling thread are not listed."""
+    counts = []
+
+    def counting(threads):
+        counts.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr(cpu, "ThreadPoolExecutor", counting)
+    return counts
+
+
+@pytest.mark.usefixtures("torch_threads")
+@families
+@pytest.mark.parametrize("kinds", [[torch.float32], [torch.bfloat16, torch.float32, torch.float16]], ids=["one", "mixed"])
+def test_the_number_of_torch_threads_changes_no_bit(family, kinds, thread_counts):
+    mixture, tensors = mixture_for(family), model_of_odd_sizes(kinds)
+    assert sum(x.numel() for x in tensors.values()) >= 5 * cpu.ELEMENTS_PER_THREAD
+    results = {}
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results[threads] = sweep_model("cpu", mixture, tensors)
+    assert thread_counts == [2, 3, 5]  # the threads were there
+    results["reference"] = sweep_model("reference", mixture, tensors)
+    for result in results.values():
+        for name, expected in results[1].items():
+            np.testing.assert_array_equal(result[name], expected)
+
+
+@pytest.mark.usefixtures("torch_threads")
+@families
+@given(data=st.data())
+def test_any_number_of_threads_covers_every_element_once(family, data):
+    """More threads than pieces, shares that end inside tensors, tensors smaller than a share, in place."""
+    sizes = data.draw(
+        st.lists(st.sampled_from([1, 5, 128, 1000, QUANTUM - 1, QUANTUM, QUANTUM + 1, 2 * QUANTUM + 9]), min_size=1, max_size=6)
+    )
+    mixture = mixture_for(family, 4)
+    tensors = [torch.arange(n, dtype=torch.float32) for n in sizes]
+    expected = [laws.bits(swept("reference", mixture, x, torch.float32, f"t{i}")) for i, x in enumerate(tensors)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "ELEMENTS_PER_THREAD", 1)
+        torch.set_num_threads(data.draw(st.sampled_from([2, 3, 4, 7, 16])))
+        get_backend("cpu").sweep(mixture, [Slot(x, x, tensor_id(f"t{i}")) for i, x in enumerate(tensors)])
+    for x, right in zip(tensors, expected, strict=True):
+        np.testing.assert_array_equal(laws.bits(x), right)
+
+
+@pytest.mark.usefixtures("torch_threads")
+@families
+def test_sweeps_from_several_python_threads_do_not_disturb_each_other(family):
+    torch.set_num_threads(2)
+    mixtures = [mixture_for(family, 300, seed) for seed in range(4)]
+    tensors = {"a": some_base(700_001, torch.float32), "b": some_base(600_001, torch.bfloat16)}
+    alone = [sweep_model("cpu", mixture, tensors) for mixture in mixtures]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda mixture: sweep_model("cpu", mixture, tensors), mixtures))
+    for one, other in zip(alone, together, strict=True):
+        for name in tensors:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+# --- choosing a backend ---
+
+
+def test_auto_takes_the_cpu_backend_without_a_word(caplog):
+    with caplog.at_level(logging.DEBUG):
+        assert get_backend("auto").name == "cpu"
+        assert get_backend().name == "cpu"
+    assert not caplog.records
+
+
+@backends
+def test_a_backend_is_found_by_its_name(backend):
+    assert get_backend(backend).name == backend
+
+
+@pytest.fixture
+def no_numba(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fedkseed.noise.cpu", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)  # what `import numba` finds where it is not installed
+    with pytest.raises(ImportError):
+        importlib.import_module("numba")
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_a_named_backend_that_cannot_run_says_what_to_install():
+    pool = fk.SeedPool(KEY, 4)
+    for call in (
+        lambda: get_backend("cpu"),
+        lambda: pool.perturbation("w", 10, 1, backend="cpu"),
+        lambda: pool.combine("w", 10, np.zeros(4, np.float32), backend="cpu"),
+        lambda: fk.bind(torch.nn.Linear(2, 2), pool, backend="cpu"),
+    ):
+        with pytest.raises(BackendError, match=r"backend 'cpu' cannot run here .*pip install 'numba"):
+            call()
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_auto_falls_back_to_the_reference_with_one_line_in_the_log(caplog):
+    with caplog.at_level(logging.DEBUG):
+        z = fk.SeedPool(KEY, 4).perturbation("w", 300, 1)
+    np.testing.assert_array_equal(z, laws.hadamard_z(KEY, 4, "w", 300, 1))
+    assert len(caplog.records) == 1
+    record = caplog.records[0]
+    assert record.levelno == logging.WARNING
+    assert record.name.startswith("fedkseed")
+    for word in ("reference", "cpu", "numba"):
+        assert word in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["", "CPU", "numpy", None, 3], ids=repr)
+def test_an_unknown_backend_is_refused_with_the_list_of_those_there_are(name):
+    with pytest.raises(InvalidValueError, match=r"'auto', 'reference', 'cpu'") as error:
+        get_backend(name)
+    assert repr(name) in str(error.value)
+
+
+def test_the_gpu_backend_that_is_not_there_yet_is_refused_by_name():
+    with pytest.raises(FedKSeedError, match="'gpu'"):
+        fk.SeedPool(KEY, 4).perturbation("w", 10, 1, backend="gpu")
