@@ -274,16 +274,86 @@ def add(x: NDArray[F32], y: NDArray[F32]) -> NDArray[F32]:
         return x + y
 
 
-def rebuilt(
-    w0: torch.Tensor,
-    kind: torch.dtype,
-    family: str,
-    key: int,
-    name: str,
-    coefficients: NDArray[F32],
-) -> NDArray[np.unsignedinteger]:
-    """The bits of cast(w0 + sum_k a_k z_k)."""
-    return cast(add(widen(w0), noise_sum(family, key, name, w0.numel(), coefficients)), kind)
+class Weight:
+    """One tunable tensor that follows the rules of docs/noise.md literally; `now` holds the bits it must have."""
+
+    def __init__(self, name: str, w0: torch.Tensor, kind: torch.dtype, family: str, key: int, size: int) -> None:
+        self.name, self.n, self.kind, self.family, self.key = name, w0.numel(), kind, family, key
+        self.w0 = widen(w0)
+        self.a = np.zeros(size, np.float64)
+        self.centre: NDArray[F32] | None = None
+        self.now = cast(self.w0, kind)  # binding leaves the weights as they are
+
+    def noise(self, a: NDArray[np.float64]) -> NDArray[F32]:
+        return noise_sum(self.family, self.key, self.name, self.n, a.astype(F32))
+
+    def rebuild(self, coefficients: NDArray[F32]) -> None:
+        self.a, self.centre = coefficients.astype(np.float64), None
+        self.now = cast(add(self.w0, self.noise(self.a)), self.kind)
+
+    def move(self, indices: list[int], amounts: list[float]) -> None:
+        delta = np.zeros_like(self.a)
+        for k, amount in zip(indices, amounts, strict=True):
+            delta[k] += amount
+        if self.kind == torch.float32:
+            self.now = bits(add(self.now.view(F32), self.noise(delta)))
+        elif self.family == "hadamard":
+            self.now = cast(add(self.w0, self.noise(self.a + delta)), self.kind)
+        else:
+            if self.centre is None:
+                self.centre = add(self.w0, self.noise(self.a))
+            self.centre = add(self.centre, self.noise(delta))
+            self.now = cast(self.centre, self.kind)
+        self.a = self.a + delta
+
+
+# --- Digests ---
+
+
+def tensor_digest(name: str, x: torch.Tensor) -> bytes:
+    header = json.dumps([name, list(x.shape), str(x.dtype).removeprefix("torch.")])
+    data = x.detach().contiguous().reshape(-1)
+    raw = bits(data).tobytes() if x.is_floating_point() and x.dtype != torch.float64 else data.numpy().tobytes()
+    return hashlib.sha256(header.encode("ascii") + b"\n" + raw).digest()
+
+
+def model_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """The digest of a model with these parameters, by canonical name."""
+    return hashlib.sha256(b"".join(tensor_digest(name, tensors[name]) for name in sorted(tensors))).hexdigest()
+
+
+# --- Models ---
+
+
+def module_of(tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()) -> torch.nn.Module:
+    """A module with these parameters under these dotted names; a Parameter may come under several names (tied)."""
+    root = torch.nn.Module()
+    for name, x in tensors.items():
+        at = root
+        *parents, last = name.split(".")
+        for parent in parents:
+            if parent not in dict(at.named_children()):
+                at.add_module(parent, torch.nn.Module())
+            at = at.get_submodule(parent)
+        parameter = x if isinstance(x, torch.nn.Parameter) else torch.nn.Parameter(x.clone(), requires_grad=False)
+        parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
+        at.register_parameter(last, parameter)
+    return root
+
+
+def all_bits(model: torch.nn.Module) -> dict[str, bytes]:
+    """The bytes of every parameter, by each of its names."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, x in named if x.numel()}
+
+
+def some_weights(shape: tuple[int, ...], kind: torch.dtype, seed: int) -> torch.Tensor:
+    """Weights as models have them, zeros of both signs, subnormals and large numbers among them."""
+    x = 0.1 * torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(seed))
+    tiny, largest = torch.finfo(kind).smallest_normal, torch.finfo(kind).max
+    edges = torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 8, 1.0, largest, -largest])
+    x[: min(9, x.numel())] = edges[: min(9, x.numel())]
+    return x.to(kind).reshape(shape)
 
 
 # --- Checks that more than one file makes ---

@@ -102,6 +102,27 @@ def test_the_bits_of_gaussian_noise_are_frozen(backend, name_key_k):
     assert laws.sha256(z) == FROZEN[name_key_k]
 
 
+def test_the_bits_of_docs_noise_md():
+    """The examples of docs/noise.md: pairs of words and their two values, and a perturbation's beginning."""
+    rows = """
+        00000000 00000000 40B89456 00000000
+        FFFFFFFF FFFFFFFF 39B504F3 AB0E2C19
+        80000000 20000000 3F55224C 3F55224B
+        12345678 9ABCDEF0 BFE92F36 BFB39380
+        6A09E667 40000000 80000000 3FA9F194
+        DEADBEEF CAFEBABE 3E102B5C BF024D52
+        B504F200 1FFFFFFF 3F16B55F 3F16B560"""
+    r, r2, first, second = np.array([[int(x, 16) for x in row.split()] for row in rows.split("\n")[1:]], np.uint32).T
+    for function in (*BOX_MULLER.values(), laws.box_muller):
+        z, z2 = function(r.copy(), r2.copy())
+        np.testing.assert_array_equal(laws.bits(z), first)
+        np.testing.assert_array_equal(laws.bits(z2), second)
+    beginning = "BEA6556E BF25E16F BF12278B 3F711DC9 3EEA25E0 BE5DF9A5 3F44A5EC BF09EBDB"
+    for backend in laws.BACKENDS:
+        z = fk.SeedPool(1, 1, "gaussian").perturbation("model.norm.weight", 8, 0, backend)
+        assert " ".join(f"{word:08X}" for word in laws.bits(z)) == beginning
+
+
 # --- accuracy, and the same bits ---
 
 

@@ -1,5 +1,6 @@
 """SeedPool: golden values, what a seed means by docs/noise.md, the laws of z, and what is refused."""
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -360,22 +361,37 @@ def test_the_global_generators_are_neither_read_nor_moved(backend, family):
     assert everything() == first
 
 
-@families
-def test_torchs_default_dtype_and_device_do_not_matter(family):
-    """Models are built under such defaults; the result is float32 in memory all the same."""
-    pool = fk.SeedPool(KEY, 8, family)
-    z = pool.perturbation("w", 300, 3)
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
     before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        for dtype in (torch.float64, torch.bfloat16):
-            torch.set_default_dtype(dtype)
-            np.testing.assert_array_equal(pool.perturbation("w", 300, 3), z)
+        yield
     finally:
         torch.set_default_dtype(before)
-    with torch.device("meta"):
-        np.testing.assert_array_equal(pool.perturbation("w", 300, 3), z)
-    with torch.inference_mode():
-        np.testing.assert_array_equal(pool.perturbation("w", 300, 3), z)
+
+
+SURROUNDINGS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+}
+
+
+@backends
+@families
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_torchs_defaults_do_not_matter(backend, family, surroundings):
+    """Models are built and loaded under such defaults; the result is float32 in memory all the same."""
+    pool = fk.SeedPool(KEY, 8, family)
+    z = pool.perturbation("w", 300, 3, backend)
+    with SURROUNDINGS[surroundings]():
+        result = pool.perturbation("w", 300, 3, backend)
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, z)
 
 
 # --- the pool as a value ---

@@ -107,6 +107,11 @@ class Binding:
             digest.update(tensor_digest(entry.name, x.shape, x.dtype, [x]))
         return digest.hexdigest()
 
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of all parameters, tuned or not, sorted."""
+        return [entry.name for entry in self._entries]
+
     def identity(self) -> BaseIdentity:
         """Which base model this is: a fingerprint of all parameters' base values, and which of them are tuned."""
         tunable = {entry.name for entry in self._tunable}

@@ -56,4 +56,10 @@ class LedgerError(FedKSeedError):
 
 
 class RunError(FedKSeedError):
-    """A run folder that cannot be used, or a federation that cannot go on."""
+    """A federation that cannot go on, or a run that cannot be written."""
+
+
+class RunFolderError(RunError):
+    """A folder that holds a run where none was expected, or none where one was."""
+
+    exit_code = 2

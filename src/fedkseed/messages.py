@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import msgpack
@@ -147,7 +148,7 @@ class TrainReply:
         _integer("num_examples", self.num_examples, 1, 2**53)
         _packed("projected_grads", self.projected_grads, 1, MAX_STEPS)
         steps = len(self.projected_grads.numbers) // DTYPES[self.projected_grads.precision].itemsize
-        for position, following in zip(self.dropped, (*self.dropped[1:], steps), strict=True):
+        for position, following in pairwise((*self.dropped, steps)):
             if not position < following:
                 raise ProtocolError(
                     f"dropped step {position} is followed by {following}; expected ascending positions in the reply"

@@ -1,0 +1,76 @@
+"""`fedkseed`: the commands. Heavy imports wait until a command runs, so that help is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from fedkseed import __version__
+from fedkseed.cli.simulate import simulate
+from fedkseed.errors import ConfigError, FedKSeedError
+
+app = typer.Typer(
+    name="fedkseed",
+    help="Federated fine-tuning of all parameters of a language model, for a few kilobytes a round.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(simulate)
+
+RunOrLedger = Annotated[Path, typer.Argument(help="a run folder or a ledger file", metavar="RUN|LEDGER", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """Federated fine-tuning of all parameters of a language model, for a few kilobytes a round."""
+    if show:
+        print(f"fedkseed {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(ledger: RunOrLedger) -> None:
+    """Show what a ledger holds: base, pool, rounds, coefficients."""
+    from fedkseed.cli.inspect import inspect as show
+
+    show(ledger)
+
+
+@app.command()
+def export(
+    ledger: RunOrLedger,
+    output: Annotated[Path, typer.Argument(help="folder to make; with --ledger-only, file to write", metavar="OUTPUT")],
+    model: Annotated[str | None, typer.Option(help="the base model (default: the run's own)")] = None,
+    dtype: Annotated[str, typer.Option(help="precision of the exported weights: auto, float32, float16, bfloat16")] = "auto",
+    ledger_only: Annotated[bool, typer.Option("--ledger-only", help="write the published ledger, 8 to 16 KB")] = False,
+) -> None:
+    """Write the tuned model as a Hugging Face folder, or the ledger in its published form."""
+    from fedkseed.cli.export import Dtype
+    from fedkseed.cli.export import export as write
+
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"--dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")
+    write(ledger, output, model, dtype, ledger_only)  # type: ignore[arg-type]
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, memory, noise backends and whether their bits are right."""
+    from fedkseed.cli.doctor import doctor as check
+
+    check()
+
+
+def main() -> None:
+    """Run the command line; errors of a user's making are one line on stderr and exit code 2 (usage) or 1 (failure)."""
+    try:
+        app()
+    except FedKSeedError as error:
+        print(f"fedkseed: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("fedkseed: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,116 @@
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere, TensorBoard on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedkseed.errors import ConfigError
+from fedkseed.simulation_config import SimulationConfig
+
+
+def summary(event: dict[str, Any], num_rounds: int) -> str:
+    """One line for an event."""
+    place = f"round {event['server_round']}/{num_rounds}"
+    if event["event"] == "evaluation":
+        return f"{place}: held-out loss {event['eval_loss']:.4f}"
+    loss = "-" if event["train_loss"] is None else f"{event['train_loss']:.4f}"
+    dropped = f", {event['dropped_steps']} steps dropped" if event["dropped_steps"] else ""
+    refused = f", {len(event['refused'])} replies refused" if event["refused"] else ""
+    return (
+        f"{place}: loss {loss} at {event['num_replies']} clients, {event['bytes_down']:,.0f} bytes down and "
+        f"{event['bytes_up']:,.0f} up each, {event['seconds']:.1f} s{dropped}{refused}"
+    )
+
+
+class PlainDisplay:
+    """A line for every note and event."""
+
+    def __init__(self, config: SimulationConfig, console: Console) -> None:
+        self._config, self._console = config, console
+
+    def note(self, text: str) -> None:
+        """See `fedkseed.simulation.Observer`."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
+        """See `fedkseed.simulation.Observer`; too fine for lines."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """See `fedkseed.simulation.Observer`."""
+        self.note(summary(event, self._config.num_rounds))
+
+
+class LiveDisplay(PlainDisplay):
+    """The lines, and below them two bars: rounds and the steps of the round, with the loss and the time left."""
+
+    def __init__(self, config: SimulationConfig, progress: Progress) -> None:
+        super().__init__(config, progress.console)
+        self._progress = progress
+        self._steps = max(1, int(config.fraction_train * config.num_clients)) * config.local_steps
+        self._bar = progress.add_task("starting", total=config.num_rounds * self._steps, visible=False)
+        self._held_out = ""
+
+    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
+        """See `fedkseed.simulation.Observer`."""
+        tau = self._config.local_steps
+        done = (server_round - 1) * self._steps + (place - 1) * tau + step
+        text = (
+            f"round {server_round}/{self._config.num_rounds}  {client} ({place}/{cohort})  step {step + 1}/{tau}  "
+            f"loss {loss:.3f}{self._held_out}"
+        )
+        if not self._progress.tasks[self._bar].visible:
+            self._progress.reset(self._bar, completed=done, visible=True)
+        self._progress.update(self._bar, completed=done, description=text)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """See `fedkseed.simulation.Observer`."""
+        if event["event"] == "evaluation":
+            self._held_out = f"  held-out {event['eval_loss']:.4f}"
+        super().event(event)
+
+
+class TensorBoard:
+    """Another observer, and every number of every event in a TensorBoard log beside it."""
+
+    def __init__(self, inner: PlainDisplay, writer: Any) -> None:
+        self._inner, self._writer = inner, writer
+        self.note, self.probe = inner.note, inner.probe
+
+    def event(self, event: dict[str, Any]) -> None:
+        """See `fedkseed.simulation.Observer`."""
+        for name, value in event.items():
+            if isinstance(value, (int, float)) and name != "server_round":
+                self._writer.add_scalar(f"{event['event']}/{name}", value, event["server_round"])
+        self._writer.flush()
+        self._inner.event(event)
+
+
+@contextmanager
+def watching(config: SimulationConfig, folder: Path, tensorboard: bool) -> Iterator[PlainDisplay | TensorBoard]:
+    """The observer that suits where the output goes.
+
+    Raises:
+        ConfigError: TensorBoard was asked for and is not installed.
+    """
+    console = Console()
+    wrap: Any = _tensorboard(folder) if tensorboard else lambda display: display
+    if not console.is_terminal:
+        yield wrap(PlainDisplay(config, console))
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+        yield wrap(LiveDisplay(config, progress))
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("--tensorboard needs an extra; install it with: pip install 'fedkseed[tensorboard]'") from error
+    return lambda display: TensorBoard(display, SummaryWriter(folder / "tensorboard"))

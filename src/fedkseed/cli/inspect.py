@@ -1,0 +1,43 @@
+"""`fedkseed inspect`: what a ledger holds."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fedkseed.ledger import Ledger
+from fedkseed.run_folder import LEDGER
+
+
+def ledger_path(path: Path) -> Path:
+    """The ledger's file, of a run folder or itself."""
+    return path / LEDGER if path.is_dir() else path
+
+
+def inspect(path: Path) -> None:
+    """Print a ledger's identity and the distribution of its coefficients.
+
+    Raises:
+        LedgerError: it cannot be read.
+    """
+    file = ledger_path(path)
+    ledger = Ledger.load(file)
+    a = np.abs(ledger.coefficients)
+    rows = {
+        "file": f"{file}, {file.stat().st_size:,} bytes, {'checkpoint of a run' if ledger.history else 'published'}",
+        "digest": ledger.digest(),
+        "rounds": f"{ledger.round}",
+        "pool": f"K = {ledger.pool.size}, {ledger.pool.family}, key {ledger.pool.key:#018x}",
+        "base": f"{ledger.base.fingerprint} ({len(ledger.base.digests)} parameters, {len(ledger.base.frozen)} frozen)",
+        "precision": ledger.precision,
+        "coefficients": f"{np.count_nonzero(a)} of {a.size} not zero; |a|: mean {a.mean():.3g}, largest {a.max():.3g}",
+        "distance": f"{np.sqrt(np.sum(ledger.coefficients.astype(np.float64) ** 2)):.3g} per parameter (root of sum a^2)",
+    }
+    if ledger.history is not None:
+        counts = ledger.history.grad_counts
+        rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(soft_wrap=True).print(table)

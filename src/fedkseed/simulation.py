@@ -1,0 +1,293 @@
+"""A whole federation in one process: the clients share one model in memory, every message passes through its bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkseed.binding import Binding, bind
+from fedkseed.data import (
+    EncodedData,
+    EncodedExample,
+    Example,
+    collate,
+    dirichlet,
+    encode,
+    get_template,
+    iid,
+    pad_token_id,
+    read_jsonl,
+    split_off,
+)
+from fedkseed.errors import DataError, LedgerError, RunError
+from fedkseed.evaluation import evaluate_loss, mean_loss
+from fedkseed.federation import Client, Outcome, Server, seed_pool, start
+from fedkseed.ledger import Ledger
+from fedkseed.models import base_path, load_model, load_tokenizer
+from fedkseed.randomness import generator
+from fedkseed.run_folder import RunFolder
+from fedkseed.simulation_config import SimulationConfig
+
+EVAL_FRACTION = 0.05
+EVAL_BATCH = 8
+
+
+class Observer(Protocol):
+    """Who watches a run: the live display, plain lines, or nobody."""
+
+    def note(self, text: str) -> None:
+        """One line about what is being done or was found."""
+        ...
+
+    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
+        """A client, the `place`-th of its cohort, has measured a loss in a step."""
+        ...
+
+    def event(self, event: dict[str, Any]) -> None:
+        """What was just added to `metrics.jsonl`."""
+        ...
+
+
+class Stopwatch:
+    """Seconds by activity since it was last read."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Count the time inside as that activity."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[activity] += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far, and start anew."""
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
+
+
+class TimedModel:
+    """A bound model whose sweeps are timed."""
+
+    def __init__(self, bound: Binding, watch: Stopwatch) -> None:
+        self.pool, self._bound, self._watch = bound.pool, bound, watch
+
+    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
+        """See `Binding.rebuild`."""
+        with self._watch("rebuild"):
+            self._bound.rebuild(coefficients)
+
+    def move(self, indices: Sequence[int], amounts: Sequence[float]) -> None:
+        """See `Binding.move`."""
+        with self._watch("noise"):
+            self._bound.move(indices, amounts)
+
+
+class TextTask:
+    """A simulated client's records and their loss under the shared model; see `fedkseed.federation.Task`."""
+
+    def __init__(self, model: torch.nn.Module, examples: Sequence[EncodedExample], pad_id: int, watch: Stopwatch) -> None:
+        self._model, self._examples, self._pad_id, self._watch = model, examples, pad_id, watch
+        self._device = next(model.parameters()).device
+
+    @property
+    def num_examples(self) -> int:
+        """How many records the client holds."""
+        return len(self._examples)
+
+    def loss(self, records: NDArray[np.int64]) -> float:
+        """Mean loss over the response tokens of some records."""
+        with self._watch("forward"), torch.inference_mode():
+            batch = collate([self._examples[i] for i in records], self._pad_id, self._device)
+            return mean_loss(self._model, batch).item()
+
+
+@dataclass(frozen=True)
+class Records:
+    """Tokenised data, dealt out: each client's examples, the held-out ones, and what padding holds."""
+
+    clients: dict[str, list[EncodedExample]]
+    held_out: list[EncodedExample]
+    pad_id: int
+
+
+def prepare(config: SimulationConfig, observer: Observer) -> Records:
+    """Read, tokenise and deal out the data: everything that can go wrong before the model is loaded.
+
+    Raises:
+        DataError: a file cannot be read or used, or cannot be dealt out as asked.
+        ModelError: the tokenizer is missing or lacks what is needed.
+    """
+    tokenizer = load_tokenizer(config.model)
+    pad_id = pad_token_id(tokenizer)
+    train, held_out = load_examples(config)
+    template = get_template(config.template)
+    encoded = encode(train, tokenizer, config.max_length, template)
+    evaluation = encode(held_out, tokenizer, config.max_length, template)
+    observer.note(_describe("training", encoded))
+    observer.note(_describe("held-out", evaluation))
+    parts = deal([train[i].category for i in encoded.kept], config)
+    names = client_names(config.num_clients)
+    clients = {name: [encoded.examples[i] for i in part] for name, part in zip(names, parts, strict=True)}
+    return Records(clients, list(evaluation.examples[: config.eval_limit]), pad_id)
+
+
+class Simulation:
+    """A federation that is ready to run: model loaded and bound, server where the run's ledger is.
+
+    Args:
+        run: the run's folder; its ledger, if there is one, is gone on from.
+        records: the data.
+        observer: who watches.
+
+    Raises:
+        FedKSeedError: the model or the ledger cannot be used.
+    """
+
+    def __init__(self, run: RunFolder, records: Records, observer: Observer) -> None:
+        config = run.config
+        self.run, self.config, self.observer = run, config, observer
+        self._records, self._watch = records, Stopwatch()
+        ledger = run.load_ledger()
+        self.model = load_model(config.model, config.dtype, config.device)
+        self.model.requires_grad_(True)
+        self.bound = bind(self.model, seed_pool(config), base_path(config.model, self.model))
+        base = self.bound.identity()
+        if ledger is not None and (difference := ledger.base.difference(base, self.bound.names)):
+            raise LedgerError(f"{run.ledger_path} is of another base model than {config.model}: {difference}")
+        self.server = Server(config, ledger or start(config, base), list(records.clients))
+        shared = TimedModel(self.bound, self._watch)
+        self.clients = {
+            name: Client(name, shared, base, TextTask(self.model, examples, records.pad_id, self._watch))
+            for name, examples in records.clients.items()
+        }
+        d = sum(p.numel() for p in self.model.parameters())
+        observer.note(f"model: {config.model}, {d:,} parameters in {next(self.model.parameters()).dtype}".replace("torch.", ""))
+
+    def train(self) -> Ledger:
+        """Do all rounds that are left; after each the ledger is on the disk.
+
+        Raises:
+            RunError: a round failed three times for want of replies, or a file cannot be written; the ledger is safe.
+        """
+        self.run.cut_metrics(self.server.ledger.round)
+        evaluated = {event["server_round"] for event in self.run.metrics() if event["event"] == "evaluation"}
+        if self._due(self.server.ledger.round) and self.server.ledger.round not in evaluated:
+            self._evaluate()
+        while not self.server.finished:
+            self._round()
+            if self._due(self.server.ledger.round):
+                self._evaluate()
+        return self.server.ledger
+
+    def _round(self) -> None:
+        status = "repeat"
+        while status == "repeat":
+            begin = time.perf_counter()
+            requests = [(request, request.encode()) for request in self.server.plan()]
+            replies = []
+            for place, (request, data) in enumerate(requests, start=1):
+                heard = partial(self.observer.probe, request.server_round, request.client, place, len(requests))
+                replies.append((request.client, self.clients[request.client].answer(data, heard)))
+            outcome = self.server.absorb(replies)
+            status = outcome.status
+            event = self._round_event(outcome, request.lr) | {
+                "bytes_down": sum(len(data) for _, data in requests) / len(requests),
+                "bytes_up": sum(len(data) for _, data in replies) / len(replies),
+                "seconds": time.perf_counter() - begin,
+                "seconds_by": self._watch.read(),
+            }
+            for refusal in outcome.refusals:
+                self.observer.note(f"round {outcome.server_round}: reply of {refusal.client} refused: {refusal.reason}")
+            if status == "closed":
+                # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
+                self.run.append_metrics(event)
+                self.server.ledger.save(self.run.ledger_path)
+                self.observer.event(event)
+        if status == "failed":
+            raise RunError(
+                f"round {outcome.server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
+                f"the ledger of round {self.server.ledger.round} is safe in {self.run.path}: lower --min-replies, then --resume"
+            )
+
+    def _round_event(self, outcome: Outcome, lr: float) -> dict[str, Any]:
+        losses = [c.loss for c in outcome.contributions if c.loss is not None]
+        return {
+            "event": "round",
+            "server_round": outcome.server_round,
+            "lr": lr,
+            "num_replies": len(outcome.contributions),
+            "dropped_steps": outcome.dropped_steps,
+            "train_loss": sum(losses) / len(losses) if losses else None,
+            "clients": {c.client: {"weight": c.weight, "loss": c.loss} for c in outcome.contributions},
+            "refused": {refusal.client: refusal.reason for refusal in outcome.refusals},
+            "missing": list(outcome.missing),
+        }
+
+    def _due(self, server_round: int) -> bool:
+        return server_round % self.config.eval_every == 0 or server_round == self.config.num_rounds
+
+    def _evaluate(self) -> None:
+        ledger = self.server.ledger
+        begin = time.perf_counter()
+        self.bound.rebuild(ledger.coefficients)
+        result = evaluate_loss(self.model, self._records.held_out, EVAL_BATCH, self._records.pad_id)
+        if not math.isfinite(result.loss):
+            self.observer.note(f"round {ledger.round}: the held-out loss is {result.loss}; the run has diverged: lower --lr")
+        event = {
+            "event": "evaluation",
+            "server_round": ledger.round,
+            "eval_loss": result.loss,
+            "num_examples": result.num_examples,
+            "num_tokens": result.num_tokens,
+            "seconds": time.perf_counter() - begin,
+        }
+        self._watch.read()  # the rebuild here is part of the evaluation's own seconds
+        self.run.append_metrics(event)
+        self.observer.event(event)
+
+
+def client_names(num_clients: int) -> list[str]:
+    """Stable names of simulated clients: client-000, client-001, ..."""
+    width = len(str(num_clients - 1))
+    return [f"client-{i:0{width}}" for i in range(num_clients)]
+
+
+def load_examples(config: SimulationConfig) -> tuple[list[Example], list[Example]]:
+    """The clients' records and the held-out ones, before tokenising."""
+    examples = read_jsonl(config.data)
+    if config.eval_data is not None:
+        return examples, read_jsonl(config.eval_data)
+    if len(examples) < 2:
+        raise DataError(f"{config.data} has {len(examples)} record; expected enough to hold some out, or give --eval-data")
+    kept, held_out = split_off(len(examples), EVAL_FRACTION, generator(config.seed, "evaluation split"))
+    return [examples[i] for i in kept], [examples[i] for i in held_out]
+
+
+def deal(categories: Sequence[str], config: SimulationConfig) -> list[NDArray[np.int64]]:
+    """Which records each client holds, as positions."""
+    draw = generator(config.seed, "partition")
+    if config.partition == "iid":
+        return iid(len(categories), config.num_clients, draw)
+    return dirichlet(categories, config.num_clients, config.alpha, draw)
+
+
+def _describe(what: str, encoded: EncodedData) -> str:
+    return (
+        f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped (no response token), "
+        f"{encoded.num_truncated:,} cut ({encoded.num_tokens_cut:,} tokens)"
+    )
