@@ -1,5 +1,10 @@
-"""`python -m benchmarks`: every benchmark, one after the other."""
+"""`python -m benchmarks [NAME ...]`: the named benchmarks, or all, one after the other."""
 
-from . import noise
+import sys
 
-noise.main()
+from . import noise, step
+
+BENCHMARKS = {"noise": noise.main, "step": step.main}
+
+for name in sys.argv[1:] or BENCHMARKS:
+    BENCHMARKS[name]()

@@ -90,9 +90,9 @@ def report(title: str, name: str, rows: list[Row]) -> None:
     markdown = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     markdown += ["| what | median | lowest to highest | must | aim | |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        spread = f"{row.low:.3g} to {row.high:.3g}"
+        spread = f"{number(row.low)} to {number(row.high)}"
         budget = ["" if value is None else f"{value:g} {row.unit}" for value in (row.must, row.aim)]
-        cells = [row.what, f"{row.value:.3g} {row.unit}", spread, *budget, row.verdict]
+        cells = [row.what, f"{number(row.value)} {row.unit}", spread, *budget, row.verdict]
         table.add_row(*cells)
         markdown.append("| " + " | ".join(cells) + " |")
     Console().print(table)
@@ -100,3 +100,8 @@ def report(title: str, name: str, rows: list[Row]) -> None:
     (RESULTS / f"{name}.md").write_text("\n".join(markdown) + "\n")
     content = {"environment": facts, "rows": [asdict(row) for row in rows]}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def number(value: float) -> str:
+    """Three significant digits, and all digits of what is 1,000 or more."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
