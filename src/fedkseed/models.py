@@ -5,6 +5,7 @@ transformers is imported within the functions, so that importing this module is 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,43 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return tokenizer
 
     return _load(source, folder, "tokenizer", load)
+
+
+def context_length(source: str | Path) -> int | None:
+    """How many tokens the model of that folder or hub id takes, if its configuration says.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+
+    def load(local_files_only: bool) -> int | None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder or source, local_files_only=local_files_only, trust_remote_code=False)
+        return getattr(config, "max_position_embeddings", None)
+
+    folder = _folder(source)
+    if folder is not None:
+        _require(folder, ("config.json",), "config.json")
+    return _load(source, folder, "configuration", load)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder: whole, or not at all.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with _quiet(bars=False):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except Exception as error:  # OSError, and the safetensors library's own on a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ModelError(f"{folder}: cannot write the model ({_line(error)}); make room or choose another place") from error
 
 
 def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:

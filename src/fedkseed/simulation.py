@@ -29,11 +29,11 @@ from fedkseed.data import (
     read_jsonl,
     split_off,
 )
-from fedkseed.errors import DataError, LedgerError, RunError
+from fedkseed.errors import ConfigError, DataError, LedgerError, RunError
 from fedkseed.evaluation import evaluate_loss, mean_loss
 from fedkseed.federation import Client, Outcome, Server, seed_pool, start
 from fedkseed.ledger import Ledger
-from fedkseed.models import base_path, load_model, load_tokenizer
+from fedkseed.models import base_path, context_length, load_model, load_tokenizer
 from fedkseed.randomness import generator
 from fedkseed.run_folder import RunFolder
 from fedkseed.simulation_config import SimulationConfig
@@ -140,6 +140,7 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     evaluation = encode(held_out, tokenizer, config.max_length, template)
     observer.note(_describe("training", encoded))
     observer.note(_describe("held-out", evaluation))
+    _check_context(config, [*encoded.examples, *evaluation.examples])
     parts = deal([train[i].category for i in encoded.kept], config)
     names = client_names(config.num_clients)
     clients = {name: [encoded.examples[i] for i in part] for name, part in zip(names, parts, strict=True)}
@@ -175,8 +176,12 @@ class Simulation:
             name: Client(name, shared, base, TextTask(self.model, examples, records.pad_id, self._watch))
             for name, examples in records.clients.items()
         }
-        d = sum(p.numel() for p in self.model.parameters())
-        observer.note(f"model: {config.model}, {d:,} parameters in {next(self.model.parameters()).dtype}".replace("torch.", ""))
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+        observer.note(
+            f"model: {config.model}, {self.num_parameters:,} parameters in {next(self.model.parameters()).dtype}".replace(
+                "torch.", ""
+            )
+        )
 
     def train(self) -> Ledger:
         """Do all rounds that are left; after each the ledger is on the disk.
@@ -254,11 +259,18 @@ class Simulation:
             "eval_loss": result.loss,
             "num_examples": result.num_examples,
             "num_tokens": result.num_tokens,
+            "num_parameters": self.num_parameters,
             "seconds": time.perf_counter() - begin,
         }
         self._watch.read()  # the rebuild here is part of the evaluation's own seconds
         self.run.append_metrics(event)
         self.observer.event(event)
+
+
+def _check_context(config: SimulationConfig, examples: Sequence[EncodedExample]) -> None:
+    longest, room = max(len(example.input_ids) for example in examples), context_length(config.model)
+    if room is not None and longest > room:
+        raise ConfigError(f"--max-length is {config.max_length} and a record has {longest} tokens; {config.model} takes {room}")
 
 
 def client_names(num_clients: int) -> list[str]:

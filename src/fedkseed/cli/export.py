@@ -25,7 +25,7 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         ledger.published().save(output)
         print(f"{output}: {output.stat().st_size:,} bytes, {ledger.round} rounds, K = {ledger.pool.size}")
         return
-    from fedkseed.models import load_model, load_tokenizer
+    from fedkseed.models import load_model, load_tokenizer, save_model
     from fedkseed.run_folder import CONFIG, RunFolder
     from fedkseed.tuned_model import apply
 
@@ -37,6 +37,5 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
     tokenizer = load_tokenizer(model)
     tuned = load_model(model, dtype, "cpu")
     apply(tuned, ledger)
-    tuned.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_model(tuned, tokenizer, output)
     print(f"{output}: {model} after {ledger.round} rounds, {sum(p.numel() for p in tuned.parameters()):,} parameters")
