@@ -40,6 +40,20 @@ def inspect(ledger: RunOrLedger) -> None:
 
 
 @app.command()
+def evaluate(
+    ledger: RunOrLedger,
+    model: Annotated[str | None, typer.Option(help="the base model (default: the run's own)")] = None,
+    data: Annotated[Path | None, typer.Option(help="jsonl file (default: the run's held-out records)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="evaluate on the first so many records")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="generate so many answers and count exact matches")] = 0,
+) -> None:
+    """Show the held-out loss of the base model and of the tuned one."""
+    from fedkseed.cli.evaluate import evaluate as measure
+
+    measure(ledger, model, data, limit, answers)
+
+
+@app.command()
 def export(
     ledger: RunOrLedger,
     output: Annotated[Path, typer.Argument(help="folder to make; with --ledger-only, file to write", metavar="OUTPUT")],

@@ -1,5 +1,6 @@
-"""How good a model is on encoded examples."""
+"""How good a model is: token-weighted loss, and answers by greedy generation."""
 
+from fedkseed.evaluation.generation import exact_match, generate
 from fedkseed.evaluation.loss import EvalLoss, evaluate_loss, mean_loss, response_loss
 
-__all__ = ["EvalLoss", "evaluate_loss", "mean_loss", "response_loss"]
+__all__ = ["EvalLoss", "evaluate_loss", "exact_match", "generate", "mean_loss", "response_loss"]

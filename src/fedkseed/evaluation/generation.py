@@ -1,0 +1,60 @@
+"""What a model answers: batched greedy generation from prompts, and how often the answer is the expected one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedkseed.data import EncodedExample, pad_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[EncodedExample],
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+) -> list[str]:
+    """Greedy answers to the prompts of examples, in their order; each ends at EOS or after max_new_tokens.
+
+    Prompts of similar length share a batch, padded on the left, with a key-value cache.
+
+    Args:
+        model: a Hugging Face causal LM in eval mode.
+        tokenizer: its tokenizer.
+        examples: only their prompts are used.
+        batch_size: prompts in one batch.
+        max_new_tokens: longest answer.
+    """
+    pad, device = pad_token_id(tokenizer), next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].prompt_length)
+    answers = [""] * len(examples)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        prompts = [examples[i].input_ids[: examples[i].prompt_length] for i in chosen]
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+            mask[row, width - len(prompt) :] = 1
+        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+        with torch.inference_mode():
+            output = model.generate(
+                ids.to(device), attention_mask=mask.to(device), eos_token_id=tokenizer.eos_token_id, **limits
+            )
+        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Fraction of answers that are the reference, white space at the ends aside; NaN for none."""
+    pairs = list(zip(answers, references, strict=True))
+    return sum(a.strip() == b.strip() for a, b in pairs) / len(pairs) if pairs else float("nan")

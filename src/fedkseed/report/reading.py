@@ -1,0 +1,211 @@
+"""A run's folder as typed numbers: read once, checked, never written to."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedkseed.errors import RunError, RunFolderError
+from fedkseed.ledger import Ledger
+from fedkseed.run_folder import CONFIG, METRICS, RunFolder
+from fedkseed.simulation_config import SimulationConfig, build
+
+LARGEST_LOSS = 1e30
+"""A loss beyond this is divergence like NaN, and more than a chart's arithmetic bears."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out records under the model after a round; round 0 is the base model."""
+
+    server_round: int
+    loss: float
+    rouge_l: float | None
+    num_examples: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One closed round; bytes are means per client, seconds include the clients' work."""
+
+    server_round: int
+    train_loss: float | None
+    client_losses: Mapping[str, float | None]
+    refused: Mapping[str, str]
+    missing: tuple[str, ...]
+    dropped_steps: int
+    bytes_down: float
+    bytes_up: float
+    seconds: float
+    seconds_by: Mapping[str, float]
+
+    @property
+    def num_asked(self) -> int:
+        """How many clients were sent a request."""
+        return self.num_answered + len(self.missing)
+
+    @property
+    def num_answered(self) -> int:
+        """How many clients sent a reply, accepted or not."""
+        return len(self.client_losses.keys() | self.refused.keys())
+
+    def finite_losses(self) -> list[float]:
+        """The clients' own losses, without those that are missing or not finite."""
+        return [loss for loss in self.client_losses.values() if loss is not None and is_finite(loss)]
+
+
+T = TypeVar("T", Evaluation, Round)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that a run's folder says.
+
+    Attributes:
+        config: the settings; the data files that they name need not exist any more.
+        evaluations: by round, ascending.
+        rounds: by round, ascending; none beyond the ledger's.
+        ledger: None before the first round is done.
+        weight_bytes: size of all float weights in the run's precision; None if the run did not note it.
+    """
+
+    config: SimulationConfig
+    evaluations: tuple[Evaluation, ...]
+    rounds: tuple[Round, ...]
+    ledger: Ledger | None
+    ledger_size: int
+    weight_bytes: int | None
+
+    @property
+    def rounds_done(self) -> int:
+        """How many rounds have been closed."""
+        return self.ledger.round if self.ledger else max((r.server_round for r in self.rounds), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds that were asked for are done."""
+        return self.rounds_done >= self.config.num_rounds
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The first round with a loss that is not a number; None if there is none."""
+        held_out = [e.server_round for e in self.evaluations if not is_finite(e.loss)]
+        training = [r.server_round for r in self.rounds if r.train_loss is not None and not is_finite(r.train_loss)]
+        return min(held_out + training, default=None)
+
+
+def is_finite(loss: float) -> bool:
+    """Whether a loss is a number that can be drawn."""
+    return math.isfinite(loss) and abs(loss) < LARGEST_LOSS
+
+
+def read(path: Path) -> RunRecord:
+    """Read a run's folder.
+
+    Raises:
+        RunFolderError: there is no run.
+        ConfigError: its settings are not valid (any more).
+        RunError: a file in it is damaged.
+        LedgerError: its ledger is damaged or of another version.
+    """
+    run = RunFolder(path, _settings(path))
+    # the ledger first: a run that goes on meanwhile can then only add events that are left out below
+    ledger = run.load_ledger()
+    try:
+        events = run.metrics()
+        last = ledger.round if ledger else math.inf
+        events = [event for event in events if _count(event, "server_round") <= last]
+        evaluations = [_evaluation(event) for event in events if event["event"] == "evaluation"]
+        rounds = [_round(event) for event in events if event["event"] == "round"]
+        sizes = [_count(event, "weight_bytes") for event in events if "weight_bytes" in event]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
+        raise RunError(f"{path / METRICS} is damaged ({_cause(error)}); restore it from a copy, or --resume the run") from error
+    return RunRecord(
+        run.config,
+        _ascending(evaluations),
+        _ascending(rounds),
+        ledger,
+        run.ledger_path.stat().st_size if ledger else 0,
+        sizes[0] if sizes else None,
+    )
+
+
+def _settings(path: Path) -> SimulationConfig:
+    """The settings of a run whose data may lie elsewhere by now, or on another machine."""
+    file = path / CONFIG
+    try:
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunFolderError(
+            f"{path} holds no run (no {CONFIG}); give the folder that fedkseed simulate --run has made"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(f"{file}: cannot read the run's settings ({error.strerror}); give a run's folder") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise RunError(f"{file} is not TOML ({error}); restore it from a copy") from error
+    data = {name: Path(str(settings[name])) for name in ("data", "eval_data") if name in settings}
+    return build(settings | dict.fromkeys(data, file)).model_copy(update=data)
+
+
+def _evaluation(event: dict[str, Any]) -> Evaluation:
+    rouge_l = event.get("rouge_l")
+    return Evaluation(
+        server_round=_count(event, "server_round"),
+        loss=_loss(event["eval_loss"]),
+        rouge_l=None if rouge_l is None else _number(event, "rouge_l"),
+        num_examples=_count(event, "num_examples") if "num_examples" in event else None,
+        seconds=_number(event, "seconds") if "seconds" in event else 0.0,
+    )
+
+
+def _round(event: dict[str, Any]) -> Round:
+    by = event.get("seconds_by", {})
+    loss = event.get("train_loss")
+    clients = {str(name): client.get("loss") for name, client in event.get("clients", {}).items()}
+    return Round(
+        server_round=_count(event, "server_round"),
+        train_loss=None if loss is None else _loss(loss),
+        client_losses={name: None if value is None else _loss(value) for name, value in clients.items()},
+        refused={str(name): str(reason) for name, reason in event.get("refused", {}).items()},
+        missing=tuple(str(name) for name in event.get("missing", [])),
+        dropped_steps=_count(event, "dropped_steps"),
+        bytes_down=_number(event, "bytes_down"),
+        bytes_up=_number(event, "bytes_up"),
+        seconds=_number(event, "seconds"),
+        seconds_by={str(activity): _number(by, activity) for activity in by},
+    )
+
+
+def _loss(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a loss is {value!r}")
+    return float(value)
+
+
+def _number(event: Mapping[str, Any], name: str) -> float:
+    value = event[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}")
+    return float(value)
+
+
+def _count(event: Mapping[str, Any], name: str) -> int:
+    value = _number(event, name)
+    if value != int(value):
+        raise ValueError(f"{name} is {value!r}")
+    return int(value)
+
+
+def _ascending(events: Iterable[T]) -> tuple[T, ...]:
+    """By round; of two events of one round, the later counts."""
+    latest = {event.server_round: event for event in events}
+    return tuple(latest[server_round] for server_round in sorted(latest))
+
+
+def _cause(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).replace("\n", " ")
