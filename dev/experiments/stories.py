@@ -13,8 +13,8 @@ from pathlib import Path
 
 SEEDS = (1, 2, 3)
 COMMON = (
-    "--num-clients 20 --fraction-train 0.2 --num-rounds 20 --local-steps 25 --batch-size 8 --max-length 160 "
-    "--lr 1e-4 --eps 1e-3 --num-seeds 1024 --eval-every 10"
+    "--num-clients 20 --fraction-train 0.2 --num-rounds 12 --local-steps 25 --batch-size 8 --max-length 160 "
+    "--lr 1e-4 --eps 1e-3 --num-seeds 1024 --eval-every 12"
 )
 VARIANTS = {
     "hadamard, uniform, float16 on the wire": "",
@@ -22,7 +22,6 @@ VARIANTS = {
     "fedkseed-pro": "--algorithm fedkseed-pro",
     "gaussian, fedkseed-pro": "--noise gaussian --algorithm fedkseed-pro",
     "float32 on the wire": "--wire float32",
-    "K = 4096": "--num-seeds 4096",
     "control: responses shuffled": "--data {data}/shuffled.jsonl",
 }
 
