@@ -12,7 +12,7 @@ import laws
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedkseed as fk
@@ -242,11 +242,12 @@ def test_truncation_ties_away_and_a_lost_bit_would_be_noticed(kind):
 @half_types
 def test_rounding_agrees_with_torch_on_all_2_32_patterns(kind):
     mixture = HadamardMixture(KEY, np.zeros(128, np.float32))
-    for first in range(0, 2**32, 2**24):
-        base = of_patterns(np.arange(first, first + 2**24, dtype=np.int64).astype(np.uint32).view(np.int32), torch.float32)
+    for first in range(-(2**31), 2**31, 2**24):
+        base = torch.arange(first, first + 2**24, dtype=torch.int32).view(torch.float32)
         ours, theirs = swept("cpu", mixture, base, kind), base.to(kind)
-        same = (ours.view(torch.int16) == theirs.view(torch.int16)) | (torch.isnan(ours) & torch.isnan(theirs)) | (base == 0)
-        assert same.all()
+        differ = ours.view(torch.int16) != theirs.view(torch.int16)
+        at = differ.nonzero()[:, 0]  # NaN, which has one form here, and zeros of either sign, which the mixture may change
+        assert (torch.isnan(base[at]) & torch.isnan(ours[at]) | (ours[at] == 0) & (theirs[at] == 0)).all()
 
 
 @backends
@@ -266,6 +267,7 @@ def test_a_nan_stays_one_and_is_canonical_in_half_precision(backend, family, kin
 
 @backends
 @families
+@settings(max_examples=15)
 @given(data=st.data())
 def test_the_cut_into_slots_changes_no_bit(backend, family, data):
     """A tensor in any pieces at multiples of QUANTUM, in any order, among other tensors."""
@@ -354,6 +356,7 @@ def test_the_number_of_torch_threads_changes_no_bit(family, kinds, thread_counts
 
 @pytest.mark.usefixtures("torch_threads")
 @families
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_number_of_threads_covers_every_element_once(family, data):
     """More threads than pieces, shares that end inside tensors, tensors smaller than a share, in place."""

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import math
 import random
+import subprocess
+import sys
 from fractions import Fraction
 
 import laws
@@ -91,7 +93,7 @@ def test_gaussian_equals_its_transcription_bit_for_bit(backend, data):
     np.testing.assert_array_equal(laws.bits(result), laws.bits(laws.gaussian_sum(key, name, n, coefficients)))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.data())
 def test_all_backends_give_the_bits_of_the_reference(data):
     family = data.draw(st.sampled_from(laws.FAMILIES), label="family")
@@ -186,7 +188,7 @@ def test_key_name_and_index_each_change_the_perturbation(backend, family):
 
 
 @backends
-@pytest.mark.parametrize(("size", "blocks"), [(1, 3), (100, 5), (128, 4), (129, 3), (1000, 2)])
+@pytest.mark.parametrize(("size", "blocks"), [(1, 3), (100, 5), (128, 4), (129, 3), (600, 2)])
 def test_different_seeds_are_exactly_orthogonal_in_full_blocks(backend, size, blocks):
     pool = fk.SeedPool(KEY, size)
     n = blocks * pool.block
@@ -219,11 +221,10 @@ def test_all_seeds_of_a_pool_give_an_exact_identity_within_a_block():
         np.testing.assert_array_equal(block.T @ block, 128 * np.eye(128, dtype=np.int64))
 
 
-@pytest.mark.parametrize("index", [0, 77])
 @families
-def test_a_perturbation_is_isotropic_over_keys(family, index):
+def test_a_perturbation_is_isotropic_over_keys(family):
     """E z z' = I, in three blocks and a bit."""
-    z = np.stack([fk.SeedPool(key, 128, family).perturbation("w", 400, index) for key in range(4000)]).astype(np.float64)
+    z = np.stack([fk.SeedPool(key, 128, family).perturbation("w", 400, 77) for key in range(3000)]).astype(np.float64)
     assert laws.is_isotropic(z)
     # the negative controls: z repeated in each block, one element copied to its neighbour, a variance of 1.2
     assert not laws.is_isotropic(np.concatenate([z[:, :128], z[:, :128]], axis=1))
@@ -245,12 +246,12 @@ def test_blocks_are_shifted_so_that_two_seeds_agree_independently_in_them():
     """E y y' = 0 between blocks for y = z_k z_l: without the shift y would be the same vector in every block."""
 
     def agreement_between_blocks(perturbation):
-        z = [np.stack([perturbation(key, k) for key in range(1500)]).astype(np.float64) for k in (3, 100)]
+        z = [np.stack([perturbation(key, k) for key in range(800)]).astype(np.float64) for k in (3, 100)]
         y = z[0] * z[1]
         return np.abs(y[:, :128].T @ y[:, 128:] / len(y)).max()
 
-    # the mean of 1500 fair signs, 128^2 pairs of elements: 6 standard deviations
-    assert agreement_between_blocks(lambda key, k: fk.SeedPool(key, 128).perturbation("w", 256, k)) < 6 / math.sqrt(1500)
+    # the mean of 800 fair signs, 128^2 pairs of elements: 6 standard deviations
+    assert agreement_between_blocks(lambda key, k: fk.SeedPool(key, 128).perturbation("w", 256, k)) < 6 / math.sqrt(800)
     wrong = agreement_between_blocks(lambda key, k: laws.hadamard_z(key, 128, "w", 256, k, shifted=False))
     assert wrong == 1
 
@@ -375,7 +376,6 @@ SURROUNDINGS = {
     "float64": lambda: default_dtype(torch.float64),
     "float16": lambda: default_dtype(torch.float16),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "meta": lambda: torch.device("meta"),
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
 }
@@ -392,6 +392,21 @@ def test_torchs_defaults_do_not_matter(backend, family, surroundings):
         result = pool.perturbation("w", 300, 3, backend)
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, z)
+
+
+def test_torchs_default_device_does_not_matter():
+    """In a process of its own: a kernel that writes to a tensor without memory would take this one along."""
+    script = """
+import numpy as np, torch, fedkseed as fk
+for backend in ("reference", "cpu"):
+    for family in ("hadamard", "gaussian"):
+        pool = fk.SeedPool(1, 8, family)
+        z = pool.perturbation("w", 300, 3, backend)
+        with torch.device("meta"):
+            np.testing.assert_array_equal(pool.perturbation("w", 300, 3, backend), z)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-2000:]}"
 
 
 # --- the pool as a value ---

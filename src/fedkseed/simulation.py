@@ -141,9 +141,8 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     observer.note(_describe("training", encoded))
     observer.note(_describe("held-out", evaluation))
     _check_context(config, [*encoded.examples, *evaluation.examples])
-    parts = deal([train[i].category for i in encoded.kept], config)
-    names = client_names(config.num_clients)
-    clients = {name: [encoded.examples[i] for i in part] for name, part in zip(names, parts, strict=True)}
+    parts = deal([train[i] for i in encoded.kept], config)
+    clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
     return Records(clients, list(evaluation.examples[: config.eval_limit]), pad_id)
 
 
@@ -290,12 +289,25 @@ def load_examples(config: SimulationConfig) -> tuple[list[Example], list[Example
     return [examples[i] for i in kept], [examples[i] for i in held_out]
 
 
-def deal(categories: Sequence[str], config: SimulationConfig) -> list[NDArray[np.int64]]:
-    """Which records each client holds, as positions."""
+def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, list[int]]:
+    """Which records each client holds, as positions, by the client's name.
+
+    Raises:
+        DataError: the records cannot be dealt out as asked.
+    """
+    if config.partition == "client":
+        held: dict[str, list[int]] = {}
+        for i, example in enumerate(examples):
+            if not example.client:
+                raise DataError(f"{config.data}: a record has no field 'client'; --partition client needs it in every record")
+            held.setdefault(example.client, []).append(i)
+        return held
     draw = generator(config.seed, "partition")
     if config.partition == "iid":
-        return iid(len(categories), config.num_clients, draw)
-    return dirichlet(categories, config.num_clients, config.alpha, draw)
+        parts = iid(len(examples), config.num_clients, draw)
+    else:
+        parts = dirichlet([example.category for example in examples], config.num_clients, config.alpha, draw)
+    return dict(zip(client_names(config.num_clients), (part.tolist() for part in parts), strict=True))
 
 
 def _describe(what: str, encoded: EncodedData) -> str:

@@ -17,7 +17,9 @@ class SimulationConfig(FederationConfig):
     eval_data: Path | None = Field(None, description="held-out records (default: a seeded 5 % of --data that no client gets)")
     num_clients: Count = Field(200, description="N: number of clients that the records are dealt out to")
     max_length: Annotated[int, Field(ge=2)] = Field(1024, description="longest record in tokens; longer ones are cut")
-    partition: Literal["iid", "dirichlet"] = Field("dirichlet", description="how records are dealt out to the clients")
+    partition: Literal["iid", "dirichlet", "client"] = Field(
+        "dirichlet", description="how records are dealt out; client: by the records' own client field, whatever --num-clients"
+    )
     alpha: Positive = Field(0.5, description="of the Dirichlet partition over categories: small is unlike, large is alike")
     template: Literal["plain", "chat"] = Field(
         "plain", description="prompt template: plain, or the tokenizer's own chat template"

@@ -71,6 +71,25 @@ def export(
 
 
 @app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN", show_default=False)]) -> None:
+    """Write a run's report: one page and its charts."""
+    from fedkseed.cli.report import report_command
+
+    report_command(run)
+
+
+@app.command()
+def demo(
+    run: Annotated[Path | None, typer.Option(help="folder of the run (default: runs/ and the time)")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the tasks and of the run")] = 42,
+) -> None:
+    """Tune a tiny built-in model over 20 simulated clients, in a few minutes and without a network."""
+    from fedkseed.cli.demo import demo as show
+
+    show(run, seed)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions, memory, noise backends and whether their bits are right."""
     from fedkseed.cli.doctor import doctor as check

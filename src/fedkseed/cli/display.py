@@ -52,20 +52,20 @@ class LiveDisplay(PlainDisplay):
     def __init__(self, config: SimulationConfig, progress: Progress) -> None:
         super().__init__(config, progress.console)
         self._progress = progress
-        self._steps = max(1, int(config.fraction_train * config.num_clients)) * config.local_steps
-        self._bar = progress.add_task("starting", total=config.num_rounds * self._steps, visible=False)
+        self._bar = progress.add_task("starting", total=None, visible=False)
         self._held_out = ""
 
     def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
         """See `fedkseed.simulation.Observer`."""
         tau = self._config.local_steps
-        done = (server_round - 1) * self._steps + (place - 1) * tau + step
+        done = ((server_round - 1) * cohort + place - 1) * tau + step
         text = (
             f"round {server_round}/{self._config.num_rounds}  {client} ({place}/{cohort})  step {step + 1}/{tau}  "
             f"loss {loss:.3f}{self._held_out}"
         )
         if not self._progress.tasks[self._bar].visible:
-            self._progress.reset(self._bar, completed=done, visible=True)
+            total = self._config.num_rounds * cohort * tau
+            self._progress.reset(self._bar, total=total, completed=done, visible=True)
         self._progress.update(self._bar, completed=done, description=text)
 
     def event(self, event: dict[str, Any]) -> None:

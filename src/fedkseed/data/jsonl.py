@@ -12,14 +12,15 @@ INSTRUCTION = ("instruction",)
 INPUT = ("input", "context")
 OUTPUT = ("output", "response")
 CATEGORY = ("category",)
+CLIENT = ("client",)
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
     """The records of a file, in its order.
 
-    Fields: `instruction`; `input` or `context` (optional); `output` or `response`; `category` (optional). Of two names
-    for one field the first that is present counts. Other fields and blank lines are ignored. An empty response is kept:
-    encoding drops the record and counts it.
+    Fields: `instruction`; `input` or `context` (optional); `output` or `response`; `category` and `client` (optional). Of
+    two names for one field the first that is present counts. Other fields and blank lines are ignored. An empty response
+    is kept: encoding drops the record and counts it.
 
     Raises:
         DataError: no such file, no records in it, or a line that is not UTF-8, not a JSON object, lacks a field or has
@@ -58,6 +59,7 @@ def _example(line: bytes, where: str) -> Example:
         input=_field(record, INPUT, where, default=""),
         output=_field(record, OUTPUT, where),
         category=_field(record, CATEGORY, where, default=""),
+        client=_field(record, CLIENT, where, default=""),
     )
 
 

@@ -3,6 +3,8 @@
 Every content word is meant to be one token of the demo's tokenizer, so that it can be copied whole.
 """
 
+from string import ascii_lowercase
+
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "animal": ("cat", "dog", "cow", "horse", "lion", "bear", "goat", "duck", "hen", "frog", "tiger", "pig"),
     "fruit": ("apple", "pear", "plum", "lemon", "melon", "grape", "fig", "banana", "date", "mango"),
@@ -30,11 +32,12 @@ OPPOSITES: tuple[tuple[str, str], ...] = (
 """Pairs of adjectives; a word is in one pair only."""
 
 SEQUENCES: tuple[tuple[str, ...], ...] = (
-    tuple("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()),
-    tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
-    tuple("January February March April May June July August September October November December".split()),
-    tuple("abcdefghijklmnopqrstuvwxyz"),
-)
+    ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen",
+     "fifteen", "sixteen"),
+    ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"),
+    tuple(ascii_lowercase),
+)  # fmt: skip
 """Things in an order that everybody knows."""
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown", "pink", "grey", "yellow", "purple")

@@ -3,8 +3,8 @@
 A question's *arguments* (the word whose opposite is asked, the list whose first word is wanted) decide where it may
 occur, by a hash that nothing else depends on:
 
-- half of them are the pretraining corpus's: only these occur there under the headings of the instruction format;
-- of the other half, the federation's, three in four are the clients' and one in four is held out.
+- three in eight are the pretraining corpus's: only these occur there under the headings of the instruction format;
+- five in eight are the federation's: three of them the clients', two held out.
 
 So no held-out question was seen in tuning, nor either of them with these headings in pretraining. (The *facts* behind
 them, such as which words are opposites, were: see `fedkseed.demo.corpus`.) One kind, `category`, no client has at all.
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,12 +24,14 @@ from fedkseed.data import Example
 from fedkseed.demo.lexicon import CATEGORIES, COLOURS, IRREGULAR, NAMES, NOUNS, OPPOSITES, SEQUENCES, THINGS, WORDS
 from fedkseed.randomness import generator
 
+T = TypeVar("T")
+
 NUM_CLIENTS = 20
 RECORDS_PER_CLIENT = 40
 HELD_OUT_PER_KIND = 16
 HELD_OUT_OF_NEW_KIND = 24
 FAVOURED_SHARE = 0.9
-"""Of a client's records, those of its one or two favoured kinds (on average); the rest are of any kind."""
+"""Of a client's records, those of its two favoured kinds (on average); the rest are of any kind."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Kind:
         return Example(instruction.format(**fields), text.format(**fields), question.answer, self.name)
 
 
-def pick[T](rng: np.random.Generator, items: Sequence[T]) -> T:
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     """One of some items, each as likely."""
     return items[int(rng.integers(len(items)))]
 
@@ -218,25 +222,25 @@ HELD_OUT_KIND = "category"
 TRAINED_KINDS = tuple(name for name in KINDS if name != HELD_OUT_KIND)
 
 
-def bucket(question: Question, num_buckets: int) -> int:
-    """Which of some buckets a question is in, whatever its wording: a fixed hash of its arguments."""
-    return int.from_bytes(blake2b(question.key.encode(), digest_size=8).digest(), "little") % num_buckets
+def bucket(question: Question) -> int:
+    """Which of eight buckets a question is in, whatever its wording: a fixed hash of its arguments."""
+    return blake2b(question.key.encode(), digest_size=1).digest()[0] % 8
 
 
 def is_reserved(question: Question) -> bool:
     """Whether a question is the federation's, so that the pretraining corpus has it under no heading of the format."""
-    return bucket(question, 8) >= 4
+    return bucket(question) >= 3
 
 
 def is_held_out(question: Question) -> bool:
     """Whether a question of the federation's is held out from its clients."""
-    return bucket(question, 8) == 7
+    return bucket(question) >= 6
 
 
 def clients(seed: int) -> dict[str, list[Example]]:
     """Each client's records by its name, RECORDS_PER_CLIENT each, all distinct within a client.
 
-    A client favours one or two of the trained kinds, and has few records of others. Clients may share a record.
+    A client favours two of the trained kinds, and has few records of others. Clients may share a record.
     """
     names = [f"client-{i:02}" for i in range(NUM_CLIENTS)]
     return {name: _client(generator(seed, "demo", name), place) for place, name in enumerate(names)}
@@ -247,14 +251,15 @@ def held_out(seed: int) -> list[Example]:
     draw = generator(seed, "demo", "held out")
     records: list[Example] = []
     for name in TRAINED_KINDS:
-        records += _distinct(lambda name=name: _record(draw, name, is_held_out), HELD_OUT_PER_KIND)
+        records += _distinct(partial(_record, draw, name, is_held_out), HELD_OUT_PER_KIND)
     # no client has this kind, so all of the federation's questions of it are held out
-    return records + _distinct(lambda: _record(draw, HELD_OUT_KIND, is_reserved), HELD_OUT_OF_NEW_KIND)
+    return records + _distinct(partial(_record, draw, HELD_OUT_KIND, is_reserved), HELD_OUT_OF_NEW_KIND)
 
 
 def _client(draw: np.random.Generator, place: int) -> list[Example]:
     # the first favourite goes round the kinds, so that each kind is somebody's
-    favourites = [TRAINED_KINDS[place % len(TRAINED_KINDS)], pick(draw, TRAINED_KINDS)]
+    favourite = TRAINED_KINDS[place % len(TRAINED_KINDS)]
+    favourites = [favourite, pick(draw, [kind for kind in TRAINED_KINDS if kind != favourite])]
 
     def record() -> Example:
         pool = favourites if draw.random() < FAVOURED_SHARE else TRAINED_KINDS

@@ -148,7 +148,7 @@ def _settings(path: Path) -> SimulationConfig:
         raise RunFolderError(f"{file}: cannot read the run's settings ({error.strerror}); give a run's folder") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise RunError(f"{file} is not TOML ({error}); restore it from a copy") from error
-    data = {name: Path(str(settings[name])) for name in ("data", "eval_data") if name in settings}
+    data: dict[str, Path] = {name: Path(str(settings[name])) for name in ("data", "eval_data") if name in settings}
     return build(settings | dict.fromkeys(data, file)).model_copy(update=data)
 
 

@@ -1,0 +1,35 @@
+"""The built-in demonstration: a tiny model that the project pretrained, and instruction tasks for 20 clients."""
+
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedkseed.demo.tasks import clients, held_out
+
+__all__ = ["SETTINGS", "clients", "held_out", "model_folder"]
+
+SETTINGS: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "algorithm": "fedkseed-pro",
+        "num_clients": 20,
+        "fraction_train": 0.2,
+        "num_rounds": 25,
+        "local_steps": 25,
+        "batch_size": 8,
+        "max_length": 96,
+        "lr": 1e-4,
+        "schedule": "linear",
+        "eps": 1e-3,
+        "num_seeds": 4096,
+        "noise": "hadamard",
+        "eval_every": 5,
+        "dtype": "float32",
+    }
+)
+"""The demo's `SimulationConfig`, but for the model and the data; found by dev/pretrain/find_settings.py."""
+
+
+def model_folder() -> Path:
+    """The Hugging Face folder of the demo's model and tokenizer; its README.md says how they were made."""
+    return Path(str(files("fedkseed.demo") / "model"))

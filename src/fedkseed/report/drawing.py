@@ -1,0 +1,369 @@
+"""Pictures of numbers: the only place that imports matplotlib.
+
+Each picture is drawn twice by the same function. The SVG goes into the page: its colours are CSS variables, so that the page's
+light and dark styles hold for it. The PNG lies beside the page, in the light colours and with its title.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
+
+from fedkseed.report.units import power_of_ten, size
+
+Array = NDArray[np.float64]
+
+WIDTH, HEIGHT = 5.1, 3.2  # inches of 72 units: a phone of 390 px shows text of 11 units at 10 px
+PNG_DPI = 200
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 11,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.2,
+}
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours by role."""
+
+    ink: str
+    muted: str
+    grid: str
+    surface: str
+    blue: str
+    orange: str
+    green: str
+    purple: str
+    grey: str
+
+
+LIGHT = Palette(
+    ink="#1b2330",
+    muted="#566070",
+    grid="#d9dee6",
+    surface="#ffffff",
+    blue="#2463c9",
+    orange="#c2570c",
+    green="#15803d",
+    purple="#8a3fb5",
+    grey="#737d8c",
+)
+DARK = Palette(
+    ink="#e8ecf2",
+    muted="#a3adbb",
+    grid="#333c4a",
+    surface="#171c24",
+    blue="#74a9ff",
+    orange="#ffa057",
+    green="#54cb8c",
+    purple="#cf9bf2",
+    grey="#8792a3",
+)
+# colours that stand for the names of CSS variables until the SVG is written
+_STAND_INS = Palette(**{field.name: f"#0dc5{i:02x}" for i, field in enumerate(fields(Palette))})
+
+Draw = Callable[[Figure, Palette], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An `<svg>` element without its accessible name, and a PNG file's bytes."""
+
+    svg: str
+    png: bytes
+
+
+def css_variables(palette: Palette) -> str:
+    """The declarations that give a page's pictures their colours."""
+    return " ".join(f"--{field.name}: {getattr(palette, field.name)};" for field in fields(palette))
+
+
+def render(name: str, title: str, draw: Draw) -> Picture:
+    """Draw a picture as SVG and as PNG; the same input gives the same bytes, wherever matplotlib is the same."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})
+        return Picture(_svg(draw), _png(title, draw))
+
+
+def _figure(palette: Palette) -> Figure:
+    for role in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"):
+        matplotlib.rcParams[role] = palette.ink if role == "text.color" else palette.muted
+    matplotlib.rcParams.update({"grid.color": palette.grid, "axes.facecolor": "none"})
+    return Figure(figsize=(WIDTH, HEIGHT), layout="constrained", facecolor="none")
+
+
+def _png(title: str, draw: Draw) -> bytes:
+    figure = _figure(LIGHT)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12.5, fontweight="bold")
+    draw(figure, LIGHT)
+    data = io.BytesIO()
+    FigureCanvasAgg(figure)  # whatever matplotlib's global backend is
+    figure.savefig(data, format="png", dpi=PNG_DPI, facecolor=LIGHT.surface, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _svg(draw: Draw) -> str:
+    figure = _figure(_STAND_INS)
+    draw(figure, _STAND_INS)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", facecolor="none", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg).replace("xlink:href", "href")
+    used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', svg))
+    svg = re.sub(r' id="([\w.-]+)"', lambda match: match[0] if match[1] in used else "", svg)
+    for field in fields(Palette):
+        svg = svg.replace(getattr(_STAND_INS, field.name), f"var(--{field.name})")
+    return svg.strip()
+
+
+def _axes(figure: Figure, x: str, y: str, grid: str = "y") -> Axes:
+    axes = figure.add_subplot()
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, linewidth=0.8)  # type: ignore[arg-type]
+    axes.tick_params(length=3)
+    return axes
+
+
+def _round_axis(axes: Axes, first: int, last: int) -> None:
+    pad = max(0.5, 0.02 * (last - first))
+    axes.set_xlim(first - pad, last + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+
+
+def _whole_numbers(axes: Axes) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.set_ylim(bottom=0)
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    figure.legend(loc="outside upper left", ncols=columns)
+
+
+def _markers(number: int) -> str | None:
+    return "o" if number <= 60 else None
+
+
+def _diverged(axes: Axes, palette: Palette, rounds: Sequence[int]) -> None:
+    if rounds:
+        where = axes.get_xaxis_transform()
+        marks = [1.02] * len(rounds)
+        axes.plot(rounds, marks, "x", color=palette.orange, transform=where, label="not finite: diverged", clip_on=False)
+
+
+def _stack(axes: Axes, places: Sequence[int], parts: Sequence[tuple[str, Sequence[float], str]]) -> None:
+    """Columns of parts on top of each other: (label, heights, colour) each."""
+    bottom = np.zeros(len(places))
+    close = len(places) > 60 and places[-1] - places[0] == len(places) - 1
+    for label, heights, colour in parts:
+        top = bottom + np.array(heights)
+        if close:  # one shape each: hundreds of columns would take seconds, and show seams
+            edges = np.arange(places[0], places[-1] + 2) - 0.5
+            axes.stairs(top, edges, baseline=bottom, fill=True, color=colour, label=label, linewidth=0)
+        else:
+            axes.bar(places, heights, 0.8, bottom=bottom, color=colour, label=label, linewidth=0)
+        bottom = top
+
+
+def held_out_loss(rounds: Sequence[int], losses: Sequence[float], diverged: Sequence[int]) -> Draw:
+    """Loss by round; a line at the first one. Rounds of losses that are not finite are crosses."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = _axes(figure, "round", "held-out loss (nats per token)")
+        if losses:
+            axes.axhline(losses[0], color=palette.grey, linestyle=(0, (4, 3)), linewidth=1.2, label=f"at round {rounds[0]}")
+            axes.plot(rounds, losses, color=palette.blue, marker=_markers(len(rounds)), label="held-out loss")
+        _diverged(axes, palette, diverged)
+        _round_axis(axes, min([*rounds, *diverged]), max([*rounds, *diverged]))
+        _legend(figure, 3)
+
+    return draw
+
+
+def training_loss(
+    rounds: Sequence[int], means: Sequence[float], clients: Sequence[Sequence[float]], diverged: Sequence[int]
+) -> Draw:
+    """The mean over the cohort by round, each client as a dot (up to 600 of them), and the band that holds them all."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = _axes(figure, "round", "training loss (nats per token)")
+        spread = [(n, min(own), max(own)) for n, own in zip(rounds, clients, strict=True) if own]
+        if spread:
+            at, low, high = zip(*spread, strict=True)
+            axes.fill_between(at, low, high, color=palette.blue, alpha=0.15, linewidth=0, label="least to greatest")
+        dots = [(n, loss) for n, own in zip(rounds, clients, strict=True) for loss in own]
+        if 0 < len(dots) <= 600:
+            axes.plot(*zip(*dots, strict=True), ".", color=palette.blue, alpha=0.7, markersize=5, label="a client")
+        if means:
+            axes.plot(rounds, means, color=palette.blue, marker=_markers(len(rounds)), label="mean")
+        _diverged(axes, palette, diverged)
+        _round_axis(axes, min([*rounds, *diverged]), max([*rounds, *diverged]))
+        _legend(figure, 3 if not diverged else 2)
+
+    return draw
+
+
+def bytes_by_round(rounds: Sequence[int], down: Sequence[float], up: Sequence[float], references: Mapping[str, float]) -> Draw:
+    """Bytes per client on a log scale, and lines at the references."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = _axes(figure, "round", "bytes per client and round")
+        axes.set_yscale("log")
+        both = [d + u for d, u in zip(down, up, strict=True)]
+        series = [("both ways", both, palette.blue, "o"), ("down", down, palette.green, "v"), ("up", up, palette.purple, "^")]
+        for label, values, colour, marker in series:
+            shown = [(n, v) for n, v in zip(rounds, values, strict=True) if v > 0]
+            if shown:
+                mark = marker if len(rounds) <= 60 else None
+                axes.plot(*zip(*shown, strict=True), color=colour, marker=mark, label=label)
+        for label, value in references.items():
+            axes.axhline(value, color=palette.orange, linestyle=(0, (4, 3)), linewidth=1.4)
+            axes.annotate(
+                label, (1, value), (0, 3), xycoords=axes.get_yaxis_transform(), textcoords="offset points", ha="right"
+            )
+        values = [v for v in (*both, *down, *up, *references.values()) if v > 0]
+        axes.set_ylim(10 ** math.floor(math.log10(min(values)) - 0.1), max(values) * 6)
+        axes.yaxis.set_major_locator(LogLocator(numticks=7))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        _round_axis(axes, min(rounds), max(rounds))
+        _legend(figure, 3)
+
+    return draw
+
+
+def seed_use(counts: NDArray[np.int64]) -> Draw:
+    """How many seeds were used how often, and what drawing each alike would give on average."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = _axes(figure, "times used", "number of seeds")
+        least, most = int(counts.min()), int(counts.max())
+        width = max(1, math.ceil((most - least + 1) / 40))
+        first = max(0, least - 2 * width)
+        edges = np.arange(first, most + width + 1, width) - 0.5
+        axes.hist(counts, bins=edges.tolist(), color=palette.blue, alpha=0.75, rwidth=0.9, label="this run")
+        expected = counts.size * _binomial(int(counts.sum()), 1 / counts.size, first, int(edges[-1] + 0.5))
+        grouped = np.add.reduceat(expected, np.arange(0, expected.size, width))
+        centres = (edges[:-1] + edges[1:]) / 2
+        axes.plot(centres, grouped, "o", color=palette.orange, markersize=4, label="drawn uniformly (expected)")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        _whole_numbers(axes)
+        _legend(figure, 2)
+
+    return draw
+
+
+def _binomial(number: int, p: float, first: int, stop: int) -> Array:
+    """P(X = first .. stop - 1) of `number` draws that each hit with probability p."""
+    if p >= 1:
+        return np.array([float(k == number) for k in range(first, stop)])
+    total = math.lgamma(number + 1)
+    logs = [
+        total - math.lgamma(k + 1) - math.lgamma(number - k + 1) + k * math.log(p) + (number - k) * math.log1p(-p)
+        for k in range(first, min(stop, number + 1))
+    ]
+    return np.concatenate([np.exp(logs), np.zeros(stop - first - len(logs))])
+
+
+def seed_probabilities(probabilities: Array) -> Draw:
+    """Probabilities, largest first, as multiples of the uniform one; on the right as they are."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = _axes(figure, "seeds, most probable first", "probability ÷ uniform")
+        number = probabilities.size
+        ratios = np.sort(probabilities)[::-1] * number
+        steps = np.arange(number + 1)
+        axes.stairs(ratios, steps, baseline=1, fill=True, color=palette.blue, alpha=0.18)
+        axes.stairs(ratios, steps, baseline=None, color=palette.blue, linewidth=2, label="FedKSeed-Pro")
+        axes.axhline(1, color=palette.orange, linestyle=(0, (4, 3)), linewidth=1.4, label=f"uniform, 1 ÷ {number:,}")
+        low, high = min(0.5, float(ratios.min()) * 0.9), max(1.6, float(ratios.max()) * 1.08)
+        axes.set(xlim=(0, number), ylim=(low, high))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        right = axes.secondary_yaxis("right", functions=(_scaled(100 / number), _scaled(number / 100)))
+        right.set_ylabel("probability (%)")
+        right.tick_params(length=3)
+        right.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        _legend(figure, 2)
+
+    return draw
+
+
+def _scaled(factor: float) -> Callable[[Any], Any]:
+    return lambda values: values * factor
+
+
+def participation(accepted: Sequence[int], refused: Sequence[int], missing: Sequence[int]) -> Draw:
+    """One column per client: rounds with an accepted reply, a refused one, none."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = _axes(figure, "clients, most often asked first", "rounds")
+        parts = [
+            ("accepted", accepted, palette.blue),
+            ("refused", refused, palette.orange),
+            ("no reply", missing, palette.grey),
+        ]
+        _stack(axes, range(1, len(accepted) + 1), [part for part in parts if any(part[1]) or part[0] == "accepted"])
+        axes.set_xlim(0.4, len(accepted) + 0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        _whole_numbers(axes)
+        _legend(figure, 3)
+
+    return draw
+
+
+def coefficients(values: Array) -> Draw:
+    """How the coefficients that are not zero are spread."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        exponent = math.floor(math.log10(float(np.abs(values).max())))
+        scaled = values / 10.0**exponent
+        axes = _axes(figure, f"coefficient (in units of {power_of_ten(exponent)})", "number of seeds")
+        bins = min(60, max(10, round(2 * math.sqrt(values.size))))
+        axes.hist(scaled, bins=bins, color=palette.blue, alpha=0.75)
+        axes.axvline(0, color=palette.orange, linestyle=(0, (4, 3)), linewidth=1.4)
+        reach = float(np.abs(scaled).max()) * 1.05
+        axes.set_xlim(-reach, reach)
+        _whole_numbers(axes)
+
+    return draw
+
+
+def time_split(rounds: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> Draw:
+    """Seconds of each round, stacked by activity."""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = _axes(figure, "round", "seconds")
+        colours = [palette.blue, palette.orange, palette.green, palette.grey, palette.purple]
+        parts = zip(seconds, seconds.values(), colours, strict=True)
+        _stack(axes, rounds, list(parts))
+        _round_axis(axes, min(rounds), max(rounds))
+        axes.set_ylim(bottom=0)
+        _legend(figure, 3)
+
+    return draw

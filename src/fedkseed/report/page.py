@@ -1,0 +1,307 @@
+"""The page: one HTML file with its style and pictures inside, and no script. Everything that a run says is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from fedkseed.report import units
+from fedkseed.report.charts import Chart
+from fedkseed.report.drawing import DARK, LIGHT, css_variables
+from fedkseed.report.reading import RunRecord, is_finite
+from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
+from fedkseed.simulation_config import SimulationConfig
+
+MAX_ROWS = 200
+"""Rows of a table of clients or reasons; the rest is counted."""
+
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Html:
+    """Text that is HTML already; everything else is escaped on its way into the page."""
+
+    text: str
+
+
+Text = str | Html
+
+
+def _html(text: Text) -> str:
+    return text.text if isinstance(text, Html) else escape(text)
+
+
+def _tag(name: str, content: Text | Iterable[Text], **attributes: str) -> Html:
+    parts = [content] if isinstance(content, (str, Html)) else content
+    opening = "".join(f' {key.strip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{opening}>{''.join(map(_html, parts))}</{name}>")
+
+
+def _quiet(text: str) -> Html:
+    return _tag("span", text, class_="quiet")
+
+
+def page(path: Path, record: RunRecord, charts: Sequence[Chart], pictures: Mapping[str, str]) -> str:
+    """The whole page; `pictures` are the charts' SVG by name."""
+    name = path.resolve().name
+    body = [
+        _tag("header", [_tag("h1", f"Federated run {name}"), *_status(record), _tag("dl", _cards(record), class_="cards")]),
+        _tag("main", [*_charts(charts, pictures), *_tables(record), *_ledger(record), *_settings(record.config)]),
+        _tag("footer", _tag("p", "Made by fedkseed report. The charts lie beside this page as PNG files.")),
+    ]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>fedkseed report: {escape(name)}</title><style>\n{_style()}</style>"
+    )
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{chr(10).join(map(_html, body))}\n</body></html>\n'
+
+
+def _style() -> str:
+    light = f":root {{ --page: #f4f6f9; {css_variables(LIGHT)} }}\n"
+    dark = f"@media screen and (prefers-color-scheme: dark) {{ :root {{ --page: #0e1218; {css_variables(DARK)} }} }}\n"
+    return light + dark + files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+
+
+def _status(record: RunRecord) -> list[Html]:
+    config = record.config
+    about = (
+        f"{config.algorithm} on {config.model}: {units.counted(config.num_clients, 'client')}, "
+        f"K = {config.num_seeds:,} {config.noise} seeds, {units.counted(config.local_steps, 'step')} per client and round."
+    )
+    lines = [_tag("p", about, class_="quiet")]
+    if record.finished:
+        done = f"all {config.num_rounds} rounds are" if config.num_rounds > 1 else "the only round is"
+        lines.append(_tag("p", f"Finished: {done} done.", class_="status"))
+    else:
+        text = f"Round {record.rounds_done} of {config.num_rounds}, still going or stopped: this is what is there so far."
+        lines.append(_tag("p", text, class_="status open"))
+    if record.diverged_at is not None:
+        text = f"Diverged: a loss is not a finite number, first in round {record.diverged_at}. Start anew with a lower"
+        lines.append(_tag("p", [_tag("span", [text, " ", _tag("code", "--lr"), "."])], class_="status bad"))
+    return lines
+
+
+def _card(name: str, figure: str, *details: str) -> Html:
+    lines = [_tag("dd", detail, class_="quiet") for detail in details if detail]
+    return _tag("div", [_tag("dt", name), _tag("dd", figure, class_="figure"), *lines], class_="card")
+
+
+def _cards(record: RunRecord) -> list[Html]:
+    cards = [_loss_card(record)]
+    before, after = before_and_after(record)
+    if after and after.rouge_l is not None:
+        start = f"{before.rouge_l:.3f} → " if before and before.rouge_l is not None else ""
+        cards.append(_card("Rouge-L on held-out records", f"{start}{after.rouge_l:.3f}", f"after round {after.server_round}"))
+    seconds = sum(r.seconds for r in record.rounds) + sum(e.seconds for e in record.evaluations)
+    dropped = sum(r.dropped_steps for r in record.rounds)
+    cards.append(
+        _card(
+            "Rounds done",
+            f"{record.rounds_done} of {record.config.num_rounds}",
+            f"in {units.duration(seconds)}, evaluation included" if seconds else "",
+            f"{units.counted(dropped, 'step')} dropped" if dropped else "",
+        )
+    )
+    moved = traffic(record.rounds)
+    if moved is None:
+        return [*cards, _card("Bytes per client and round", units.NONE, "nothing has been sent yet")]
+    cards.append(
+        _card(
+            "Bytes per client and round",
+            f"{units.exact(moved.both)} B",
+            f"{units.exact(moved.down)} B down, {units.exact(moved.up)} B up",
+            _compared(moved.both, PAPER_BYTES, f"the paper's {PAPER_BYTES:,} B"),
+        )
+    )
+    weights = record.weight_bytes
+    cards.append(
+        _card(
+            "Bytes in total",
+            units.size(moved.total),
+            f"{units.exact(moved.total_down)} B down, {units.exact(moved.total_up)} B up, all clients and rounds",
+            _compared(moved.total, 2.0 * weights * moved.exchanges, "sending the float weights") if weights else "",
+        )
+    )
+    return cards
+
+
+def _compared(value: float, reference: float, what: str) -> str:
+    if value <= 0 or value == reference:
+        return ""
+    less = value < reference
+    return f"{units.times(reference / value if less else value / reference)} times {'less' if less else 'more'} than {what}"
+
+
+def _loss_card(record: RunRecord) -> Html:
+    name = "Held-out loss (nats per token)"
+    before, after = before_and_after(record)
+    if before is None and after is None:
+        return _card(name, units.NONE, "not evaluated yet")
+    if after is None:
+        return _card(name, units.loss(before.loss if before else None), "base model; no round has been evaluated since")
+    if not is_finite(after.loss):
+        start = f"it was {units.loss(before.loss)} before" if before else ""
+        return _card(name, "diverged", f"{units.loss(after.loss)} after round {after.server_round}", start)
+    if before is None:
+        return _card(name, units.loss(after.loss), f"after round {after.server_round}; the base model was not evaluated")
+    percent = change(before.loss, after.loss)
+    records = f", on {units.counted(after.num_examples, 'record')}" if after.num_examples else ""
+    moved = f"{units.percent(percent)} after" if percent is not None else "after"
+    return _card(name, f"{units.loss(before.loss)} → {units.loss(after.loss)}", f"{moved} round {after.server_round}{records}")
+
+
+def _charts(charts: Sequence[Chart], pictures: Mapping[str, str]) -> list[Html]:
+    figures = []
+    for chart in charts:
+        if chart.name in pictures:
+            label = f'<svg role="img" aria-label="{escape(chart.alt)}"'
+            content = [Html(pictures[chart.name].replace("<svg", label, 1)), _tag("figcaption", chart.caption)]
+        else:
+            content = [_tag("p", chart.caption, class_="empty")]
+        figures.append(_tag("figure", [_tag("h3", chart.title), *content], id=chart.name.replace("_", "-")))
+    return [_tag("h2", "Charts"), _tag("div", figures, class_="charts")]
+
+
+def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[Text]], numeric: int, kind: str = "") -> Html:
+    """A table whose first column names the row; columns from `numeric` on are numbers."""
+    head = [_tag("th", text, scope="col", **({"class_": "num"} if i >= numeric else {})) for i, text in enumerate(header)]
+    lines = []
+    for first, *rest in rows:
+        cells = [_tag("td", cell, **({"class_": "num"} if i >= numeric else {})) for i, cell in enumerate(rest, start=1)]
+        lines.append(_tag("tr", [_tag("th", first, scope="row"), *cells]))
+    parts = [_tag("caption", caption), _tag("thead", _tag("tr", head)), _tag("tbody", lines)]
+    return _tag("table", parts, **({"class_": kind} if kind else {}))
+
+
+def _tables(record: RunRecord) -> list[Html]:
+    if not record.rounds:
+        return []
+    panels = []
+    moved = traffic(record.rounds)
+    if moved is not None:
+        panels.append(_tag("div", _bytes_table(record, moved), class_="panel"))
+    return [
+        _tag("h2", "Numbers"),
+        _tag("div", [*panels, _rounds(record), _clients(record), *_refusals(record)], class_="stack"),
+    ]
+
+
+def _bytes_table(record: RunRecord, moved: Traffic) -> Html:
+    config = record.config
+    each = units.amount
+    rows: list[list[Text]] = [
+        ["this run", each(moved.down), each(moved.up), each(moved.both), each(moved.total)],
+        ["the paper", "", "", each(PAPER_BYTES), each(PAPER_BYTES * moved.exchanges)],
+    ]
+    if record.weight_bytes:
+        size = record.weight_bytes
+        name = f"float weights ({config.dtype})" if config.dtype != "auto" else "float weights"
+        rows.append([name, each(size), each(size), each(2 * size), each(2 * size * moved.exchanges)])
+    caption = (
+        f"Bytes per client and round as encoded, headers included, and in total for "
+        f"{units.counted(moved.exchanges, 'request')}. The paper's number is for K = 4,096 and 200 steps; "
+        f"this run has K = {config.num_seeds:,} and {units.counted(config.local_steps, 'step')}."
+    )
+    if config.min_replies > 1:
+        caption += " Attempts at a round that were repeated for want of replies are not counted."
+    if not record.weight_bytes:
+        caption += " The run did not note the size of its weights, so that the row for sending them is missing."
+    return _table(caption, ["what is sent", "down", "up", "both ways", "in total"], rows, 1)
+
+
+def _details(summary: str, content: Html) -> Html:
+    return _tag("details", [_tag("summary", summary), content], class_="panel long")
+
+
+def _rounds(record: RunRecord) -> Html:
+    held_out = {e.server_round: e for e in record.evaluations}
+    rounds = {r.server_round: r for r in record.rounds}
+    rows: list[list[Text]] = []
+    for n in sorted(held_out.keys() | rounds.keys()):
+        loss = units.loss(held_out[n].loss) if n in held_out else units.NONE
+        if n not in rounds:
+            rows.append([str(n), loss, units.NONE, units.NONE, units.duration(held_out[n].seconds)])
+            continue
+        r, own = rounds[n], rounds[n].finite_losses()
+        spread = f"{min(own):.2f} to {max(own):.2f}" if own else ""
+        notes = [_quiet(f"{len(r.client_losses)} of {r.num_asked} replies")] if len(r.client_losses) < r.num_asked else []
+        if r.dropped_steps:
+            notes.append(_quiet(f"{units.counted(r.dropped_steps, 'step')} dropped"))
+        rows.append(
+            [
+                str(n),
+                loss,
+                Html(escape(units.loss(r.train_loss)) + _quiet(spread).text),
+                Html(f"{units.exact(r.bytes_down)} / {units.exact(r.bytes_up)}" + "".join(note.text for note in notes)),
+                units.duration(r.seconds + (held_out[n].seconds if n in held_out else 0)),
+            ]
+        )
+    caption = "Losses in nats per token, with the spread over the clients; bytes down / up, mean per client."
+    return _details("Every round", _table(caption, ["round", "held-out", "training", "bytes", "time"], rows, 1))
+
+
+def _clients(record: RunRecord) -> Html:
+    seen = participation(record.rounds)
+    rows: list[list[Text]] = [[p.client, str(p.accepted), str(p.refused), str(p.missing)] for p in seen[:MAX_ROWS]]
+    caption = f"{len(seen):,} of {units.counted(record.config.num_clients, 'client')} have been asked; rounds of each."
+    if len(seen) > MAX_ROWS:
+        caption += f" The {MAX_ROWS} most often asked are shown."
+    return _details("Every client", _table(caption, ["client", "accepted", "refused", "no reply"], rows, 1))
+
+
+def _refusals(record: RunRecord) -> list[Html]:
+    reasons = refusals(record.rounds)
+    if not reasons:
+        return [
+            _tag("div", _tag("p", "Every client that was asked sent a reply, and every reply was accepted."), class_="panel")
+        ]
+    rows: list[list[Text]] = []
+    for reason, names in reasons[:MAX_ROWS]:
+        distinct = sorted(set(names))
+        more = f" and {len(distinct) - NAMES_SHOWN:,} more" if len(distinct) > NAMES_SHOWN else ""
+        rows.append([reason, ", ".join(distinct[:NAMES_SHOWN]) + more, f"{len(names):,}"])
+    caption = "Replies that were refused or did not come; the rounds went on without them."
+    if len(reasons) > MAX_ROWS:
+        caption += f" The {MAX_ROWS} most frequent of {len(reasons):,} reasons are shown."
+    return [_tag("div", _table(caption, ["reason", "clients", "times"], rows, 2), class_="panel")]
+
+
+def _ledger(record: RunRecord) -> list[Html]:
+    ledger = record.ledger
+    if ledger is None:
+        text = "There is no ledger yet: it is written when the first round is done."
+        return [_tag("h2", "Ledger"), _tag("div", _tag("p", text), class_="panel")]
+    published = len(ledger.published().encode())
+    used = int((ledger.coefficients != 0).sum())
+    rows: list[list[Text]] = [
+        ["digest (SHA-256)", _tag("code", ledger.digest())],
+        ["rounds in it", f"{ledger.round:,}"],
+        ["size", f"{record.ledger_size:,} B as a checkpoint, {published:,} B to publish"],
+        [
+            "seed pool",
+            Html(f"K = {ledger.pool.size:,}, {escape(ledger.pool.family)}, key <code>{ledger.pool.key:#018x}</code>"),
+        ],
+        ["coefficients", f"{used:,} of {ledger.pool.size:,} not zero, {ledger.precision}"],
+        ["base model", _tag("code", ledger.base.fingerprint)],
+    ]
+    if ledger.history is not None:
+        rows.insert(2, ["steps in it", f"{int(ledger.history.grad_counts.sum()):,}"])
+    caption = "The tuned model is these coefficients over the base model; equal digests are equal ledgers."
+    return [_tag("h2", "Ledger"), _tag("div", _table(caption, ["what", "value"], rows, 9, "facts"), class_="panel")]
+
+
+def _settings(config: SimulationConfig) -> list[Html]:
+    rows: list[list[Text]] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        label = Html(_tag("code", name).text + _quiet(field.description or "").text)
+        rows.append([label, _tag("code", str(value)) if value is not None else _quiet("not set")])
+    caption = "The resolved configuration: every setting, defaults included."
+    return [
+        _tag("h2", "Settings"),
+        _tag("div", _table(caption, ["setting", "value"], rows, 9, "settings"), class_="panel long"),
+    ]

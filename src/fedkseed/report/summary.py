@@ -1,0 +1,106 @@
+"""What follows from a run's numbers: traffic, participation, time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedkseed.report.reading import Evaluation, Round, RunRecord, is_finite
+
+PAPER_BYTES = 17_988
+"""Bytes per client and round, down and up together, of the paper (K = 4096, 200 steps), by this project's count."""
+
+ACTIVITIES = ("forward", "noise", "rebuild", "other", "evaluation")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes as they were encoded: mean per client and round, and in total over all clients and rounds."""
+
+    down: float
+    up: float
+    total_down: float
+    total_up: float
+    exchanges: int
+
+    @property
+    def both(self) -> float:
+        """Mean per client and round, down and up together."""
+        return self.down + self.up
+
+    @property
+    def total(self) -> float:
+        """Over the whole run, down and up together."""
+        return self.total_down + self.total_up
+
+
+def traffic(rounds: Sequence[Round]) -> Traffic | None:
+    """The bytes of some rounds; None without any."""
+    asked = sum(r.num_asked for r in rounds)
+    if not asked:
+        return None
+    answered = sum(r.num_answered for r in rounds)
+    down = sum(r.bytes_down * r.num_asked for r in rounds)
+    up = sum(r.bytes_up * r.num_answered for r in rounds)
+    return Traffic(down / asked, up / answered if answered else 0.0, down, up, asked)
+
+
+@dataclass(frozen=True)
+class Participation:
+    """How often a client's reply was accepted, was refused, or did not come."""
+
+    client: str
+    accepted: int
+    refused: int
+    missing: int
+
+    @property
+    def asked(self) -> int:
+        """How often the client was in a cohort."""
+        return self.accepted + self.refused + self.missing
+
+
+def participation(rounds: Sequence[Round]) -> list[Participation]:
+    """Every client that was ever asked, those asked most often first."""
+    accepted = Counter(name for r in rounds for name in r.client_losses)
+    refused = Counter(name for r in rounds for name in r.refused)
+    missing = Counter(name for r in rounds for name in r.missing)
+    clients = [Participation(name, accepted[name], refused[name], missing[name]) for name in accepted | refused | missing]
+    return sorted(clients, key=lambda p: (-p.asked, -p.accepted, p.client))
+
+
+def refusals(rounds: Sequence[Round]) -> list[tuple[str, list[str]]]:
+    """Why replies were not used, most frequent reason first, with the clients it befell (one entry each time)."""
+    reasons: dict[str, list[str]] = {}
+    for r in rounds:
+        for name, reason in r.refused.items():
+            reasons.setdefault(reason, []).append(name)
+        for name in r.missing:
+            reasons.setdefault("no reply came", []).append(name)
+    return sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def seconds_by_round(record: RunRecord) -> dict[int, dict[str, float]]:
+    """Seconds of each activity, by round; round 0 is the evaluation of the base model."""
+    table: dict[int, dict[str, float]] = {}
+    for r in record.rounds:
+        by = {activity: r.seconds_by.get(activity, 0.0) for activity in ("forward", "noise", "rebuild")}
+        table[r.server_round] = by | {"other": max(0.0, r.seconds - sum(by.values()))}
+    for e in record.evaluations:
+        table.setdefault(e.server_round, {})["evaluation"] = e.seconds
+    return {n: {activity: table[n].get(activity, 0.0) for activity in ACTIVITIES} for n in sorted(table)}
+
+
+def before_and_after(record: RunRecord) -> tuple[Evaluation | None, Evaluation | None]:
+    """The evaluation of the base model and the last one since; None where there is none."""
+    before = next((e for e in record.evaluations if e.server_round == 0), None)
+    after = record.evaluations[-1] if record.evaluations and record.evaluations[-1].server_round > 0 else None
+    return before, after
+
+
+def change(before: float, after: float) -> float | None:
+    """Relative change in percent; None where it means nothing."""
+    if not (is_finite(before) and is_finite(after)) or before == 0:
+        return None
+    return (after - before) / abs(before) * 100

@@ -1,0 +1,521 @@
+"""The report of a run, from run folders that the tests write: what it says, that it stands alone, and bad input."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
+from fedkseed.federation import start
+from fedkseed.federation.pro import importances, probabilities
+from fedkseed.identity import BaseIdentity
+from fedkseed.ledger import History, Ledger
+from fedkseed.report import reading, report
+from fedkseed.report.charts import charts
+from fedkseed.report.page import page
+from fedkseed.report.summary import change
+from fedkseed.report.units import duration, exact, loss, percent, power_of_ten, size
+from fedkseed.run_folder import RunFolder
+from fedkseed.simulation_config import build
+
+CHARTS = {"held_out_loss", "training_loss", "bytes", "participation", "seed_use", "seed_probabilities", "coefficients", "time"}
+NASTY = "<script>alert(\"1\")</script> & $x_ 'quoted'"
+WEIGHT_BYTES = 1_040_128
+BASE = BaseIdentity.of({"w": bytes(range(32))})
+
+
+def make_ledger(config: Any, num_rounds: int, steps: int = 40) -> Ledger:
+    ledger = start(config, BASE)
+    draw = np.random.default_rng(7)
+    k = config.num_seeds
+    for _ in range(num_rounds):
+        counts = np.bincount(draw.integers(0, k, steps), minlength=k)
+        assert ledger.history is not None
+        moved = np.where(counts > 0, draw.normal(0, 1e-4, k), 0.0)
+        ledger = ledger.advance(
+            History(
+                ledger.history.accumulators + moved,
+                ledger.history.grad_sums + counts * draw.gamma(2.0, 3.0, k),
+                ledger.history.grad_counts + counts,
+            )
+        )
+    return ledger
+
+
+def evaluation(n: int, value: float, **more: Any) -> dict[str, Any]:
+    return {
+        "event": "evaluation", "server_round": n, "eval_loss": value, "num_examples": 30, "num_tokens": 2312, "seconds": 0.5
+    } | more  # fmt: skip
+
+
+def closed(n: int, **more: Any) -> dict[str, Any]:
+    names = [f"client-{(n + i) % 12:02}" for i in range(4)]
+    losses = [4.1 - 0.01 * n, 3.8, 4.4, 3.3125]
+    return {
+        "event": "round",
+        "server_round": n,
+        "lr": 1e-4,
+        "num_replies": 4,
+        "dropped_steps": 0,
+        "train_loss": sum(losses) / 4,
+        "clients": {name: {"weight": 0.25, "loss": value} for name, value in zip(names, losses, strict=True)},
+        "refused": {},
+        "missing": [],
+        "bytes_down": 682.0,
+        "bytes_up": 135.5,
+        "seconds": 2.0,
+        "seconds_by": {"forward": 1.5, "noise": 0.25, "rebuild": 0.05},
+    } | more
+
+
+class Maker:
+    """Makes run folders as a simulation leaves them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data.jsonl"
+        self.data.write_text("{}\n")
+
+    def __call__(
+        self, events: list[dict[str, Any]], num_ledger_rounds: int, name: str = "run", steps: int = 40, **settings: Any
+    ) -> Path:
+        given: dict[str, Any] = {
+            "model": "some/model", "data": self.data, "num_clients": 20, "fraction_train": 0.2, "num_rounds": 6,
+            "num_seeds": 256, "local_steps": 5, "lr": 1e-4, "algorithm": "fedkseed-pro",
+        }  # fmt: skip
+        run = RunFolder.create(self.folder / name, build(given | settings))
+        for event in events:
+            run.append_metrics(event)
+        if num_ledger_rounds:
+            make_ledger(run.config, num_ledger_rounds, steps).save(run.ledger_path)
+        return run.path
+
+    def complete(self, **settings: Any) -> Path:
+        events = [evaluation(0, 3.9631, weight_bytes=WEIGHT_BYTES)]
+        for n in range(1, 7):
+            events += [closed(n), evaluation(n, 3.9631 - 0.0151 * n)]
+        return self(events, 6, **settings)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Maker:
+    return Maker(tmp_path)
+
+
+class Outline(HTMLParser):
+    """The page's elements, checked for balance; text as a reader gets it."""
+
+    VOID = frozenset({"meta", "br", "img", "path", "use"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read(run: Path) -> Outline:
+    return Outline(report(run).read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A finished run and its page, for tests that only look."""
+
+    run: Path
+    before: dict[str, tuple[bytes, int]]
+    html: str
+    outline: Outline
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Complete:
+    run = Maker(tmp_path_factory.mktemp("complete")).complete()
+    before = snapshot(run)
+    html = report(run).read_text(encoding="utf-8")
+    return Complete(run, before, html, Outline(html))
+
+
+def words(run: Path) -> str:
+    """The page's text without the time that pictures take."""
+    record = reading.read(run)
+    return Outline(page(run, record, charts(record), {})).text
+
+
+def snapshot(run: Path) -> dict[str, tuple[bytes, int]]:
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir() if p.is_file()}
+
+
+def test_page_and_pictures(complete: Complete) -> None:
+    path = complete.run / "report" / "index.html"
+    assert {p.name for p in path.parent.iterdir()} == {"index.html", *(f"{name}.png" for name in CHARTS)}
+    for name in CHARTS:
+        image = Image.open(BytesIO((path.parent / f"{name}.png").read_bytes()))
+        image.load()
+        assert image.format == "PNG"
+        assert image.width > 800
+        assert len(set(image.convert("L").tobytes())) > 20, f"{name} is blank"
+    assert snapshot(complete.run) == complete.before
+
+
+def test_numbers_are_the_metrics(complete: Complete) -> None:
+    run, text = complete.run, complete.outline.text
+    assert "3.9631 \N{RIGHTWARDS ARROW} 3.8725" in text
+    assert "\N{MINUS SIGN}2.3 % after round 6, on 30 records" in text
+    assert "6 of 6" in text
+    assert "in 15.5 s" in text  # 6 x 2.0 + 7 x 0.5
+    assert "817.5 B" in text
+    assert "682 B down, 135.5 B up" in text
+    assert "22 times less than the paper's 17,988 B" in text
+    # 24 exchanges: 24 x 682 down, 24 x 135.5 up, 24 x 817.5 both ways
+    assert "16,368 B down, 3,252 B up" in text
+    assert "19.6 kB" in text
+    assert "this run 682 B 135.5 B 817.5 B 19,620 B" in text
+    assert "the paper 17,988 B 431,712 B" in text
+    assert "float weights (float32) 1.04 MB 1.04 MB 2.08 MB 49.9 MB" in text
+    assert "2,545 times less than sending the float weights" in text
+    for n in range(1, 7):
+        own = [4.1 - 0.01 * n, 3.8, 4.4, 3.3125]
+        losses = f"{3.9631 - 0.0151 * n:.4f} {sum(own) / 4:.4f} {min(own):.2f} to {max(own):.2f}"
+        assert f"{n} {losses} 682 / 135.5 2.5 s" in text
+    ledger = Ledger.load(run / "ledger.safetensors")
+    assert ledger.digest() in text
+    assert ledger.base.fingerprint in text
+    assert "Every client that was asked sent a reply, and every reply was accepted." in text
+    assert "Finished: all 6 rounds are done." in text
+
+
+def test_totals_count_only_what_was_sent(make: Maker) -> None:
+    event = closed(1, refused={"client-18": "too many scalars"}, missing=["client-19"], bytes_down=100.0, bytes_up=10.0)
+    text = words(make([evaluation(0, 4.0), event], 1))
+    assert "600 B down, 50 B up" in text  # six were asked, five answered
+    assert "4 of 6 replies" in text
+
+
+def test_every_setting_is_shown(make: Maker) -> None:
+    run = make.complete(noise="gaussian", loss_clip=None)
+    config = RunFolder.open(run).config
+    text = words(run)
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        assert f"{name} {field.description} {'not set' if value is None else value}" in text
+
+
+def test_seed_probabilities_are_those_of_the_next_round(complete: Complete) -> None:
+    history = Ledger.load(complete.run / "ledger.safetensors").history
+    assert history is not None
+    ratios = probabilities(importances(history.grad_sums, history.grad_counts)) * 256
+    label = next(a for a in complete.outline.all("svg") if str(a["aria-label"]).startswith("Probabilities"))["aria-label"]
+    assert f"from {ratios.max():.2f} to {ratios.min():.2f} times the uniform probability of 0.00391" in str(label)
+    counts = history.grad_counts
+    assert f"240 steps over 256 seeds, each used {counts.min()} to {counts.max()} times" in complete.html
+
+
+def test_uniform_drawing_has_no_probabilities(make: Maker) -> None:
+    run = make([evaluation(0, 4.0)], 0, algorithm="fedkseed")
+    (run / "report").mkdir()
+    (run / "report" / "seed_probabilities.png").write_bytes(b"an older report's")
+    outline = read(run)
+    assert "seed-probabilities" not in [a.get("id") for a in outline.all("figure")]
+    assert len(outline.all("figure")) == len(CHARTS) - 1
+    assert not (run / "report" / "seed_probabilities.png").exists()
+
+
+def test_page_stands_alone(complete: Complete) -> None:
+    html = complete.html
+    assert not re.search(r"https?:|//[a-z]|@import|javascript:", html)
+    for tag, attributes in complete.outline.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
+        assert "src" not in attributes
+        assert not [name for name in attributes if name.startswith("on")]
+        assert str(attributes.get("href", "#")).startswith("#")
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)", html))
+
+
+def test_page_is_accessible(complete: Complete) -> None:
+    html, outline = complete.html, complete.outline
+    assert outline.all("html") == [{"lang": "en"}]
+    assert any(a.get("name") == "viewport" for a in outline.all("meta"))
+    assert len(outline.all("title")) == len(outline.all("h1")) == len(outline.all("main")) == 1
+    svgs = outline.all("svg")
+    assert len(svgs) == len(CHARTS)
+    assert all(a["role"] == "img" and len(str(a["aria-label"])) > 40 for a in svgs)
+    assert len(outline.all("figcaption")) == len(outline.all("figure")) == len(CHARTS)
+    assert all(a["scope"] in {"col", "row"} for a in outline.all("th"))
+    assert len(outline.all("caption")) == len(outline.all("table"))
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    references = set(re.findall(r'(?:href="|url\()#([^")]+)', html))
+    assert references <= set(ids)
+
+
+def test_pictures_take_their_colours_from_the_page(complete: Complete) -> None:
+    html = complete.html
+    style, body = html.split("</style>")
+    assert "prefers-color-scheme: dark" in style
+    assert not re.search(r"(fill|stroke): #|font-family", body)
+    used = set(re.findall(r"var\(--(\w+)\)", html))
+    assert used <= set(re.findall(r"--(\w+):", style))
+
+
+@pytest.mark.parametrize("scheme", ["LIGHT", "DARK"])
+def test_contrast(scheme: str) -> None:
+    from fedkseed.report import drawing
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    palette = getattr(drawing, scheme)
+    # WCAG AA: 4.5 for text, 3 for what a chart is read from
+    for role, least in {"ink": 7, "muted": 4.5, "blue": 3, "orange": 3, "green": 3, "purple": 3, "grey": 3}.items():
+        low, high = sorted((luminance(getattr(palette, role)), luminance(palette.surface)))
+        assert (high + 0.05) / (low + 0.05) >= least, role
+
+
+def test_what_a_run_says_is_escaped(make: Maker) -> None:
+    event = closed(
+        1,
+        clients={NASTY: {"weight": 1.0, "loss": 4.0}, "a" * 300: {"weight": 1.0, "loss": 4.0}},
+        refused={NASTY + "2": NASTY},
+        missing=["<b>bold</b>"],
+    )
+    run = make([evaluation(0, 4.0), event], 1, name="<i>run & $x$", model='"><img src=x onerror=alert(1)>')
+    html = report(run).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "<b>" not in html
+    assert "<i>" not in html
+    text = Outline(html).text
+    assert text.count(NASTY) == 4  # a client, the start of another's name in two tables, a reason
+    assert "<b>bold</b>" in text
+    assert "<i>run & $x$" in text
+
+
+def test_refusals_by_reason(make: Maker) -> None:
+    events = [evaluation(0, 4.0)]
+    for n in (1, 2):
+        events.append(closed(n, refused={"client-18": "more scalars than steps"}, missing=["client-19", "client-17"]))
+    text = words(make(events, 2))
+    assert "no reply came client-17, client-19 4" in text
+    assert "more scalars than steps client-18 2" in text
+    assert "client-18 0 2 0" in text
+    assert "client-19 0 0 2" in text
+
+
+def test_run_without_the_size_of_its_weights(make: Maker) -> None:
+    text = words(make([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1))
+    assert "did not note the size of its weights" in text
+    assert "times less than sending" not in text
+
+
+def test_run_still_going(make: Maker) -> None:
+    events = [evaluation(0, 4.0), closed(1), evaluation(1, 3.9), closed(2), evaluation(2, 3.8), closed(3)]
+    run = make(events, 2)  # the third round's ledger is not written yet
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "evaluation", "server')
+    text = words(run)
+    assert "Round 2 of 6, still going or stopped" in text
+    assert "4.0000 \N{RIGHTWARDS ARROW} 3.8000" in text
+    assert "5,456 B down" in text  # of two rounds
+
+
+@pytest.mark.parametrize(
+    ("events", "num_ledger_rounds", "num_pictures", "says"),
+    [
+        ([], 0, 0, "Round 0 of 6, still going or stopped"),
+        ([evaluation(0, 4.0)], 0, 2, "base model; no round has been evaluated since"),
+        ([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1, 8, "4.0000 \N{RIGHTWARDS ARROW} 3.9000"),
+        ([closed(1)], 1, 7, "not evaluated yet"),
+        ([closed(1), evaluation(1, 3.9)], 1, 8, "the base model was not evaluated"),
+    ],
+    ids=["nothing", "round 0", "a single round", "no evaluation", "no first evaluation"],
+)
+def test_short_runs(make: Maker, events: list[dict[str, Any]], num_ledger_rounds: int, num_pictures: int, says: str) -> None:
+    run = make(events, num_ledger_rounds)
+    outline = read(run)
+    assert says in outline.text
+    assert len(outline.all("svg")) == num_pictures == len(list((run / "report").glob("*.png")))
+    assert len(outline.all("figure")) == len(CHARTS)
+    assert not re.search(r"\bnan\b|\bNone\b", outline.text)
+
+
+def test_single_round_run_is_finished(make: Maker) -> None:
+    assert "Finished: the only round is done." in words(make([evaluation(0, 4.0), closed(1)], 1, num_rounds=1))
+
+
+def test_ledger_without_steps(make: Maker) -> None:
+    event = closed(1, train_loss=None, dropped_steps=20, clients={"client-00": {"weight": 1.0, "loss": None}})
+    text = words(make([evaluation(0, 4.0), event, evaluation(1, 4.0)], 1, steps=0))
+    assert "The ledger holds no step" in text
+    assert "All coefficients are zero" in text
+    assert "every step was dropped" in text
+    assert "20 steps dropped" in text
+
+
+def test_published_ledger_has_no_history(make: Maker) -> None:
+    run = make.complete()
+    Ledger.load(run / "ledger.safetensors").published().save(run / "ledger.safetensors")
+    assert "There is no ledger that remembers its steps" in words(run)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38, 1e308])
+def test_divergence_is_said(make: Maker, value: float) -> None:
+    event = closed(2, train_loss=value, clients={"client-00": {"weight": 1.0, "loss": value}})
+    run = make([evaluation(0, 4.0), closed(1), evaluation(1, 5.0), event, evaluation(2, value)], 2)
+    outline = read(run)
+    assert "Diverged: a loss is not a finite number, first in round 2. Start anew with a lower --lr" in outline.text
+    assert "it was 4.0000 before" in outline.text
+    assert "first at round 2" in str(outline.all("svg")[0]["aria-label"])
+
+
+def test_nothing_but_divergence(make: Maker) -> None:
+    event = closed(1, train_loss=math.nan, clients={"client-00": {"weight": 1.0, "loss": math.nan}})
+    assert "Diverged" in read(make([evaluation(0, math.nan), event, evaluation(1, math.nan)], 1)).text
+
+
+def test_long_run_of_many_clients(make: Maker) -> None:
+    events = [evaluation(0, 4.0)]
+    for n in range(1, 201):
+        losses = {f"client-{(7 * n + i) % 900:03}": {"weight": 0.1, "loss": 3.0 + i / 10} for i in range(10)}
+        events += [closed(n, clients=losses, bytes_up=0.0), evaluation(n, 4.0 - n / 300)]
+    text = read(make(events, 200, num_rounds=200, num_clients=1000, num_seeds=8, steps=500)).text
+    assert "The 200 most often asked are shown." in text
+    assert "200 3.3333" in text
+
+
+def test_one_seed(make: Maker) -> None:
+    assert "1 seed," in report(make([evaluation(0, 4.0), closed(1)], 1, num_seeds=1)).read_text()
+
+
+def test_data_may_be_gone(make: Maker) -> None:
+    run = make.complete()
+    make.data.unlink()
+    assert str(make.data) in words(run)
+
+
+def test_same_run_same_bytes(make: Maker) -> None:
+    run = make([evaluation(0, 4.0)], 0)
+    first = {p.name: p.read_bytes() for p in report(run).parent.iterdir()}
+    matplotlib.rcParams["font.size"] = 30  # a user's own style has no say
+    try:
+        assert {p.name: p.read_bytes() for p in report(run).parent.iterdir()} == first
+        assert matplotlib.rcParams["font.size"] == 30
+    finally:
+        matplotlib.rcdefaults()
+
+
+def spoil(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (lambda run: (run / "config.toml").unlink(), RunFolderError, "holds no run"),
+        (spoil("config.toml", b"model = "), RunError, "is not TOML"),
+        (spoil("config.toml", b"\xff\xfe"), RunError, "is not TOML"),
+        (spoil("config.toml", b"lr = 1.0\nmodel = 'm'\ndata = 'd'\nspeed = 3"), ConfigError, "'speed' is unknown"),
+        (spoil("config.toml", b"lr = 1.0\nmodel = 'm'"), ConfigError, "--data is missing"),
+        (spoil("metrics.jsonl", b"not json\n"), RunError, "metrics.jsonl is damaged"),
+        (spoil("metrics.jsonl", b"[1, 2]\n"), RunError, "metrics.jsonl is damaged"),
+        (spoil("metrics.jsonl", b"\xff\n"), RunError, "metrics.jsonl is damaged"),
+        (spoil("metrics.jsonl", b'{"event": "round", "server_round": 1}\n'), RunError, "'dropped_steps' is missing"),
+        (spoil("metrics.jsonl", b'{"event": "evaluation", "server_round": 0, "eval_loss": "4"}\n'), RunError, "a loss is '4'"),
+        (spoil("metrics.jsonl", b'{"event": "evaluation", "server_round": 0.5}\n'), RunError, "server_round is 0.5"),
+        (spoil("metrics.jsonl", json.dumps(closed(1, bytes_up=-1)).encode() + b"\n"), RunError, "bytes_up is -1"),
+        (spoil("metrics.jsonl", json.dumps(closed(1, seconds=math.nan)).encode() + b"\n"), RunError, "seconds is nan"),
+        (spoil("metrics.jsonl", json.dumps(closed(1, clients=[1])).encode() + b"\n"), RunError, "damaged"),
+        (spoil("ledger.safetensors", b"nothing"), LedgerError, "not a ledger"),
+        (spoil("report", b"a file in its way"), RunError, "cannot write the report"),
+    ],
+)
+def test_bad_input(make: Maker, damage: Callable[[Path], object], error: type[Exception], says: str) -> None:
+    run = make.complete()
+    damage(run)
+    with pytest.raises(error) as raised:
+        report(run)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(RunFolderError, match="holds no run"):
+            report(path)
+        assert not (path / "report").exists()
+
+
+def test_a_file_is_no_run(make: Maker) -> None:
+    with pytest.raises(RunFolderError, match="cannot read the run's settings"):
+        report(make.data)
+
+
+def test_command_in_a_fresh_process(complete: Complete) -> None:
+    # a process of its own: importing the command line's libraries must not decide what the other tests see
+    code = (
+        "import sys, pathlib; from fedkseed.cli.report import report_command; "
+        "report_command(pathlib.Path(sys.argv[1])); print('matplotlib.pyplot' in sys.modules)"
+    )
+    run = complete.run
+    found = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert found.stdout == f"report: {run / 'report' / 'index.html'}\nFalse\n"
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert [exact(v) for v in (0.0, 682.0, 135.5, 1234567.0)] == ["0", "682", "135.5", "1,234,567"]
+    assert [size(v) for v in (100, 17_988, 999_600, 2_080_256, 5.4e9, 3e15)] == [
+        "100 B", "18 kB", "1 MB", "2.08 MB", "5.4 GB", "3,000 TB",
+    ]  # fmt: skip
+    assert [duration(v) for v in (0.42, 12.34, 59.96, 185, 7630)] == [
+        "0.42 s",
+        "12.3 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "2 h 07 min",
+    ]
+    assert [loss(v) for v in (3.96314, math.nan, math.inf, 1e7)] == ["3.9631", "not finite", "not finite", "1e+07"]
+    assert percent(-2.345) == "\N{MINUS SIGN}2.3 %"
+    assert percent(12.0) == "+12.0 %"
+    assert power_of_ten(-3) == "10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT THREE}"
+    assert change(4.0, 3.9) == pytest.approx(-2.5)
+    assert change(0.0, 3.9) is None
+    assert change(4.0, math.nan) is None
