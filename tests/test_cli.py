@@ -1,11 +1,14 @@
 """The command line as a user meets it: exit codes, one line on stderr, nothing lost. And how the other files call it."""
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,26 @@ FEDKSEED = Path(sys.executable).parent / "fedkseed"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
 
 SERVER = '''
-"""Runs commands one after the other, each in a process of its own that has torch and transformers imported already."""
+"""Runs commands one after the other, each in a process of its own, forked from this one, which has imported and compiled
+what takes seconds. It has no threads: OMP_NUM_THREADS is 1."""
 import json, os, resource, selectors, signal, sys, traceback
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 import fedkseed.simulation, fedkseed.cli.display, fedkseed.noise.cpu, fedkseed.tuned_model, fedkseed.cli.doctor
+from pathlib import Path
 from fedkseed.cli import main
+from fedkseed.run_folder import RunFolder
+from fedkseed.simulation import Simulation, prepare
+from fedkseed.simulation_config import build
+
+
+class Nobody:
+    note = probe = event = lambda self, *_: None
+
+
+for noise in ("hadamard", "gaussian"):
+    config = build(json.loads(sys.argv[1]) | {"noise": noise, "num_rounds": 1})
+    Simulation(RunFolder.create(Path(sys.argv[2]) / noise, config), prepare(config, Nobody()), Nobody()).train()
 
 
 def die():
@@ -140,10 +157,11 @@ class CommandLine:
     Everything else is as from a shell: arguments, exit codes, standard streams, signals, limits.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        command = [sys.executable, "-c", SERVER, json.dumps(tiny_settings(Path(self._folder.name))), self._folder.name]
         self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=self._folder.name
         )
 
     def __call__(
@@ -156,7 +174,7 @@ class CommandLine:
     ) -> Result:
         job = {
             "args": [str(arg) for arg in args],
-            "cwd": str(cwd or self._folder),
+            "cwd": str(cwd or self._folder.name),
             "env": env or {},
             "largest_file": largest_file,
             "kill": kill,
@@ -169,12 +187,15 @@ class CommandLine:
 
     def close(self) -> None:
         self._server.communicate()
+        self._folder.cleanup()
 
 
-def start_command_line(factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    line = CommandLine(factory.mktemp("cli"))
-    yield line
-    line.close()
+@functools.cache
+def command_line() -> CommandLine:
+    """One for all test files."""
+    line = CommandLine()
+    atexit.register(line.close)
+    return line
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -193,8 +214,8 @@ def assert_one_line(result: Result, code: int, *wanted: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def fedkseed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    yield from start_command_line(tmp_path_factory)
+def fedkseed() -> CommandLine:
+    return command_line()
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +488,9 @@ def test_resuming_on_a_full_disk_is_one_line(fedkseed: CommandLine, copied: Path
 # --- Resuming what cannot be resumed ---
 
 
-@pytest.mark.parametrize("flag", [("--lr", 1), ("--seed", 8), ("--run", "elsewhere"), ("--config", "x.toml"), ("--noise", "gaussian")])
+@pytest.mark.parametrize(
+    "flag", [("--lr", 1), ("--seed", 8), ("--run", "elsewhere"), ("--config", "x.toml"), ("--noise", "gaussian")]
+)
 def test_resume_takes_no_other_setting(fedkseed: CommandLine, copied: Path, flag: tuple[str, object]) -> None:
     before = contents(copied)
     result = fedkseed("simulate", "--resume", copied, *flag)

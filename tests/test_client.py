@@ -312,9 +312,7 @@ def test_global_generators_are_neither_read_nor_moved(pair: tuple[Client, fk.Bin
     assert states() == before
 
 
-@pytest.mark.parametrize(
-    "change", [{"run_id": bytes(8)}, {"server_round": 2}, {"attempt": 1}], ids=["run", "round", "attempt"]
-)
+@pytest.mark.parametrize("change", [{"run_id": bytes(8)}, {"server_round": 2}, {"attempt": 1}], ids=["run", "round", "attempt"])
 def test_another_round_draws_other_batches(pair: tuple[Client, fk.Binding, Classification], change: dict[str, Any]) -> None:
     participant, bound, task = pair
     participant.answer(request(bound, np.zeros(256)).encode())

@@ -207,9 +207,9 @@ def test_numbers_are_the_metrics(complete: Complete) -> None:
     # 24 exchanges: 24 x 682 down, 24 x 135.5 up, 24 x 817.5 both ways
     assert "16,368 B down, 3,252 B up" in text
     assert "19.6 kB" in text
-    assert "this run 682 B 135.5 B 817.5 B 19,620 B" in text
-    assert "the paper 17,988 B 431,712 B" in text
-    assert "float weights (float32) 1.04 MB 1.04 MB 2.08 MB 49.9 MB" in text
+    assert "bytes this run the paper float weights (float32)" in text
+    assert "down 682 B 1.04 MB up 135.5 B 1.04 MB" in text
+    assert "both ways 817.5 B 17,988 B 2.08 MB in total 19,620 B 431,712 B 49.9 MB" in text
     assert "2,545 times less than sending the float weights" in text
     for n in range(1, 7):
         own = [4.1 - 0.01 * n, 3.8, 4.4, 3.3125]

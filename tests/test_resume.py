@@ -5,13 +5,12 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import ENVIRONMENT, FEDKSEED, CommandLine, assert_one_line, flags, start_command_line
+from test_cli import ENVIRONMENT, FEDKSEED, CommandLine, assert_one_line, command_line, flags
 from test_simulation import held_out, read_metrics, tiny_settings
 
 from fedkseed.ledger import Ledger
@@ -20,8 +19,8 @@ KILLED = -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
-def fedkseed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    yield from start_command_line(tmp_path_factory)
+def fedkseed() -> CommandLine:
+    return command_line()
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +111,10 @@ def test_every_file_is_written_whole_or_by_lines(kill_points: list[str]) -> None
             assert [point.split()[0] for point in kill_points[i - 3 : i + 2]] == ["write", "half", "fsync", "rename", "fsync"]
 
 
-PARTS = 4
+PARTS = 5  # the points of every day are a fifth, of all kinds; the slow part has the rest
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *[pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS)]])
 def test_a_kill_at_any_write_fsync_or_rename_loses_nothing(
     fedkseed: CommandLine, uninterrupted: Whole, kill_points: list[str], tmp_path: Path, part: int
 ) -> None:
@@ -130,7 +129,9 @@ def test_a_kill_at_any_write_fsync_or_rename_loses_nothing(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_may_be_killed_too(fedkseed: CommandLine, uninterrupted: Whole, kill_points: list[str], tmp_path: Path) -> None:
+def test_a_resumed_run_may_be_killed_too(
+    fedkseed: CommandLine, uninterrupted: Whole, kill_points: list[str], tmp_path: Path
+) -> None:
     """Kill at every third point, then again and again at the fourth of each resume, until one gets through."""
     for point in range(1, len(kill_points) + 1, 3):
         run = tmp_path / f"run-{point}"

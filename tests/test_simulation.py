@@ -158,9 +158,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("noise", "algorithm", "dtype"), COMBINATIONS)
-def test_the_held_out_loss_of_a_tiny_model_falls(
-    tiny: Path, tmp_path: Path, noise: str, algorithm: str, dtype: str
-) -> None:
+def test_the_held_out_loss_of_a_tiny_model_falls(tiny: Path, tmp_path: Path, noise: str, algorithm: str, dtype: str) -> None:
     eps = 0.01 if dtype == "float32" else 0.05
     settings = tiny_settings(
         tiny, noise=noise, algorithm=algorithm, dtype=dtype, eps=eps, local_steps=25, lr=0.004, fraction_train=0.75

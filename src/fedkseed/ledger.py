@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from fedkseed.errors import FedKSeedError, LedgerError
 from fedkseed.files import write_atomically
 from fedkseed.identity import BaseIdentity
 from fedkseed.pool import SeedPool
-from fedkseed.wire import DTYPES, PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.wire import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
 
 FORMAT = 1
 METADATA = "fedkseed"
 SHORT_DIGEST: np.dtype[Any] = np.dtype("<u4")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class History:
     """What a run needs beside the coefficients.
 
@@ -44,9 +45,9 @@ class History:
     grad_counts: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ledger:
-    """A tuned model as coefficients over a base; immutable.
+    """A tuned model as coefficients over a base; immutable. Compare `digest()`.
 
     Attributes:
         pool: the pool of perturbations.
@@ -106,7 +107,7 @@ class Ledger:
         except OSError as error:
             raise LedgerError(
                 f"{path}: cannot save the ledger of round {self.round} ({error.strerror}); "
-                "what was there before is whole: make room or choose another place, then resume"
+                "the ledger that lies there is whole: make room or choose another place, then resume"
             ) from error
 
     @classmethod
@@ -132,15 +133,15 @@ class Ledger:
             size = int.from_bytes(data[:8], "little")
             metadata = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][METADATA])
             tensors = load_tensors(data)
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise LedgerError("not a ledger, or damaged; expected a file that fedkseed wrote") from error
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-            found = metadata.get("format") if isinstance(metadata, dict) else metadata
-            raise LedgerError(f"ledger format is {found!r}; this version reads {FORMAT}: use the fedkseed that wrote it")
+            found = metadata.get("format") if isinstance(metadata, dict) else None
+            raise LedgerError(f"ledger format is {found!s:.40}; this version reads {FORMAT}: use the fedkseed that wrote it")
         try:
             return cls._from_content(metadata, tensors)
         except (KeyError, TypeError, ValueError, FedKSeedError) as error:
-            raise LedgerError(f"ledger is damaged ({error}); restore it from a copy") from error
+            raise LedgerError(f"ledger is damaged ({error!s:.200}); restore it from a copy") from error
 
     def _content(self) -> tuple[str, dict[str, NDArray[Any]]]:
         metadata: dict[str, Any] = {
@@ -167,15 +168,24 @@ class Ledger:
         identity, precision = metadata["base"], metadata["precision"]
         if precision not in PRECISIONS or not isinstance(metadata["round"], int) or metadata["round"] < 0:
             raise ValueError(f"precision {precision!r} and round {metadata['round']!r}")
-        base = BaseIdentity(
-            str(identity["fingerprint"]), _tensor(tensors, "base_digests", SHORT_DIGEST, None), tuple(identity["frozen"])
-        )
+        frozen, fingerprint = identity["frozen"], identity["fingerprint"]
+        if not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
+            raise ValueError("frozen is not a list of names")
+        if not (isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{64}", fingerprint)):
+            raise ValueError("the base's fingerprint is not 64 hexadecimal digits")
+        base = BaseIdentity(fingerprint, _tensor(tensors, "base_digests", SHORT_DIGEST, None), tuple(frozen))
         if "accumulators" not in tensors:
             numbers = _tensor(tensors, "coefficients", DTYPES[precision], pool.size)
-            coefficients = Packed(precision, int(metadata["exponent"]), numbers.tobytes()).unpack()
+            exponent = metadata["exponent"]
+            if type(exponent) is not int or abs(exponent) > MAX_EXPONENT:
+                raise ValueError(f"exponent {exponent!r:.40}")
+            coefficients = Packed(precision, exponent, numbers.tobytes()).unpack()
             return cls(pool, base, precision, metadata["round"], pool.check_coefficients(coefficients), None)
         columns: dict[str, str] = {"accumulators": "<f8", "grad_sums": "<f8", "grad_counts": "<i8"}
         history = History(**{name: _tensor(tensors, name, np.dtype(kind), pool.size) for name, kind in columns.items()})
+        sums = history.grad_sums
+        if not np.isfinite(sums).all() or sums.min() < 0 or history.grad_counts.min() < 0:
+            raise ValueError("a seed's sum or number of gradients is negative or not finite")
         return cls(pool, base, precision, metadata["round"], rounded(history.accumulators, precision), history)
 
 

@@ -16,16 +16,20 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.errors import FedKSeedError, ProtocolError
-from fedkseed.pool import FAMILIES, SeedPool
+from fedkseed.errors import ProtocolError
+from fedkseed.pool import FAMILIES, MAX_SIZE, SeedPool
 from fedkseed.wire import DTYPES, MAX_EXPONENT, PRECISIONS, Packed
 
 VERSION = 1
-REQUEST, REPLY = "fedkseed/request", "fedkseed/reply"
+REQUEST, REPLY = "k?", "k!"
+"""The first field of a message; two letters, since headers count in the budget."""
+NAMES = {REQUEST: "request", REPLY: "reply"}
+MAX_FIELDS = 64
 MAX_BYTES = 1 << 20
 MAX_STEPS = 65535
 MAX_NAME_BYTES = 64
 RUN_ID_BYTES, DIGEST_BYTES = 8, 32
+MAX_FLOAT16 = 65504.0
 INDEX: np.dtype[Any] = np.dtype("<u2")
 
 
@@ -82,6 +86,8 @@ class TrainRequest:
         if self.loss_clip is not None:
             _positive("loss_clip", self.loss_clip)
         _integer("batch_size", self.batch_size, 1, MAX_STEPS)
+        if self.coefficients.precision == "float16" and self.max_grad > MAX_FLOAT16:
+            raise ProtocolError(f"max_grad is {self.max_grad}; expected at most {MAX_FLOAT16}, which float16 can hold")
         if coefficients_digest(self.coefficients.unpack()) != self.digest:
             raise ProtocolError("the coefficients do not have the digest that came with them; expected what was sent")
 
@@ -103,11 +109,10 @@ class TrainRequest:
         fields = _unpack(data, REQUEST, 18)
         run_id, server_round, attempt, client, key, size, family, base = fields[:8]
         precision, exponent, numbers, digest, indices, lr, eps, batch_size, max_grad, loss_clip = fields[8:]
+        _integer("pool key", key, 0, 2**64 - 1)
+        _integer("pool size", size, 1, MAX_SIZE)
         _integer("family", family, 0, len(FAMILIES) - 1)
-        try:
-            pool = SeedPool(key, size, FAMILIES[family])
-        except FedKSeedError as error:
-            raise ProtocolError(f"request names no pool: {error}") from error
+        pool = SeedPool(key, size, FAMILIES[family])
         packed = _unflat(precision, exponent, numbers)
         steps = tuple(_array("indices", indices, INDEX).tolist())
         return cls(
@@ -149,6 +154,7 @@ class TrainReply:
         _packed("projected_grads", self.projected_grads, 1, MAX_STEPS)
         steps = len(self.projected_grads.numbers) // DTYPES[self.projected_grads.precision].itemsize
         for position, following in pairwise((*self.dropped, steps)):
+            _integer("dropped step", position, 0, steps - 1)
             if not position < following:
                 raise ProtocolError(
                     f"dropped step {position} is followed by {following}; expected ascending positions in the reply"
@@ -172,8 +178,7 @@ class TrainReply:
         fields = _unpack(data, REPLY, 13)
         kind, run_id, server_round, attempt, client, base, digest, num_examples = fields[:8]
         precision, exponent, numbers, dropped, loss = fields[8:]
-        if kind != SCALARS:
-            raise ProtocolError(f"reply holds an update of kind {kind!r}; expected {SCALARS} (one scalar per step)")
+        _integer("update kind", kind, SCALARS, SCALARS)
         packed = _unflat(precision, exponent, numbers)
         positions = tuple(_array("dropped", dropped, INDEX).tolist())
         return cls(run_id, server_round, attempt, client, base, digest, num_examples, packed, positions, loss)
@@ -194,15 +199,17 @@ def _unpack(data: bytes, kind: str, count: int) -> list[Any]:
     if len(data) > MAX_BYTES:
         raise ProtocolError(f"message has {len(data)} bytes; at most {MAX_BYTES} are accepted")
     try:
-        fields = msgpack.unpackb(data, raw=False, use_list=True, max_map_len=0, max_ext_len=0)
+        fields = msgpack.unpackb(data, raw=False, use_list=True, max_array_len=MAX_FIELDS, max_map_len=0, max_ext_len=0)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
-        raise ProtocolError(f"message is not msgpack ({type(error).__name__}); expected the bytes of a {kind}") from error
+        raise ProtocolError(
+            f"message is not msgpack ({type(error).__name__}); expected the bytes of a {NAMES[kind]}"
+        ) from error
     if not isinstance(fields, list) or len(fields) < 2 or fields[0] != kind:
-        raise ProtocolError(f"message is not a {kind}; expected its kind as first field")
-    if fields[1] != VERSION:
-        raise ProtocolError(f"message has protocol version {fields[1]!r}; this is version {VERSION}: update the older side")
+        raise ProtocolError(f"message is not a {NAMES[kind]}; expected its kind as first field")
+    if type(fields[1]) is not int or fields[1] != VERSION:
+        raise ProtocolError(f"protocol version is {_shown(fields[1])}; this is version {VERSION}: update the older side")
     if len(fields) != count + 2:
-        raise ProtocolError(f"{kind} has {len(fields)} fields; expected {count + 2}")
+        raise ProtocolError(f"{NAMES[kind]} has {len(fields)} fields; expected {count + 2}")
     return fields[2:]
 
 
@@ -221,19 +228,24 @@ def _array(name: str, raw: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.frombuffer(raw, dtype)
 
 
+def _shown(value: Any) -> str:
+    """A value for a message to a person: short, whatever was sent."""
+    return f"{value!r:.80}" if isinstance(value, (int, float, str, bytes, type(None))) else f"of type {type(value).__name__}"
+
+
 def _bytes(name: str, value: Any, size: int) -> None:
     if not isinstance(value, bytes) or len(value) != size:
-        raise ProtocolError(f"{name} is {value!r:.80}; expected {size} bytes")
+        raise ProtocolError(f"{name} is {_shown(value)}; expected {size} bytes")
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ProtocolError(f"{name} is {value!r:.80}; expected an integer from {low} to {high}")
+        raise ProtocolError(f"{name} is {_shown(value)}; expected an integer from {low} to {high}")
 
 
 def _number(name: str, value: Any) -> None:
     if not isinstance(value, float) or not math.isfinite(value):
-        raise ProtocolError(f"{name} is {value!r:.80}; expected a finite float")
+        raise ProtocolError(f"{name} is {_shown(value)}; expected a finite float")
 
 
 def _positive(name: str, value: Any) -> None:
@@ -260,4 +272,4 @@ def check_name(name: Any) -> None:
         ProtocolError: it is not.
     """
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.encode(errors="replace")) <= MAX_NAME_BYTES:
-        raise ProtocolError(f"client name is {name!r:.80}; expected 1 to {MAX_NAME_BYTES} bytes of printable text")
+        raise ProtocolError(f"client name is {_shown(name)}; expected 1 to {MAX_NAME_BYTES} bytes of printable text")

@@ -48,13 +48,21 @@ def pack(values: NDArray[np.floating], precision: Precision, exponent: int | Non
         exponent = 0
     elif exponent is None:
         largest = float(np.abs(exact).max(initial=0.0))
-        exponent = math.frexp(largest)[1] - TOP_EXPONENT if math.isfinite(largest) and largest else 0
-        exponent = max(exponent, -MAX_EXPONENT)
+        exponent = _exponent(largest) if math.isfinite(largest) and largest else 0
     with np.errstate(over="ignore"):
         numbers = np.ldexp(exact, -exponent).astype(DTYPES[precision])
-    if not np.isfinite(numbers).all():
-        raise InvalidValueError(f"{exact[~np.isfinite(numbers)][0]} does not fit {precision}; expected smaller finite numbers")
-    return Packed(precision, exponent, numbers.tobytes())
+    packed = Packed(precision, exponent, numbers.tobytes())
+    fits = np.isfinite(packed.unpack())
+    if not fits.all():
+        raise InvalidValueError(f"{exact[~fits][0]} does not fit {precision}; expected smaller finite numbers")
+    return packed
+
+
+def _exponent(largest: float) -> int:
+    """The scale for a largest magnitude, taken after its own rounding, so that packing twice is packing once."""
+    fraction, exponent = math.frexp(largest)
+    exponent += int(np.float16(fraction) == 1)
+    return max(exponent - TOP_EXPONENT, -MAX_EXPONENT)
 
 
 def rounded(values: NDArray[np.floating], precision: Precision, exponent: int | None = None) -> NDArray[np.float32]:

@@ -81,8 +81,10 @@ def local_steps(model: Movable, indices: Sequence[int], loss: Callable[[int], fl
         minus = loss(t)
         losses[t] = (plus + minus) / 2
         grad = projected_grad(plus, minus, eps)
-        if math.isfinite(grad) and abs(grad) <= settings.max_grad and not _clipped(plus - minus, settings.loss_clip):
-            grads[t] = rounded(np.array([grad]), settings.precision, GRAD_EXPONENT)[0]
+        usable = math.isfinite(grad) and abs(grad) <= settings.max_grad and not _clipped(plus - minus, settings.loss_clip)
+        sent = rounded(np.array([grad]), settings.precision, GRAD_EXPONENT)[0] if usable else np.float32(math.inf)
+        if abs(float(sent)) <= settings.max_grad:  # rounding may have led above it
+            grads[t] = sent
         else:
             dropped.append(t)
         back = eps - float(update(settings.lr, grads[t]))

@@ -235,12 +235,13 @@ def bytes_by_round(rounds: Sequence[int], down: Sequence[float], up: Sequence[fl
         axes = _axes(figure, "round", "bytes per client and round")
         axes.set_yscale("log")
         both = [d + u for d, u in zip(down, up, strict=True)]
-        series = [("both ways", both, palette.blue, "o"), ("down", down, palette.green, "v"), ("up", up, palette.purple, "^")]
+        series = [("both ways", both, palette.blue, None), ("down", down, palette.green, "v"), ("up", up, palette.purple, "^")]
         for label, values, colour, marker in series:
             shown = [(n, v) for n, v in zip(rounds, values, strict=True) if v > 0]
             if shown:
-                mark = marker if len(rounds) <= 60 else None
-                axes.plot(*zip(*shown, strict=True), color=colour, marker=mark, label=label)
+                # the sum is wide, so that it shows behind whichever direction it is nearly equal to
+                look = {"linewidth": 7, "alpha": 0.4} if marker is None else {"marker": marker if len(rounds) <= 60 else None}
+                axes.plot(*zip(*shown, strict=True), color=colour, label=label, **look)
         for label, value in references.items():
             axes.axhline(value, color=palette.orange, linestyle=(0, (4, 3)), linewidth=1.4)
             axes.annotate(

@@ -192,15 +192,16 @@ def _tables(record: RunRecord) -> list[Html]:
 
 def _bytes_table(record: RunRecord, moved: Traffic) -> Html:
     config = record.config
-    each = units.amount
-    rows: list[list[Text]] = [
-        ["this run", each(moved.down), each(moved.up), each(moved.both), each(moved.total)],
-        ["the paper", "", "", each(PAPER_BYTES), each(PAPER_BYTES * moved.exchanges)],
-    ]
+    ours = [moved.down, moved.up, moved.both, moved.total]
+    paper = [None, None, PAPER_BYTES, PAPER_BYTES * moved.exchanges]
+    header = ["bytes", "this run", "the paper"]
+    columns: list[Sequence[float | None]] = [ours, paper]
     if record.weight_bytes:
         size = record.weight_bytes
-        name = f"float weights ({config.dtype})" if config.dtype != "auto" else "float weights"
-        rows.append([name, each(size), each(size), each(2 * size), each(2 * size * moved.exchanges)])
+        header.append(f"float weights ({config.dtype})" if config.dtype != "auto" else "float weights")
+        columns.append([size, size, 2 * size, 2 * size * moved.exchanges])
+    names = ["down", "up", "both ways", "in total"]
+    rows: list[list[Text]] = [[name, *map(_amount, (column[i] for column in columns))] for i, name in enumerate(names)]
     caption = (
         f"Bytes per client and round as encoded, headers included, and in total for "
         f"{units.counted(moved.exchanges, 'request')}. The paper's number is for K = 4,096 and 200 steps; "
@@ -210,7 +211,11 @@ def _bytes_table(record: RunRecord, moved: Traffic) -> Html:
         caption += " Attempts at a round that were repeated for want of replies are not counted."
     if not record.weight_bytes:
         caption += " The run did not note the size of its weights, so that the row for sending them is missing."
-    return _table(caption, ["what is sent", "down", "up", "both ways", "in total"], rows, 1)
+    return _table(caption, header, rows, 1, "facts")
+
+
+def _amount(num_bytes: float | None) -> str:
+    return "" if num_bytes is None else units.amount(num_bytes)
 
 
 def _details(summary: str, content: Html) -> Html:

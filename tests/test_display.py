@@ -1,0 +1,221 @@
+"""What a person sees: plain lines where there is no terminal, a live display on one."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+# click 8.5 deprecates names that typer 0.20 takes from it on import
+pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
+
+EVALUATION = {
+    "event": "evaluation",
+    "server_round": 2,
+    "eval_loss": 1.23456,
+    "num_examples": 3,
+    "num_tokens": 9,
+    "seconds": 0.1,
+}
+ROUND = {
+    "event": "round",
+    "server_round": 2,
+    "lr": 1e-4,
+    "num_replies": 2,
+    "dropped_steps": 0,
+    "train_loss": 2.34567,
+    "clients": {},
+    "refused": {},
+    "missing": [],
+    "bytes_down": 8392.0,
+    "bytes_up": 165.5,
+    "seconds": 4.04,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Any:
+    from fedkseed.simulation_config import build
+
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    return build(
+        {
+            "model": "a/b",
+            "data": tmp_path / "data.jsonl",
+            "lr": 1e-4,
+            "num_rounds": 7,
+            "local_steps": 4,
+            "num_clients": 10,
+            "fraction_train": 0.25,
+        }
+    )
+
+
+def terminal(width: int = 120) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=True, width=width, color_system=None, legacy_windows=False), out
+
+
+def plain_text(out: io.StringIO) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+
+
+def test_lines_of_events() -> None:
+    from fedkseed.cli.display import summary
+
+    assert summary(EVALUATION, 7) == "round 2/7: held-out loss 1.2346"
+    line = summary(ROUND, 7)
+    assert line.startswith("round 2/7: loss 2.3457 at 2 clients")
+    assert "8,392 bytes down" in line
+    assert "166 up" in line
+    assert "4.0 s" in line
+    assert "dropped" not in line
+    assert "refused" not in line
+
+
+def test_what_went_wrong_is_in_the_line() -> None:
+    from fedkseed.cli.display import summary
+
+    line = summary(ROUND | {"dropped_steps": 3, "train_loss": None, "refused": {"client-1": "why"}}, 7)
+    assert "loss - at" in line
+    assert "3 steps dropped" in line
+    assert "1 replies refused" in line
+
+
+def test_plain_lines_where_there_is_no_terminal(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fedkseed.cli.display import LiveDisplay, watching
+
+    with watching(config, tmp_path, tensorboard=False) as observer:
+        assert not isinstance(observer, LiveDisplay)
+        observer.note("a note with [brackets] and a long tail " + "x" * 300)
+        for step in range(4):
+            observer.probe(1, "client-3", 1, 2, step, 2.5)
+        observer.event(EVALUATION)
+        observer.event(ROUND)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.split("\n")
+    assert lines[0] == "a note with [brackets] and a long tail " + "x" * 300
+    assert lines[1] == "round 2/7: held-out loss 1.2346"
+    assert lines[2].startswith("round 2/7: loss 2.3457")
+    assert lines[3:] == [""]
+    assert "\x1b" not in captured.out
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_live_display_shows_round_client_step_and_loss(config: Any, width: int) -> None:
+    from fedkseed.cli.display import LiveDisplay
+
+    console, out = terminal(width)
+    with Progress(TextColumn("{task.description}"), console=console, auto_refresh=False) as progress:
+        display = LiveDisplay(config, progress)
+        display.note("a note")
+        display.event(EVALUATION)
+        for place in (1, 2):
+            for step in range(4):
+                display.probe(3, "client-3", place, 2, step, 2.5 + step)
+                progress.refresh()
+        display.event(ROUND)
+        (task,) = progress.tasks
+        assert "round 3/7" in task.description
+        assert "client-3 (2/2)" in task.description
+        assert "step 4/4" in task.description
+        assert "loss 5.500" in task.description
+        assert "held-out 1.2346" in task.description
+    text = plain_text(out)
+    assert "a note" in text
+    if width == 200:
+        assert "round 2/7: held-out loss 1.2346" in text
+        assert "round 3/7  client-3 (1/2)  step 1/4  loss 2.500" in text
+
+
+def test_the_bar_counts_the_steps_of_all_rounds(config: Any) -> None:
+    from fedkseed.cli.display import LiveDisplay
+
+    console, _ = terminal()
+    with Progress(console=console, auto_refresh=False) as progress:
+        display = LiveDisplay(config, progress)
+        (task,) = progress.tasks
+        done = []
+        for server_round in range(1, 8):
+            for place in (1, 2):
+                for step in range(4):
+                    display.probe(server_round, "c", place, 2, step, 1.0)
+                    done.append(task.completed)
+        assert done == list(range(56))  # steps that are over: never back
+        assert task.total == 56  # 7 rounds, int(0.25 * 10) clients, 4 steps
+
+
+def test_a_resumed_run_starts_its_bar_where_it_is(config: Any) -> None:
+    """The time left must not be reckoned from rounds that an earlier process did."""
+    from fedkseed.cli.display import LiveDisplay
+
+    console, _ = terminal()
+    with Progress(console=console, auto_refresh=False) as progress:
+        display = LiveDisplay(config, progress)
+        (task,) = progress.tasks
+        assert not task.visible
+        display.probe(6, "c", 1, 2, 0, 1.0)
+        assert task.visible
+        assert task.completed == 5 * 8
+        assert task.speed is None or task.speed < 1
+
+
+def test_on_a_terminal_the_display_is_live(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedkseed.cli import display
+
+    console, out = terminal()
+    monkeypatch.setattr(display, "Console", lambda: console)
+    with display.watching(config, tmp_path, tensorboard=False) as observer:
+        assert isinstance(observer, display.LiveDisplay)
+        observer.note("a note with [brackets]")
+        observer.event(EVALUATION)
+        observer.probe(3, "client-3", 1, 2, 0, 2.5)
+        observer.event(ROUND | {"train_loss": None})
+    assert "a note with [brackets]" in plain_text(out)
+    assert "round 2/7: held-out loss 1.2346" in plain_text(out)
+
+
+def test_a_live_display_survives_odd_numbers(config: Any) -> None:
+    from fedkseed.cli.display import LiveDisplay
+
+    console, out = terminal()
+    with Progress(console=console, auto_refresh=False) as progress:
+        display = LiveDisplay(config, progress)
+        for loss in (float("nan"), float("inf"), -1e300):
+            display.probe(1, "client-3", 1, 2, 0, loss)
+            progress.refresh()
+        display.event(EVALUATION | {"eval_loss": float("nan")})
+    assert "held-out loss nan" in plain_text(out)
+
+
+def test_every_number_of_an_event_goes_to_tensorboard(config: Any) -> None:
+    from fedkseed.cli.display import PlainDisplay, TensorBoard
+
+    class Writer:
+        def __init__(self) -> None:
+            self.scalars: list[tuple[str, float, int]] = []
+            self.flushed = 0
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.scalars.append((name, value, step))
+
+        def flush(self) -> None:
+            self.flushed += 1
+
+    console, out = terminal()
+    writer = Writer()
+    board = TensorBoard(PlainDisplay(config, console), writer)
+    board.note("a note")
+    board.probe(1, "c", 1, 1, 0, 1.0)
+    board.event(EVALUATION)
+    board.event(ROUND)
+    assert ("evaluation/eval_loss", 1.23456, 2) in writer.scalars
+    assert ("round/bytes_down", 8392.0, 2) in writer.scalars
+    assert ("round/train_loss", 2.34567, 2) in writer.scalars
+    assert all(isinstance(value, (int, float)) for _, value, _ in writer.scalars)
+    assert writer.flushed >= 2
+    assert "round 2/7: held-out loss 1.2346" in plain_text(out)

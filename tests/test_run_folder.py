@@ -1,0 +1,188 @@
+"""A run on disk: what is written, what is refused, and what a kill may leave behind."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedkseed import files
+from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
+from fedkseed.files import write_atomically
+from fedkseed.run_folder import RunFolder
+from fedkseed.simulation_config import SimulationConfig, build
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SimulationConfig:
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    return build({"model": "a/b", "data": tmp_path / "data.jsonl", "lr": 1e-4})
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: SimulationConfig) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", config)
+
+
+def event(server_round: int, kind: str = "round") -> dict[str, Any]:
+    return {"event": kind, "server_round": server_round}
+
+
+# --- The folder ---
+
+
+def test_a_new_run_holds_its_settings_and_nothing_else(run: RunFolder, config: SimulationConfig) -> None:
+    assert [path.name for path in run.path.iterdir()] == ["config.toml"]
+    assert RunFolder.open(run.path).config == config
+    assert run.load_ledger() is None
+    assert run.metrics() == []
+
+
+def test_parents_are_made(tmp_path: Path, config: SimulationConfig) -> None:
+    assert RunFolder.create(tmp_path / "a" / "b" / "run", config).path.is_dir()
+
+
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "ledger.safetensors"])
+def test_any_file_of_a_run_makes_it_one(tmp_path: Path, config: SimulationConfig, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("x")
+    with pytest.raises(RunFolderError, match=rf"holds a run already \({name}\); go on with --resume .*run, or choose another"):
+        RunFolder.create(tmp_path / "run", config)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "x")]
+
+
+def test_a_folder_with_other_things_may_be_used(tmp_path: Path, config: SimulationConfig) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("x")
+    (tmp_path / "run" / ".config.toml.tmp").write_text("a kill left this")
+    RunFolder.create(tmp_path / "run", config)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "notes.txt"]
+
+
+def test_opening_what_is_no_run_says_how_to_start_one(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"holds no run \(no config\.toml\); start one with fedkseed simulate --run"):
+        RunFolder.open(tmp_path / "none")
+
+
+def test_opening_damaged_settings_is_refused(run: RunFolder) -> None:
+    (run.path / "config.toml").write_text("lr = ")
+    with pytest.raises(RunError, match=r"config\.toml is not TOML \(.*\); restore it from a copy"):
+        RunFolder.open(run.path)
+    (run.path / "config.toml").write_text('model = "a/b"\nlr = 1e-4\n')
+    with pytest.raises(ConfigError, match="--data is missing"):
+        RunFolder.open(run.path)
+
+
+def test_a_damaged_ledger_is_no_missing_ledger(run: RunFolder) -> None:
+    run.ledger_path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="not a ledger, or damaged"):
+        run.load_ledger()
+
+
+# --- Metrics ---
+
+
+def test_events_are_lines_in_order(run: RunFolder) -> None:
+    events = [event(0, "evaluation"), event(1) | {"text": "zwei\nZeilen \u2028 é"}, event(1, "evaluation")]
+    for one in events:
+        run.append_metrics(one)
+    assert run.metrics() == events
+    lines = (run.path / "metrics.jsonl").read_bytes().split(b"\n")
+    assert [json.loads(line) for line in lines[:-1]] == events
+    assert lines[-1] == b""
+
+
+@pytest.mark.parametrize("rest", ["{", '{"event": "round", "server_round": 2', "\u00e9"])
+def test_an_unfinished_line_is_no_event(run: RunFolder, rest: str) -> None:
+    run.append_metrics(event(1))
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(rest)
+    assert run.metrics() == [event(1)]
+    run.cut_metrics(1)
+    run.append_metrics(event(2))
+    assert run.metrics() == [event(1), event(2)]
+
+
+def test_metrics_are_cut_back_to_a_round(run: RunFolder) -> None:
+    events = [event(0, "evaluation"), event(1), event(1, "evaluation"), event(2), event(2, "evaluation"), event(3)]
+    for one in events:
+        run.append_metrics(one)
+    run.cut_metrics(3)
+    assert run.metrics() == events
+    run.cut_metrics(1)
+    assert run.metrics() == events[:3]
+    run.cut_metrics(0)
+    assert run.metrics() == events[:1]
+
+
+def test_cutting_no_metrics_is_fine(run: RunFolder) -> None:
+    run.cut_metrics(0)
+    assert run.metrics() == []
+
+
+def test_metrics_that_cannot_be_written_say_so(run: RunFolder) -> None:
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot write \(.*\); make room, then --resume"):
+        run.append_metrics(event(1))
+
+
+def test_metrics_that_cannot_be_cut_say_so(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a run is resumed on a full disk."""
+    run.append_metrics(event(1))
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot write \(No space left on device\)"):
+        run.cut_metrics(0)
+
+
+# --- Atomic writes ---
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("failure", [full_disk, interrupt])
+@pytest.mark.parametrize("place", ["fsync", "rename"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Any, place: str
+) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    if place == "fsync":
+        monkeypatch.setattr(os, "fsync", failure)
+    else:
+        monkeypatch.setattr(Path, "replace", failure)
+        monkeypatch.setattr(os, "replace", failure)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_replaces_and_syncs_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synced before it is renamed (else a power cut leaves an empty file under the right name), and the folder after."""
+    path = tmp_path / "file"
+    seen: list[tuple[str, bool]] = []
+    synced = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), path.exists()))
+        synced(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    write_atomically(path, b"x" * 100_000)
+    assert path.read_bytes() == b"x" * 100_000
+    (first, before), (second, after) = seen
+    assert Path(first).parent == tmp_path
+    assert Path(first) != path
+    assert (second, before, after) == (str(tmp_path), False, True)
+
+
+def test_a_write_into_no_folder_fails(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "none" / "file", b"x")
