@@ -175,12 +175,8 @@ class Simulation:
             name: Client(name, shared, base, TextTask(self.model, examples, records.pad_id, self._watch))
             for name, examples in records.clients.items()
         }
-        self.num_parameters = sum(p.numel() for p in self.model.parameters())
-        observer.note(
-            f"model: {config.model}, {self.num_parameters:,} parameters in {next(self.model.parameters()).dtype}".replace(
-                "torch.", ""
-            )
-        )
+        d, dtype = sum(p.numel() for p in self.model.parameters()), str(self.model.dtype).removeprefix("torch.")
+        observer.note(f"model: {config.model}, {d:,} parameters in {dtype}")
 
     def train(self) -> Ledger:
         """Do all rounds that are left; after each the ledger is on the disk.
@@ -258,7 +254,7 @@ class Simulation:
             "eval_loss": result.loss,
             "num_examples": result.num_examples,
             "num_tokens": result.num_tokens,
-            "num_parameters": self.num_parameters,
+            "weight_bytes": sum(p.nbytes for p in self.model.parameters()),
             "seconds": time.perf_counter() - begin,
         }
         self._watch.read()  # the rebuild here is part of the evaluation's own seconds

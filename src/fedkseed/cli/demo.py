@@ -88,7 +88,7 @@ def _show(simulation: Simulation, ledger: Ledger, records: list[Example], before
     events = simulation.run.metrics()
     losses = [event["eval_loss"] for event in events if event["event"] == "evaluation"]
     traffic = [event["bytes_down"] + event["bytes_up"] for event in events if event["event"] == "round"]
-    weights = 2 * 4 * simulation.num_parameters
+    weights = 2 * events[0]["weight_bytes"]
     references = [record.output for record in records]
     unseen = [i for i, record in enumerate(records) if record.category not in _trained(simulation)]
     table = Table("", "before", "after", box=None, pad_edge=False)
@@ -106,7 +106,7 @@ def _show(simulation: Simulation, ledger: Ledger, records: list[Example], before
     mean = sum(traffic) / len(traffic)
     print(
         f"\nbytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}; "
-        f"sending float32 weights both ways: {weights:,})\n"
+        f"sending the weights both ways: {weights:,})\n"
         f"the tuned model as a published ledger: {len(ledger.published().encode()):,} bytes"
     )
 
