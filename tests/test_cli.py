@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "
 SERVER = '''
 """Runs commands one after the other, each in a process of its own, forked from this one, which has imported and compiled
 what takes seconds. It has no threads: OMP_NUM_THREADS is 1."""
-import json, os, resource, selectors, signal, sys, traceback
+import json, os, resource, selectors, signal, sys, time, traceback
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 import fedkseed.simulation, fedkseed.cli.display, fedkseed.noise.cpu, fedkseed.tuned_model, fedkseed.cli.doctor
@@ -55,7 +55,7 @@ def die():
 
 
 def kill_at(point, run, log):
-    """SIGKILL before the `point`-th write, fsync or rename in folder `run`, or in the midst of the write; name each in `log`."""
+    """SIGKILL before the `point`-th write, fsync or rename in folder `run`, or in the midst of a write; `log` names each."""
     import io
     done = 0
 
@@ -99,7 +99,20 @@ def kill_at(point, run, log):
     io.open, os.replace, os.rename, os.fsync = open_, replace_, replace_, fsync_
 
 
+def send_signal(pid, metrics, lines, delay, number):
+    """A process that sends a signal to another some time after `metrics` has that many lines."""
+    killer = os.fork()
+    if killer == 0:
+        while not (os.path.exists(metrics) and open(metrics, "rb").read().count(b"\\n") >= lines):
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(pid, number)
+        os._exit(0)
+    return killer
+
+
 def child(job, out, err):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out, 1), os.dup2(err, 2)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(job["cwd"])
@@ -126,12 +139,14 @@ def child(job, out, err):
 for line in sys.stdin:
     pipes = os.pipe(), os.pipe()
     pid = os.fork()
+    job = json.loads(line)
     if pid == 0:
-        child(json.loads(line), pipes[0][1], pipes[1][1])
+        child(job, pipes[0][1], pipes[1][1])
     heard, still = [b"", b""], selectors.DefaultSelector()
     for i, (read, write) in enumerate(pipes):
         os.close(write)
         still.register(read, selectors.EVENT_READ, i)
+    killer = send_signal(pid, *job["send"]) if job["send"] else None
     while still.get_map():
         for key, _ in still.select():
             data = os.read(key.fd, 1 << 16)
@@ -140,6 +155,9 @@ for line in sys.stdin:
                 still.unregister(key.fd)
                 os.close(key.fd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if killer is not None:
+        os.kill(killer, signal.SIGKILL)
+        os.waitpid(killer, 0)
     print(json.dumps([code, heard[0].decode(), heard[1].decode()]), flush=True)
 '''
 
@@ -171,13 +189,16 @@ class CommandLine:
         env: dict[str, str] | None = None,
         largest_file: int | None = None,
         kill: tuple[int, str, str] | None = None,
+        send: tuple[str, int, float, int] | None = None,
     ) -> Result:
+        """Run one; `kill` and `send` are as in `kill_at` and `send_signal` of the server."""
         job = {
             "args": [str(arg) for arg in args],
             "cwd": str(cwd or self._folder.name),
             "env": env or {},
             "largest_file": largest_file,
             "kill": kill,
+            "send": send,
         }
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -522,7 +543,7 @@ def test_a_ledger_of_another_version_is_refused(fedkseed: CommandLine, copied: P
     edit_ledger(ledger, lambda metadata: metadata.update(format=version))
     before = contents(copied)
     for args in (["simulate", "--resume", copied, "--num-rounds", 4], ["inspect", copied], ["export", copied, copied / "out"]):
-        assert_one_line(fedkseed(*args), 1, str(ledger), f"ledger format is {version!r}; this version reads 1")
+        assert_one_line(fedkseed(*args), 1, str(ledger), "ledger format is ", f"{version}", "this version reads 1")
     after = contents(copied)
     assert after["ledger.safetensors"] == before["ledger.safetensors"]
     assert after["metrics.jsonl"] == before["metrics.jsonl"]

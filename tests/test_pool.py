@@ -83,6 +83,25 @@ def test_hadamard_equals_its_transcription_bit_for_bit(backend, data):
 
 
 @backends
+@pytest.mark.parametrize("size", [128, 1000, 4096])
+@pytest.mark.parametrize("stride", [1, 2, 64])
+def test_the_table_is_made_on_ascending_strides(backend, size, stride):
+    """Pairs of large coefficients that cancel, beside small ones: float64 sums in another order lose the small ones."""
+    coefficients = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    coefficients[[5, 5 ^ stride]] = 2.0**60
+    result = fk.SeedPool(KEY, size).combine("w", 4096, coefficients, backend)
+    np.testing.assert_array_equal(laws.bits(result), laws.bits(laws.hadamard_sum(KEY, size, "w", 4096, coefficients)))
+
+    # negative control: the same table on descending strides is another one
+    x = np.zeros(laws.block_size(size), np.float64)
+    x[:size] = coefficients
+    for h in reversed([1 << bit for bit in range(len(x).bit_length() - 1)]):
+        j = np.flatnonzero(np.arange(len(x)) & h == 0)
+        x[j], x[j + h] = x[j] + x[j + h], x[j] - x[j + h]
+    assert (x.astype(np.float32) != laws.hadamard_table(coefficients, size)).any()
+
+
+@backends
 @given(st.data())
 def test_gaussian_equals_its_transcription_bit_for_bit(backend, data):
     size = data.draw(st.integers(1, 12), label="K")

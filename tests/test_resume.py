@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_every_file_is_written_whole_or_by_lines(kill_points: list[str]) -> None
             assert [point.split()[0] for point in kill_points[i - 3 : i + 2]] == ["write", "half", "fsync", "rename", "fsync"]
 
 
-PARTS = 5  # the points of every day are a fifth, of all kinds; the slow part has the rest
+PARTS = 2  # half of the points every day, the others in the slow part
 
 
 @pytest.mark.parametrize("part", [0, *[pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS)]])
@@ -160,20 +161,7 @@ def test_a_comparison_that_must_fail(uninterrupted: Whole, fedkseed: CommandLine
         assert_as_uninterrupted(run, uninterrupted)
 
 
-# --- Killed at random moments: the console script, as a user runs it ---
-
-
-def launch(*args: object) -> subprocess.Popen[str]:
-    command = [str(FEDKSEED), *[str(arg) for arg in args]]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-
-
-def wait_for(run: Path, ready: Any, process: subprocess.Popen[str]) -> None:
-    """Until the run's folder is as wanted, or its process has ended."""
-    deadline = time.monotonic() + 240
-    while not ready(run) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+# --- Killed at random moments ---
 
 
 def lines_of(run: Path) -> int:
@@ -181,68 +169,98 @@ def lines_of(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_at_random(fedkseed: CommandLine, tiny: Path, tmp_path: Path, kills: int, seed: int) -> None:
-    draw = random.Random(seed)  # noqa: S311
-    settings = tiny_settings(tiny, num_rounds=3 + kills, local_steps=20)
+def test_three_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    settings = tiny_settings(tiny, num_rounds=12, local_steps=20)
     expected = whole(fedkseed, tmp_path / "whole", settings)
     run = tmp_path / "run"
-    landed = 0
-    for _ in range(kills):
+    for _ in range(3):
         start = ["--resume", run] if (run / "config.toml").exists() else [*flags(settings), "--run", run]
-        process = launch("simulate", *start)
-        before = lines_of(run)
-        wait_for(run, lambda run, before=before: lines_of(run) > before, process)
-        time.sleep(draw.uniform(0, 0.2))
-        process.kill()
-        process.communicate()
-        landed += process.returncode == KILLED
+        moment = (str(run / "metrics.jsonl"), lines_of(run) + draw.randrange(1, 4), draw.uniform(0, 0.1), signal.SIGKILL)
+        assert fedkseed("simulate", *start, send=moment).code == KILLED  # else the run was over before
         assert_loadable(run, expected)
-    assert landed == kills  # else the run was over before
     go_on(fedkseed, run, expected)
     assert_as_uninterrupted(run, expected)
 
 
-def test_three_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    kill_at_random(fedkseed, tiny, tmp_path, 3, 1)
+def launch(*args: object) -> subprocess.Popen[str]:
+    """The console script, as a user runs it."""
+    command = [str(FEDKSEED), *[str(arg) for arg in args]]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def wait_for(run: Path, ready: Callable[[Path], bool], process: subprocess.Popen[str]) -> None:
+    """Until the run's folder is as wanted, or its process has ended."""
+    deadline = time.monotonic() + 240
+    while not ready(run) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    kill_at_random(fedkseed, tiny, tmp_path, 20, 2)
+    """Of the console script. Moments from the first sign of the run on; a resume that gets far enough is killed again."""
+    draw = random.Random(2)
+    settings = tiny_settings(tiny, num_rounds=80, local_steps=20)
+    expected = whole(fedkseed, tmp_path / "whole", settings)
+    run = tmp_path / "run"
+    for _ in range(20):
+        start = ["--resume", run] if (run / "config.toml").exists() else [*flags(settings), "--run", run]
+        process = launch("simulate", *start)
+        before = lines_of(run)
+        wait_for(run, lambda run, before=before: lines_of(run) > before, process)  # type: ignore[misc]
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == KILLED  # else the run was over before
+        assert_loadable(run, expected)
+    go_on(fedkseed, run, expected)
+    assert_as_uninterrupted(run, expected)
 
 
 # --- Ctrl-C ---
 
 
 def test_an_interrupt_exits_130_with_the_hint_and_a_whole_ledger(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    """At several moments of a round, so that losses, sweeps, messages and files are all interrupted some time."""
     settings = tiny_settings(tiny, num_rounds=500)
-    process = launch("simulate", *flags(settings), "--run", run)
-    wait_for(run, lambda run: (run / "ledger.safetensors").exists(), process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    rounds = Ledger.load(run / "ledger.safetensors").round
-    assert 1 <= rounds < 500
-    assert f"interrupted; the ledger of round {rounds} is safe. Go on with: fedkseed simulate --resume {run}" in out + err
-    assert "Traceback" not in out + err
-    assert not list(run.glob(".*"))
-    result = fedkseed("simulate", "--resume", run, "--num-rounds", rounds + 1)
-    assert result.code == 0
+    for moment in range(6):
+        run = tmp_path / f"run-{moment}"
+        when = (str(run / "metrics.jsonl"), 4, 0.013 * moment, signal.SIGINT)
+        result = fedkseed("simulate", *flags(settings), "--run", run, send=when)
+        rounds = Ledger.load(run / "ledger.safetensors").round
+        hint = f"interrupted; the ledger of round {rounds} is safe. Go on with: fedkseed simulate --resume {run}"
+        assert hint in result.stdout + result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
+        assert result.code == 130
+        assert 1 <= rounds < 500
+        assert not list(run.glob(".*"))
+    assert fedkseed("simulate", "--resume", run, "--num-rounds", rounds + 1).code == 0
     expected = whole(fedkseed, tmp_path / "whole", settings | {"num_rounds": rounds + 1})
     assert_as_uninterrupted(run, expected)
 
 
-def test_an_interrupt_before_the_first_round_is_done_says_so(tiny: Path, tmp_path: Path) -> None:
+def test_an_interrupt_before_the_first_round_is_done_says_so(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = launch("simulate", *flags(tiny_settings(tiny, local_steps=60000)), "--run", run)
-    wait_for(run, lambda run: lines_of(run) > 0, process)  # the evaluation of the base model is done
+    when = (str(run / "metrics.jsonl"), 1, 0.1, signal.SIGINT)  # the evaluation of the base model is done
+    result = fedkseed("simulate", *flags(tiny_settings(tiny, local_steps=60000)), "--run", run, send=when)
+    assert result.code == 130
+    assert f"no round was done yet. Go on with: fedkseed simulate --resume {run}" in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (run / "ledger.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_the_console_script_exits_130(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch("simulate", *flags(tiny_settings(tiny, num_rounds=5000)), "--run", run)
+    wait_for(run, lambda run: (run / "ledger.safetensors").exists(), process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"no round was done yet. Go on with: fedkseed simulate --resume {run}" in out + err
+    assert f"--resume {run}" in out + err
     assert "Traceback" not in out + err
-    assert not (run / "ledger.safetensors").exists()
+    assert Ledger.load(run / "ledger.safetensors").round >= 1
 
 
 # --- Going on ---

@@ -171,7 +171,7 @@ def test_a_write_replaces_and_syncs_file_and_folder(tmp_path: Path, monkeypatch:
     synced = os.fsync
 
     def fsync(descriptor: int) -> None:
-        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), path.exists()))
+        seen.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), path.exists()))
         synced(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", fsync)

@@ -22,7 +22,8 @@ from fedkseed.run_folder import RunFolder
 from fedkseed.simulation import Simulation, client_names, prepare
 from fedkseed.simulation_config import SimulationConfig, build
 
-WORDS = "name the animal colour fruit red blue dog cat apple pear a big small and or of Instruction Input Response :".split()
+TEXT = "name the animal colour fruit red blue dog cat apple pear a big small and or of Instruction Input Response :"
+WORDS = TEXT.split()
 
 
 def tiny_model(folder: Path, seed: int = 0) -> Path:

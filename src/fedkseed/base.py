@@ -124,11 +124,18 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            return sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise BindingError(f"{path}: no such base file; expected a safetensors file or a folder with model.safetensors")
-    return [path]
+            try:
+                files = sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BindingError(f"{index}: not an index of safetensors files ({error}); download it again") from error
+        else:
+            files = [path / "model.safetensors"]
+    else:
+        files = [path]
+    for file in files:
+        if not file.is_file():
+            raise BindingError(f"{file}: no such base file; expected a safetensors file or a folder with model.safetensors")
+    return files
 
 
 def _read_header(path: Path) -> dict[str, _Span]:
@@ -144,9 +151,9 @@ def _read_header(path: Path) -> dict[str, _Span]:
                 if name == "__metadata__" or info["dtype"] not in DTYPES:
                     continue
                 span = _Span(mapped, begin + info["data_offsets"][0], DTYPES[info["dtype"]], torch.Size(info["shape"]))
-                if begin + info["data_offsets"][1] > len(mapped) or (
-                    info["data_offsets"][1] - info["data_offsets"][0] != span.shape.numel() * span.dtype.itemsize
-                ):
+                first, end = info["data_offsets"]
+                size = span.shape.numel() * span.dtype.itemsize
+                if first < 0 or begin + end > len(mapped) or end - first != size:
                     raise ValueError(f"{name} does not fit the file")
                 spans[name] = span
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.base import Base, FileBase, MemoryBase
-from fedkseed.errors import BackendError, BindingError
+from fedkseed.errors import BackendError, BindingError, InvalidValueError
 from fedkseed.identity import BaseIdentity
 from fedkseed.noise import Backend, Mixture, Slot, get_backend, tensor_id
-from fedkseed.pool import MAX_ELEMENTS, SeedPool
+from fedkseed.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
 from fedkseed.weights import NamedParameter, named_parameters, tensor_digest, value_digest
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,6 +40,7 @@ class Binding:
         self._entries = named_parameters(model)
         self._tunable = [entry for entry in self._entries if entry.parameter.requires_grad]
         check_tunable(self._tunable)
+        check_apart(self._entries)
         self._backend = get_backend(backend)
         self._base: Base = MemoryBase(self._tunable) if base is None else FileBase(base, self._tunable)
         self._full = [entry for entry in self._tunable if entry.parameter.dtype == torch.float32]
@@ -87,6 +87,9 @@ class Binding:
         moved = self._coefficients.copy()
         moved[at] += delta
         small = self.pool.mixture(at, delta)
+        far = np.flatnonzero(np.abs(moved) > MAX_FLOAT32)
+        if far.size:
+            raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
         whole = self.pool.mixture_of(moved.astype(np.float32)) if self._half and self.pool.family == "hadamard" else None
         add_in_place(self._backend, small, {entry.name: entry.parameter for entry in self._full})
         if whole is not None:
@@ -185,7 +188,6 @@ def check_tunable(entries: Sequence[NamedParameter]) -> None:
     """Refuse parameters that perturbations cannot be applied to; see `bind`."""
     if not entries:
         raise BindingError("no parameter requires a gradient; call model.requires_grad_(True) on what is to be tuned")
-    spans = []
     for entry in entries:
         name, x = entry.name, entry.parameter
         if x.dtype not in FLOATS:
@@ -198,8 +200,15 @@ def check_tunable(entries: Sequence[NamedParameter]) -> None:
             raise BindingError(f"{name} has {x.numel()} elements; at most {MAX_ELEMENTS} have a noise")
         if x.device.type != "cpu":
             raise BackendError(f"{name} is on {x.device}, which no noise backend supports; move the model to the CPU")
-        spans.append((x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), name))
-    spans.sort()
-    for (_, end, first), (begin, _, second) in pairwise(spans):
-        if begin < end:
-            raise BindingError(f"{first} and {second} share memory but are two parameters; tie them as one nn.Parameter")
+
+
+def check_apart(entries: Sequence[NamedParameter]) -> None:
+    """Refuse two parameters, one of them tunable, in the same memory: moving one would move the other."""
+    spans = sorted((e.parameter.data_ptr(), e.parameter.data_ptr() + e.parameter.nbytes, e.name) for e in entries)
+    tunable = {entry.name for entry in entries if entry.parameter.requires_grad}
+    reach, owner = 0, ""
+    for begin, end, name in spans:
+        if begin < reach and {name, owner} & tunable:
+            raise BindingError(f"{owner} and {name} share memory but are two parameters; tie them as one nn.Parameter")
+        if end > reach:
+            reach, owner = end, name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ MAX_SIZE = 65536
 MIN_BLOCK = 128
 MAX_ELEMENTS = 2**34
 SEED_STREAM = 0x5EED5EED
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
@@ -106,15 +106,20 @@ class SeedPool:
         self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Distinct ascending indices and the sum of each one's amounts, if all are in range."""
+        for name, values in (("indices", indices), ("amounts", amounts)):
+            if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
+                raise InvalidValueError(f"{name} are {values!r:.80}; expected a sequence of numbers")
         if len(indices) != len(amounts):
             raise InvalidValueError(f"{len(indices)} indices came with {len(amounts)} amounts; expected one for each")
         delta: dict[int, float] = {}
         for index, amount in zip(indices, amounts, strict=True):
             k = _integer("index", index, 0, self.size - 1)
+            if not isinstance(amount, (int, float, np.integer, np.floating)) or isinstance(amount, bool):
+                raise InvalidValueError(f"amount for index {k} is {amount!r:.80}; expected a number")
             delta[k] = delta.get(k, 0.0) + float(amount)
-        for k, amount in delta.items():
-            if not math.isfinite(amount) or abs(amount) > np.finfo(np.float32).max:
-                raise InvalidValueError(f"amount for index {k} is {amount}; it must be finite in float32")
+        for k, total in delta.items():
+            if not abs(total) <= MAX_FLOAT32:
+                raise InvalidValueError(f"amount for index {k} is {total}; it must be finite in float32")
         at = sorted(delta)
         return np.array(at, np.int64), np.array([delta[k] for k in at], np.float64)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fedkseed.binding import add_in_place, check_tunable
+from fedkseed.binding import add_in_place, check_apart, check_tunable
 from fedkseed.errors import LedgerError
 from fedkseed.identity import BaseIdentity
 from fedkseed.ledger import Ledger
@@ -34,6 +34,7 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     entries = named_parameters(model)
     tuned = [entry for entry in entries if entry.name not in ledger.base.frozen]
     check_tunable(tuned)
+    check_apart(entries)
     digests = {e.name: value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries}
     found = BaseIdentity.of(digests, ledger.base.frozen)
     difference = ledger.base.difference(found, list(digests))

@@ -51,9 +51,13 @@ def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
 
 def _refuse_wrapped(model: torch.nn.Module, names: Iterable[str]) -> None:
     prefix = "module" if [child for child, _ in model.named_children()] == ["module"] else None
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    inside = tuple(f"{path}.module." for path, module in model.named_modules() if path and isinstance(module, parallel))
     for name in names:
         parts = name.split(".")
-        wrapper = next((part for part in parts if part in WRAPPER_PARTS), None) or (prefix if parts[0] == prefix else None)
+        wrapper = next((part for part in parts if part in WRAPPER_PARTS), None)
+        if wrapper is None and (parts[0] == prefix or (inside and name.startswith(inside))):
+            wrapper = "module"
         if wrapper:
             raise BindingError(
                 f"{name} is a parameter of a wrapped model ({wrapper!r}), whose names would change the noise; "
