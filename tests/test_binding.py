@@ -720,6 +720,8 @@ REFUSED_CALLS = {
     "perturb: None": (lambda b: b.perturb(1, None), "amount.*None"),
     "perturb: text": (lambda b: b.perturb(1, "0.5"), "amount.*'0.5'"),
     "perturb: complex": (lambda b: b.perturb(1, 1j), "amount.*1j"),
+    "perturb: huge integer": (lambda b: b.perturb(1, 10**400), "amount for index 1 is .*finite"),
+    "move: scalar arrays": (lambda b: b.move(np.array(1), np.array(0.5)), "indices"),
     "move: second index": (lambda b: b.move([0, 7], [1.0, 1.0]), "index is 7; expected an integer from 0 to 4"),
     "move: second amount": (lambda b: b.move([0, 3], [1.0, NAN]), "amount for index 3 is nan; it must be finite"),
     "move: fewer amounts": (lambda b: b.move([0, 1], [1.0]), "2 indices came with 1 amounts"),

@@ -276,7 +276,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "except SystemExit as error: assert not error.code, error.code\n"
         "print(sorted({'torch', 'transformers', 'numba', 'scipy'} & set(sys.modules)))\n"
     )
-    for args in (["--help"], ["simulate", "--help"], ["inspect", "--help"], ["export", "--help"], ["doctor", "--help"]):
+    for args in (["--help"], ["simulate", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True, env=ENVIRONMENT)
         assert done.stdout.endswith("[]\n")
         assert "Usage: fedkseed" in done.stdout
@@ -363,7 +363,7 @@ BAD_SETTINGS = [
     ({"eps": 0}, ["--eps", "'0'"]),
     ({"eps": -1}, ["--eps", "'-1'"]),
     ({"eps": "1e-50"}, ["--eps", "1e-50"]),  # zero in float32, which the probes are computed in
-    ({"eps": "1e39"}, ["--eps", "1e+39"]),  # infinite in float32
+    ({"eps": "1e39"}, ["--eps", "1e39"]),  # infinite in float32
     ({"num_seeds": 0}, ["--num-seeds", "'0'"]),
     ({"num_seeds": 65537}, ["--num-seeds", "'65537'"]),
     ({"num_rounds": 0}, ["--num-rounds", "'0'"]),
@@ -394,7 +394,7 @@ BAD_SETTINGS = [
     ({"model": ""}, ["model"]),
     ({"template": "chat"}, ["no chat template"]),
     ({"num_clients": 58}, ["57 examples are too few for 58 clients"]),
-    ({"min_replies": 3}, ["min_replies = 3", "--fraction-train"]),
+    ({"min_replies": 3}, ["--min-replies is 3", "--fraction-train"]),
 ]
 
 

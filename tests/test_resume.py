@@ -112,7 +112,7 @@ def test_every_file_is_written_whole_or_by_lines(kill_points: list[str]) -> None
             assert [point.split()[0] for point in kill_points[i - 3 : i + 2]] == ["write", "half", "fsync", "rename", "fsync"]
 
 
-PARTS = 2  # half of the points every day, the others in the slow part
+PARTS = 3  # a third of the points every day, of all kinds; the slow part has the others
 
 
 @pytest.mark.parametrize("part", [0, *[pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS)]])
@@ -133,11 +133,11 @@ def test_a_kill_at_any_write_fsync_or_rename_loses_nothing(
 def test_a_resumed_run_may_be_killed_too(
     fedkseed: CommandLine, uninterrupted: Whole, kill_points: list[str], tmp_path: Path
 ) -> None:
-    """Kill at every third point, then again and again at the fourth of each resume, until one gets through."""
-    for point in range(1, len(kill_points) + 1, 3):
+    """Kill at some points, then every resume again, each a little later than the last, until one gets through."""
+    for point in range(1, len(kill_points) + 1, 5):
         run = tmp_path / f"run-{point}"
         assert fedkseed("simulate", *flags(uninterrupted.settings), "--run", run, kill=(point, str(run), f"{run}.log")).code
-        for again in range(5, 200):
+        for again in range(5, 200, 6):
             if not (run / "config.toml").exists():
                 break
             result = fedkseed("simulate", "--resume", run, kill=(again, str(run), f"{run}.log"))

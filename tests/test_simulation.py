@@ -158,7 +158,13 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("noise", "algorithm", "dtype"), COMBINATIONS)
+EVERY_DAY = [COMBINATIONS[i] for i in (0, 3, 5, 6)]  # each value of each setting twice, with each of the others once
+
+
+@pytest.mark.parametrize(
+    ("noise", "algorithm", "dtype"),
+    [row if row in EVERY_DAY else pytest.param(*row, marks=pytest.mark.slow) for row in COMBINATIONS],
+)
 def test_the_held_out_loss_of_a_tiny_model_falls(tiny: Path, tmp_path: Path, noise: str, algorithm: str, dtype: str) -> None:
     eps = 0.01 if dtype == "float32" else 0.05
     settings = tiny_settings(
@@ -190,7 +196,7 @@ def stories(shared: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "num_clients": 8,
         "fraction_train": 0.25,
         "num_rounds": 2,
-        "local_steps": 40,
+        "local_steps": 30,
         "batch_size": 2,
         "lr": 1e-4,
         "eps": 1e-3,
@@ -332,7 +338,7 @@ def test_the_same_seed_gives_the_same_ledger_and_another_seed_another(tiny: Path
         {"wire": "float32"},
         {"partition": "iid"},
         {"alpha": 5.0},
-        {"max_length": 12},
+        {"max_length": 13},
     ],
     ids=str,
 )

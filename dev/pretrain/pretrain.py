@@ -1,6 +1,6 @@
 """Make the demo's tokenizer and model from the generated corpus, from nothing and on one CPU thread.
 
-    OMP_NUM_THREADS=1 python dev/pretrain/pretrain.py [--steps 1600] [--work runs/pretrain] [--out src/fedkseed/demo/model]
+    OMP_NUM_THREADS=1 python dev/pretrain/pretrain.py [--steps 1100] [--work runs/pretrain] [--out src/fedkseed/demo/model]
 
 A killed run goes on where its last checkpoint is. Every step's documents are drawn afresh by (seed, step), so nothing is
 seen twice and the held-out documents, from a stream of their own, measure what the model is trained for. The curve goes
@@ -148,7 +148,7 @@ def rate(step: int, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "src/fedkseed/demo/model")
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 
 from fedkseed.base import FileBase
-from fedkseed.errors import BindingError, InvalidValueError, ModelError
+from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
 from fedkseed.weights import named_parameters
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write a Hugging Face folder: whole, or not at all.
 
     Raises:
-        ModelError: it cannot be written.
+        RunError: it cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -126,7 +126,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         partial.rename(folder)
     except Exception as error:  # OSError, and the safetensors library's own on a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise ModelError(f"{folder}: cannot write the model ({_line(error)}); make room or choose another place") from error
+        raise RunError(f"{folder}: cannot write the model ({_line(error)}); make room or choose another place") from error
 
 
 def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:

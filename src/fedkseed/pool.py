@@ -134,7 +134,7 @@ class SeedPool:
     def _sum(self, name: str, n: int, mixture: Mixture, backend: str) -> NDArray[np.float32]:
         import torch
 
-        out = torch.empty(_integer("n", n, 0, MAX_ELEMENTS))
+        out = torch.empty(_integer("n", n, 0, MAX_ELEMENTS), dtype=torch.float32, device="cpu")
         get_backend(backend).sweep(mixture, [Slot(out, None, tensor_id(name))])
         array: NDArray[np.float32] = out.numpy()
         return array

@@ -58,12 +58,12 @@ class RunFolder:
             ConfigError: its settings are not valid (any more).
         """
         try:
-            text = (path / CONFIG).read_text(encoding="utf-8")
+            raw = (path / CONFIG).read_bytes()
         except OSError as error:
             raise RunFolderError(f"{path} holds no run (no {CONFIG}); start one with fedkseed simulate --run {path}") from error
         try:
-            return cls(path, build(tomllib.loads(text)))
-        except tomllib.TOMLDecodeError as error:
+            return cls(path, build(tomllib.loads(raw.decode())))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path / CONFIG} is not TOML ({error}); restore it from a copy") from error
 
     @property
@@ -105,11 +105,15 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(
-                f"{self.path / METRICS}: cannot write ({error.strerror}); make room, then --resume {self.path}"
-            ) from error
+            raise self._cannot_write(error) from error
 
     def cut_metrics(self, server_round: int) -> None:
         """Forget the events after a round: what a killed run wrote after its last ledger."""
         kept = [event for event in self.metrics() if event["server_round"] <= server_round]
-        write_atomically(self.path / METRICS, "".join(json.dumps(event) + "\n" for event in kept).encode())
+        try:
+            write_atomically(self.path / METRICS, "".join(json.dumps(event) + "\n" for event in kept).encode())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> RunError:
+        return RunError(f"{self.path / METRICS}: cannot write ({error.strerror}); make room, then --resume {self.path}")

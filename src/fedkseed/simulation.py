@@ -143,6 +143,12 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     _check_context(config, [*encoded.examples, *evaluation.examples])
     parts = deal([train[i] for i in encoded.kept], config)
     clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
+    cohort = config.cohort_size(len(clients))
+    if cohort < config.min_replies:
+        raise ConfigError(
+            f"--min-replies is {config.min_replies} and a round asks {cohort} of {len(clients)} clients; "
+            "lower it, or raise --fraction-train or --num-clients"
+        )
     return Records(clients, list(evaluation.examples[: config.eval_limit]), pad_id)
 
 

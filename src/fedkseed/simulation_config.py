@@ -29,14 +29,19 @@ class SimulationConfig(FederationConfig):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="precision of the weights; auto is the checkpoint's own"
     )
-    device: str = Field("cpu", description="where the model runs; cpu is the only one with a noise backend so far")
+    device: Literal["cpu"] = Field("cpu", description="where the model runs; so far only the cpu has a noise backend")
 
     @field_validator("data", "eval_data")
     @classmethod
     def _is_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is not None and not value.is_file():
             raise ValueError(f"no such file; give the path of a jsonl file to {flag(info.field_name or '')}")
-        return value
+        return value.resolve() if value is not None else None  # a run is gone on with from any folder
+
+    @field_validator("model")
+    @classmethod
+    def _is_absolute(cls, value: str) -> str:
+        return str(Path(value).resolve()) if Path(value).is_dir() else value
 
 
 def flag(name: str) -> str:

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from fedkseed.ledger import Ledger
 from fedkseed.run_folder import LEDGER
@@ -37,7 +35,5 @@ def inspect(path: Path) -> None:
     if ledger.history is not None:
         counts = ledger.history.grad_counts
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
-    table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
-        table.add_row(name, value)
-    Console(soft_wrap=True).print(table)
+        print(f"{name:<14}{value}")

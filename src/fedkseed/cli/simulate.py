@@ -1,8 +1,11 @@
 """`fedkseed simulate`: its flags are the fields of `SimulationConfig`, so that there is one list of settings."""
 
 import inspect
+import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -30,7 +33,8 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
 
     RunFolder.check_free(folder)
     with watching(settings, folder, tensorboard) as observer:
-        records = prepare(settings, observer)
+        with _interruptible():
+            records = prepare(settings, observer)
         _train(RunFolder.create(folder, settings), records, observer)
 
 
@@ -46,10 +50,21 @@ def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str
     folder = RunFolder.open(resume)
     settings = build({**folder.config.model_dump(), **given})
     with watching(settings, resume, tensorboard) as observer:
-        records = prepare(settings, observer)
+        with _interruptible():
+            records = prepare(settings, observer)
         if given:
             folder.write_config(settings)
         _train(folder, records, observer)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Before there is a run to go on with, Ctrl-C needs but one word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("fedkseed: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _train(folder: Any, records: Any, observer: Any) -> None:

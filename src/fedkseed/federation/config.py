@@ -1,10 +1,12 @@
 """The settings of a federation: frozen, validated, the same words as flags, TOML keys and attributes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Step = Annotated[float, Field(ge=1e-37, le=1e37)]
+"""A learning rate or probe distance: what float32 can tell from 0 and add up."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -20,9 +22,9 @@ class FederationConfig(BaseModel):
     fraction_train: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="m: fraction of the clients in a round")
     local_steps: Annotated[int, Field(ge=1, le=65535)] = Field(200, description="tau: two-point steps of a client in a round")
     batch_size: Annotated[int, Field(ge=1, le=65535)] = Field(1, description="records per step")
-    lr: Positive = Field(description="learning rate; no default yet (published with 1.3B and 3B parameters: 3e-7)")
+    lr: Step = Field(description="learning rate; no default yet (published with 1.3B and 3B parameters: 3e-7)")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the rounds")
-    eps: Positive = Field(5e-4, description="half the distance of the two probes of a step")
+    eps: Step = Field(5e-4, description="half the distance of the two probes of a step")
     num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="K: number of candidate seeds")
     noise: Literal["hadamard", "gaussian"] = Field(
         "hadamard", description="perturbations: hadamard (all seeds cost what one costs) or gaussian (as published)"
@@ -34,6 +36,17 @@ class FederationConfig(BaseModel):
     min_replies: Count = Field(1, description="a round with fewer accepted replies is repeated, three times at most")
     wire: Literal["float16", "float32"] = Field("float16", description="precision of coefficients and scalars as they travel")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="seed of everything random in the run")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which Python would take for a number
+            raise ValueError("expected a number or a text, no truth value")
+        return value
+
+    def cohort_size(self, num_clients: int) -> int:
+        """How many of the clients take part in a round: max(1, int(m N))."""
+        return max(1, int(self.fraction_train * num_clients))
 
 
 class Limits(BaseModel):

@@ -102,7 +102,7 @@ class Server:
         for name in clients:
             check_name(name)
         self.clients = tuple(sorted(clients))
-        self.cohort_size = max(1, int(config.fraction_train * len(self.clients)))
+        self.cohort_size = config.cohort_size(len(self.clients))
         if len(set(clients)) != len(clients):
             raise RunError("two clients have the same name; names must be distinct")
         if self.cohort_size < config.min_replies or not clients:
