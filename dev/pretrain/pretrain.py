@@ -4,7 +4,7 @@
 
 A killed run goes on where its last checkpoint is. Every step's documents are drawn afresh by (seed, step), so nothing is
 seen twice and the held-out documents, from a stream of their own, measure what the model is trained for. The curve goes
-to dev/pretrain/curve.jsonl. The loss that is trained weighs the tokens of answers ANSWER_WEIGHT times (they are few, and
+to --curve. The loss that is trained weighs the tokens of answers ANSWER_WEIGHT times (they are few, and
 hold the skills); since that depends on the place and not on what comes, it changes no conditional probability that
 the model is to learn. The held-out loss is plain: nats per token, all tokens alike.
 """
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "src/fedkseed/demo/model")
+    parser.add_argument("--curve", type=Path, default=HERE / "curve.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
     save_tokenizer(wrapped, args.out)
-    write_atomically(HERE / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve).encode())
+    write_atomically(args.curve, "".join(json.dumps(point) + "\n" for point in curve).encode())
 
 
 if __name__ == "__main__":

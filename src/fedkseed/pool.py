@@ -107,7 +107,11 @@ class SeedPool:
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Distinct ascending indices and the sum of each one's amounts, if all are in range."""
         for name, values in (("indices", indices), ("amounts", amounts)):
-            if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, str):
+            if (
+                not isinstance(values, (Sequence, np.ndarray))
+                or isinstance(values, str)
+                or getattr(values, "shape", None) == ()
+            ):
                 raise InvalidValueError(f"{name} are {values!r:.80}; expected a sequence of numbers")
         if len(indices) != len(amounts):
             raise InvalidValueError(f"{len(indices)} indices came with {len(amounts)} amounts; expected one for each")
@@ -116,7 +120,10 @@ class SeedPool:
             k = _integer("index", index, 0, self.size - 1)
             if not isinstance(amount, (int, float, np.integer, np.floating)) or isinstance(amount, bool):
                 raise InvalidValueError(f"amount for index {k} is {amount!r:.80}; expected a number")
-            delta[k] = delta.get(k, 0.0) + float(amount)
+            try:
+                delta[k] = delta.get(k, 0.0) + float(amount)
+            except OverflowError:  # an integer beyond float64
+                delta[k] = float("inf")
         for k, total in delta.items():
             if not abs(total) <= MAX_FLOAT32:
                 raise InvalidValueError(f"amount for index {k} is {total}; it must be finite in float32")
