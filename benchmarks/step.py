@@ -22,8 +22,8 @@ from .harness import Row, absolute, measure, ratio, report
 
 TOKENS = 128
 STEPS = 4
-PROBE = """
-import json, resource, sys
+PROBE = r"""
+import json, re, sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM
 import fedkseed as fk
@@ -42,7 +42,8 @@ else:
     bound.rebuild(np.full(4096, 1e-6, np.float32))
     local_steps(bound, [1, 2, 3], loss, StepSettings(lr=1e-6, eps=1e-3))
     bound.rebuild(np.zeros(4096, np.float32))
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+# not ru_maxrss, which a process inherits from the one that started it
+print(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read()).group(1))
 """
 
 
