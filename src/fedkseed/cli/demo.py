@@ -105,7 +105,7 @@ def _show(simulation: Simulation, ledger: Ledger, records: list[Example], before
         print(f"\nasked     {asked}\nbefore    {before[i].strip()}\nafter     {after[i].strip()}")
     mean = sum(traffic) / len(traffic)
     print(
-        f"\nbytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}; "
+        f"\nbytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}, with 200 steps; "
         f"sending the weights both ways: {weights:,})\n"
         f"the tuned model as a published ledger: {len(ledger.published().encode()):,} bytes"
     )
