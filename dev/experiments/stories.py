@@ -13,8 +13,8 @@ from pathlib import Path
 
 SEEDS = (1, 2, 3)
 COMMON = (
-    "--num-clients 20 --fraction-train 0.2 --num-rounds 12 --local-steps 25 --batch-size 8 --max-length 160 "
-    "--lr 1e-4 --eps 1e-3 --num-seeds 1024 --eval-every 12"
+    "--num-clients 20 --fraction-train 0.2 --num-rounds 6 --local-steps 25 --batch-size 4 --max-length 160 "
+    "--lr 1e-4 --eps 1e-3 --num-seeds 1024 --eval-every 6"
 )
 VARIANTS = {
     "hadamard, uniform, float16 on the wire": "",
