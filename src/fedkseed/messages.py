@@ -71,12 +71,7 @@ class TrainRequest:
     loss_clip: float | None = None
 
     def __post_init__(self) -> None:
-        _bytes("run_id", self.run_id, RUN_ID_BYTES)
-        _integer("server_round", self.server_round, 1, 2**31)
-        _integer("attempt", self.attempt, 0, 255)
-        check_name(self.client)
-        _bytes("base", self.base, DIGEST_BYTES)
-        _bytes("digest", self.digest, DIGEST_BYTES)
+        _check_head(self)
         _packed("coefficients", self.coefficients, self.pool.size, self.pool.size)
         _integer("number of steps", len(self.indices), 1, MAX_STEPS)
         _integer("largest index", max(self.indices), 0, self.pool.size - 1)
@@ -144,12 +139,7 @@ class TrainReply:
     loss: float | None = None
 
     def __post_init__(self) -> None:
-        _bytes("run_id", self.run_id, RUN_ID_BYTES)
-        _integer("server_round", self.server_round, 1, 2**31)
-        _integer("attempt", self.attempt, 0, 255)
-        check_name(self.client)
-        _bytes("base", self.base, DIGEST_BYTES)
-        _bytes("digest", self.digest, DIGEST_BYTES)
+        _check_head(self)
         _integer("num_examples", self.num_examples, 1, 2**53)
         _packed("projected_grads", self.projected_grads, 1, MAX_STEPS)
         steps = len(self.projected_grads.numbers) // DTYPES[self.projected_grads.precision].itemsize
@@ -231,6 +221,16 @@ def _array(name: str, raw: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
 def _shown(value: Any) -> str:
     """A value for a message to a person: short, whatever was sent."""
     return f"{value!r:.80}" if isinstance(value, (int, float, str, bytes, type(None))) else f"of type {type(value).__name__}"
+
+
+def _check_head(message: TrainRequest | TrainReply) -> None:
+    """What both messages say of the round that they belong to."""
+    _bytes("run_id", message.run_id, RUN_ID_BYTES)
+    _integer("server_round", message.server_round, 1, 2**31)
+    _integer("attempt", message.attempt, 0, 255)
+    check_name(message.client)
+    _bytes("base", message.base, DIGEST_BYTES)
+    _bytes("digest", message.digest, DIGEST_BYTES)
 
 
 def _bytes(name: str, value: Any, size: int) -> None:
