@@ -86,16 +86,16 @@ class Binding:
         at, delta = self.pool.check_amounts(indices, amounts)
         moved = self._coefficients.copy()
         moved[at] += delta
-        small = self.pool.mixture(at, delta)
         far = np.flatnonzero(np.abs(moved) > MAX_FLOAT32)
         if far.size:
             raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
-        whole = self.pool.mixture_of(moved.astype(np.float32)) if self._half and self.pool.family == "hadamard" else None
-        add_in_place(self._backend, small, {entry.name: entry.parameter for entry in self._full})
-        if whole is not None:
+        if self._full:
+            add_in_place(self._backend, self.pool.mixture(at, delta), {entry.name: entry.parameter for entry in self._full})
+        if self._half and self.pool.family == "hadamard":
+            whole = self.pool.mixture_of(moved.astype(np.float32))
             self._from_base(whole, {entry.name: entry.parameter for entry in self._half})
         elif self._half:
-            self._follow_centre(small)
+            self._follow_centre(self.pool.mixture(at, delta))
         self._coefficients = moved
 
     def perturb(self, index: int, amount: float) -> None:
