@@ -15,6 +15,15 @@ settings.register_profile(
 settings.load_profile("fedkseed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Token ids are kept in a folder of the tests' own, not in the home folder; subprocesses inherit it."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FEDKSEED_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the shared models and vectors: $FEDKSEED_SHARED, or `shared` beside the checkout."""

@@ -42,7 +42,7 @@ from fedkseed.simulation_config import build
 
 
 class Nobody:
-    note = probe = event = lambda self, *_: None
+    note = progress = probe = event = lambda self, *_: None
 
 
 for noise in ("hadamard", "gaussian"):
@@ -384,7 +384,7 @@ BAD_SETTINGS = [
     ({"dtype": "float64"}, ["--dtype", "'float64'", "bfloat16"]),
     ({"schedule": "step"}, ["--schedule", "'step'", "cosine"]),
     ({"partition": "random"}, ["--partition", "'random'", "dirichlet"]),
-    ({"template": "alpaca"}, ["--template", "'alpaca'", "plain"]),
+    ({"template": "alpaka"}, ["--template", "'alpaka'", "plain"]),
     ({"weighting": "size"}, ["--weighting", "'size'", "examples"]),
     ({"wire": "int8"}, ["--wire", "'int8'", "float16"]),
     ({"data": "/no/where.jsonl"}, ["--data", "'/no/where.jsonl'", "no such file"]),

@@ -66,12 +66,15 @@ def test_chat_without_a_template_or_with_one_that_refuses(own_tokenizer: PreTrai
     with pytest.raises(ModelError, match=r"stories260k has no chat template; use the template 'plain'"):
         encode(EXAMPLES, own_tokenizer, 64, get_template("chat"))
     own_tokenizer.chat_template = "{{ raise_exception('I want\n a system turn') }}"
-    with pytest.raises(ModelError, match=r"failed on a single user turn \(I want a system turn\); use the template 'plain'"):
+    with pytest.raises(ModelError, match=r"refused a conversation of 1 \(I want a system turn\); use the template 'plain'"):
         encode(EXAMPLES, own_tokenizer, 64, get_template("chat"))
 
 
 def test_an_unknown_template_is_named() -> None:
-    with pytest.raises(InvalidValueError, match=r"template 'alpaka' is unknown; expected one of chat, plain"):
+    with pytest.raises(
+        InvalidValueError,
+        match=r"template 'alpaka' is unknown; expected one of plain, alpaca, dolly, bare, chat, or a TOML file",
+    ):
         get_template("alpaka")
 
 

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from fedkseed.simulation import Probe
+
 # click 8.5 deprecates names that typer 0.20 takes from it on import
 pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
 
@@ -92,7 +94,7 @@ def test_plain_lines_where_there_is_no_terminal(config: Any, tmp_path: Path, cap
         assert not isinstance(observer, LiveDisplay)
         observer.note("a note with [brackets] and a long tail " + "x" * 300)
         for step in range(4):
-            observer.probe(1, "client-3", 1, 2, step, 2.5)
+            observer.probe(Probe(1, "client-3", 1, 2, step, 4, 2.5))
         observer.event(EVALUATION)
         observer.event(ROUND)
     captured = capsys.readouterr()
@@ -116,10 +118,10 @@ def test_a_live_display_shows_round_client_step_and_loss(config: Any, width: int
         display.event(EVALUATION)
         for place in (1, 2):
             for step in range(4):
-                display.probe(3, "client-3", place, 2, step, 2.5 + step)
+                display.probe(Probe(3, "client-3", place, 2, step, 4, 2.5 + step))
                 progress.refresh()
         display.event(ROUND)
-        (task,) = progress.tasks
+        task = progress.tasks[0]
         assert "round 3/7" in task.description
         assert "client-3 (2/2)" in task.description
         assert "step 4/4" in task.description
@@ -138,15 +140,15 @@ def test_the_bar_counts_the_steps_of_all_rounds(config: Any) -> None:
     console, _ = terminal()
     with Progress(console=console, auto_refresh=False) as progress:
         display = LiveDisplay(config, progress)
-        (task,) = progress.tasks
+        task = progress.tasks[0]
         done = []
         for server_round in range(1, 8):
             for place in (1, 2):
                 for step in range(4):
-                    display.probe(server_round, "c", place, 2, step, 1.0)
+                    display.probe(Probe(server_round, "c", place, 2, step, 4, 1.0))
                     done.append(task.completed)
-        assert done == list(range(56))  # steps that are over: never back
-        assert task.total == 56  # 7 rounds, int(0.25 * 10) clients, 4 steps
+        assert done == [i / 8 for i in range(56)]  # 2 clients, 4 steps: never back
+        assert task.total == 7
 
 
 def test_a_resumed_run_starts_its_bar_where_it_is(config: Any) -> None:
@@ -156,11 +158,11 @@ def test_a_resumed_run_starts_its_bar_where_it_is(config: Any) -> None:
     console, _ = terminal()
     with Progress(console=console, auto_refresh=False) as progress:
         display = LiveDisplay(config, progress)
-        (task,) = progress.tasks
+        task = progress.tasks[0]
         assert not task.visible
-        display.probe(6, "c", 1, 2, 0, 1.0)
+        display.probe(Probe(6, "c", 1, 2, 0, 4, 1.0))
         assert task.visible
-        assert task.completed == 5 * 8
+        assert task.completed == 5
         assert task.speed is None or task.speed < 1
 
 
@@ -173,7 +175,7 @@ def test_on_a_terminal_the_display_is_live(config: Any, tmp_path: Path, monkeypa
         assert isinstance(observer, display.LiveDisplay)
         observer.note("a note with [brackets]")
         observer.event(EVALUATION)
-        observer.probe(3, "client-3", 1, 2, 0, 2.5)
+        observer.probe(Probe(3, "client-3", 1, 2, 0, 4, 2.5))
         observer.event(ROUND | {"train_loss": None})
     assert "a note with [brackets]" in plain_text(out)
     assert "round 2/7: held-out loss 1.2346" in plain_text(out)
@@ -186,7 +188,7 @@ def test_a_live_display_survives_odd_numbers(config: Any) -> None:
     with Progress(console=console, auto_refresh=False) as progress:
         display = LiveDisplay(config, progress)
         for loss in (float("nan"), float("inf"), -1e300):
-            display.probe(1, "client-3", 1, 2, 0, loss)
+            display.probe(Probe(1, "client-3", 1, 2, 0, 4, loss))
             progress.refresh()
         display.event(EVALUATION | {"eval_loss": float("nan")})
     assert "held-out loss nan" in plain_text(out)
@@ -210,7 +212,7 @@ def test_every_number_of_an_event_goes_to_tensorboard(config: Any) -> None:
     writer = Writer()
     board = TensorBoard(PlainDisplay(config, console), writer)
     board.note("a note")
-    board.probe(1, "c", 1, 1, 0, 1.0)
+    board.probe(Probe(1, "c", 1, 1, 0, 4, 1.0))
     board.event(EVALUATION)
     board.event(ROUND)
     assert ("evaluation/eval_loss", 1.23456, 2) in writer.scalars

@@ -19,7 +19,7 @@ from fedkseed.errors import DataError, LedgerError, RunError
 from fedkseed.ledger import Ledger
 from fedkseed.messages import TrainReply, TrainRequest
 from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation, client_names, prepare
+from fedkseed.simulation import Probe, Simulation, client_names, prepare
 from fedkseed.simulation_config import SimulationConfig, build
 
 TEXT = "name the animal colour fruit red blue dog cat apple pear a big small and or of Instruction Input Response :"
@@ -116,14 +116,17 @@ class Watcher:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.probes: list[tuple[int, str, int, int, int, float]] = []
+        self.probes: list[Probe] = []
         self.events: list[dict[str, Any]] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
-        self.probes.append((server_round, client, place, cohort, step, loss))
+    def progress(self, activity: str, done: int, total: int) -> None:
+        assert 0 < done <= total
+
+    def probe(self, probe: Probe) -> None:
+        self.probes.append(probe)
 
     def event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -294,9 +297,9 @@ def test_reported_bytes_are_the_encoded_lengths(tiny: Path, tmp_path: Path) -> N
 def test_every_probe_is_heard(tiny: Path, tmp_path: Path) -> None:
     run, watcher = simulation(tmp_path / "run", tiny_settings(tiny, num_rounds=2, local_steps=3))
     run.train()
-    heard = [(r, place, cohort, step) for r, _, place, cohort, step, _ in watcher.probes]
-    assert heard == [(r, place, 2, step) for r in (1, 2) for place in (1, 2) for step in range(3) for _ in range(2)]
-    assert {name for _, name, *_ in watcher.probes} <= set(run.clients)
+    heard = [(p.server_round, p.place, p.cohort, p.step, p.steps) for p in watcher.probes]
+    assert heard == [(r, place, 2, step, 3) for r in (1, 2) for place in (1, 2) for step in range(3) for _ in range(2)]
+    assert {probe.client for probe in watcher.probes} <= set(run.clients)
 
 
 def test_the_ledger_on_the_disk_is_the_tuned_model(tiny: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from fedkseed.evaluation import evaluate_loss
 from fedkseed.models import load_tokenizer
 from fedkseed.randomness import generator
 from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Records, Simulation
+from fedkseed.simulation import Probe, Records, Simulation
 from fedkseed.simulation_config import build
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +39,10 @@ class Quiet:
     def note(self, text: str) -> None:
         pass
 
-    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
+    def progress(self, activity: str, done: int, total: int) -> None:
+        pass
+
+    def probe(self, probe: Probe) -> None:
         pass
 
     def event(self, event: dict[str, Any]) -> None:

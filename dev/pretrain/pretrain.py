@@ -1,6 +1,6 @@
 """Make the demo's tokenizer and model from the generated corpus, from nothing and on one CPU thread.
 
-    OMP_NUM_THREADS=1 python dev/pretrain/pretrain.py [--steps 1100] [--work runs/pretrain] [--out src/fedkseed/demo/model]
+    OMP_NUM_THREADS=1 python dev/pretrain/pretrain.py [--steps 3250] [--work runs/pretrain] [--out src/fedkseed/demo/model]
 
 A killed run goes on where its last checkpoint is. Every step's documents are drawn afresh by (seed, step), so nothing is
 seen twice and the held-out documents, from a stream of their own, measure what the model is trained for. The curve goes
@@ -34,7 +34,7 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 HIDDEN, LAYERS, HEADS, INNER, POSITIONS = 96, 4, 4, 256, 256
 DOCUMENTS_PER_STEP, PIECES = 128, 4
 PEAK_LR, WARM_UP, WEIGHT_DECAY, CLIP = 3e-3, 100, 0.05, 1.0
-HOLD = 0.3
+HOLD, FALL, FLOOR = 0.24, 0.8, 5e-5
 ANSWER_WEIGHT = 4.0
 TOKENIZER_DOCUMENTS, HELD_OUT_DOCUMENTS = 20_000, 512
 MARKS = tuple(f"{titles[2]}:\n" for titles in (*HEADINGS, FORMAT))
@@ -139,16 +139,21 @@ def held_out_loss(model: LlamaForCausalLM, batch: Sequence[Encoded]) -> dict[str
 
 
 def rate(step: int, steps: int) -> float:
-    """Linear warm-up, then the peak, from HOLD of the steps on a cosine down to 0."""
+    """Linear warm-up, then the peak, from HOLD of the steps on a cosine that would be 0 at FALL, but never below FLOOR.
+
+    So the last fifth of the steps is at one small rate: if the held-out loss is flat there, it is not so because the rate
+    has vanished.
+    """
     if step < WARM_UP:
         return PEAK_LR * (step + 1) / WARM_UP
-    hold = round(HOLD * steps)
-    return PEAK_LR * (1 + math.cos(math.pi * max(step - hold, 0) / (steps - hold))) / 2
+    hold, fall = round(HOLD * steps), round(FALL * steps)
+    fallen = min(max(step - hold, 0) / (fall - hold), 1)
+    return max(FLOOR, PEAK_LR * (1 + math.cos(math.pi * fallen)) / 2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=3250)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "src/fedkseed/demo/model")
     parser.add_argument("--curve", type=Path, default=HERE / "curve.jsonl")

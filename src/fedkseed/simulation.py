@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedkseed.binding import Binding, bind
 from fedkseed.data import (
+    COLUMNS,
     EncodedData,
     EncodedExample,
     Example,
@@ -25,14 +27,18 @@ from fedkseed.data import (
     encode,
     get_template,
     iid,
+    is_natural_instructions,
     pad_token_id,
-    read_jsonl,
+    parse_columns,
+    read_examples,
+    read_tasks,
     split_off,
 )
 from fedkseed.errors import ConfigError, DataError, LedgerError, RunError
 from fedkseed.evaluation import evaluate_loss, mean_loss
 from fedkseed.federation import Client, Outcome, Server, seed_pool, start
 from fedkseed.ledger import Ledger
+from fedkseed.messages import TrainRequest
 from fedkseed.models import base_path, context_length, load_model, load_tokenizer
 from fedkseed.randomness import generator
 from fedkseed.run_folder import RunFolder
@@ -42,6 +48,29 @@ EVAL_FRACTION = 0.05
 EVAL_BATCH = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A loss that a client has measured.
+
+    Attributes:
+        server_round: the round, from 1.
+        client: its name.
+        place: which of the round's cohort it is, from 1.
+        cohort: how many they are.
+        step: which of its steps this is, from 0.
+        steps: how many it does in this round.
+        loss: what it measured.
+    """
+
+    server_round: int
+    client: str
+    place: int
+    cohort: int
+    step: int
+    steps: int
+    loss: float
+
+
 class Observer(Protocol):
     """Who watches a run: the live display, plain lines, or nobody."""
 
@@ -49,8 +78,12 @@ class Observer(Protocol):
         """One line about what is being done or was found."""
         ...
 
-    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
-        """A client, the `place`-th of its cohort, has measured a loss in a step."""
+    def progress(self, activity: str, done: int, total: int) -> None:
+        """So much of something that may take long, beside the training, is done."""
+        ...
+
+    def probe(self, probe: Probe) -> None:
+        """A client has measured a loss."""
         ...
 
     def event(self, event: dict[str, Any]) -> None:
@@ -134,10 +167,12 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     """
     tokenizer = load_tokenizer(config.model)
     pad_id = pad_token_id(tokenizer)
-    train, held_out = load_examples(config)
+    train, held_out = load_examples(config, observer)
     template = get_template(config.template)
-    encoded = encode(train, tokenizer, config.max_length, template)
-    evaluation = encode(held_out, tokenizer, config.max_length, template)
+    encoded = encode(train, tokenizer, config.max_length, template, partial(observer.progress, "tokenising training records"))
+    evaluation = encode(
+        held_out, tokenizer, config.max_length, template, partial(observer.progress, "tokenising held-out records")
+    )
     observer.note(_describe("training", encoded))
     observer.note(_describe("held-out", evaluation))
     _check_context(config, [*encoded.examples, *evaluation.examples])
@@ -149,7 +184,7 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
             f"--min-replies is {config.min_replies} and a round asks {cohort} of {len(clients)} clients; "
             "lower it, or raise --fraction-train or --num-clients"
         )
-    return Records(clients, list(evaluation.examples[: config.eval_limit]), pad_id)
+    return Records(clients, [evaluation.examples[i] for i in sample(len(evaluation.examples), config)], pad_id)
 
 
 class Simulation:
@@ -175,7 +210,8 @@ class Simulation:
         base = self.bound.identity()
         if ledger is not None and (difference := ledger.base.difference(base, self.bound.names)):
             raise LedgerError(f"{run.ledger_path} is of another base model than {config.model}: {difference}")
-        self.server = Server(config, ledger or start(config, base), list(records.clients))
+        sizes = {name: len(examples) for name, examples in records.clients.items()}
+        self.server = Server(config, ledger or start(config, base), list(sizes), num_examples=sizes)
         shared = TimedModel(self.bound, self._watch)
         self.clients = {
             name: Client(name, shared, base, TextTask(self.model, examples, records.pad_id, self._watch))
@@ -207,7 +243,7 @@ class Simulation:
             requests = [(request, request.encode()) for request in self.server.plan()]
             replies = []
             for place, (request, data) in enumerate(requests, start=1):
-                heard = partial(self.observer.probe, request.server_round, request.client, place, len(requests))
+                heard = self._hear(request, place, len(requests))
                 replies.append((request.client, self.clients[request.client].answer(data, heard)))
             outcome = self.server.absorb(replies)
             status = outcome.status
@@ -230,6 +266,15 @@ class Simulation:
                 f"the ledger of round {self.server.ledger.round} is safe in {self.run.path}: lower --min-replies, then --resume"
             )
 
+    def _hear(self, request: TrainRequest, place: int, cohort: int) -> Callable[[int, float], None]:
+        """Tells the observer of each loss that this client measures in this round."""
+
+        def heard(step: int, loss: float) -> None:
+            steps = len(request.indices)
+            self.observer.probe(Probe(request.server_round, request.client, place, cohort, step, steps, loss))
+
+        return heard
+
     def _round_event(self, outcome: Outcome, lr: float) -> dict[str, Any]:
         losses = [c.loss for c in outcome.contributions if c.loss is not None]
         return {
@@ -251,7 +296,8 @@ class Simulation:
         ledger = self.server.ledger
         begin = time.perf_counter()
         self.bound.rebuild(ledger.coefficients)
-        result = evaluate_loss(self.model, self._records.held_out, EVAL_BATCH, self._records.pad_id)
+        heard = partial(self.observer.progress, f"evaluating after round {ledger.round}")
+        result = evaluate_loss(self.model, self._records.held_out, EVAL_BATCH, self._records.pad_id, heard)
         if not math.isfinite(result.loss):
             self.observer.note(f"round {ledger.round}: the held-out loss is {result.loss}; the run has diverged: lower --lr")
         event = {
@@ -280,15 +326,57 @@ def client_names(num_clients: int) -> list[str]:
     return [f"client-{i:0{width}}" for i in range(num_clients)]
 
 
-def load_examples(config: SimulationConfig) -> tuple[list[Example], list[Example]]:
-    """The clients' records and the held-out ones, before tokenising."""
-    examples = read_jsonl(config.data)
+def load_examples(config: SimulationConfig, observer: Observer | None = None) -> tuple[list[Example], list[Example]]:
+    """The clients' records and the held-out ones, before tokenising.
+
+    Held out is `--eval-data`; else the category of `--held-out-category`; else the test tasks of a Natural Instructions
+    folder; else a seeded share of the training records.
+
+    Raises:
+        DataError: a source cannot be read or used.
+    """
+    examples = _read(config.data, "train", config, observer)
+    if config.subsample < 1:
+        size = max(1, int(config.subsample * len(examples)))
+        chosen = generator(config.seed, "subsample").choice(len(examples), size, replace=False)
+        examples = [examples[i] for i in sorted(chosen.tolist())]
     if config.eval_data is not None:
-        return examples, read_jsonl(config.eval_data)
+        return examples, _read(config.eval_data, "test", config, observer)
+    if config.held_out_category is not None:
+        return _by_category(examples, config.held_out_category, config.data)
+    if is_natural_instructions(Path(config.data)):
+        return examples, _read(config.data, "test", config, observer)
     if len(examples) < 2:
         raise DataError(f"{config.data} has {len(examples)} record; expected enough to hold some out, or give --eval-data")
     kept, held_out = split_off(len(examples), EVAL_FRACTION, generator(config.seed, "evaluation split"))
     return [examples[i] for i in kept], [examples[i] for i in held_out]
+
+
+def sample(num_examples: int, config: SimulationConfig) -> list[int]:
+    """Which of the held-out records are evaluated on, as positions in order: all, or a seeded draw of `--eval-limit`."""
+    if config.eval_limit is None or config.eval_limit >= num_examples:
+        return list(range(num_examples))
+    chosen = generator(config.seed, "evaluation sample").choice(num_examples, config.eval_limit, replace=False)
+    return sorted(chosen.tolist())
+
+
+def _read(source: str, split: Literal["train", "test"], config: SimulationConfig, observer: Observer | None) -> list[Example]:
+    path = Path(source)
+    if is_natural_instructions(path):
+        heard = partial(observer.progress, f"reading {split} tasks") if observer else None
+        return read_tasks(path, split, config.max_length, config.seed, heard)
+    return read_examples(source, parse_columns(config.columns) if config.columns else COLUMNS)
+
+
+def _by_category(examples: Sequence[Example], category: str, source: str) -> tuple[list[Example], list[Example]]:
+    held_out = [example for example in examples if example.category == category]
+    train = [example for example in examples if example.category != category]
+    if not held_out or not train:
+        known = ", ".join(sorted({example.category for example in examples})[:20])
+        raise DataError(
+            f"--held-out-category is {category!r}; expected one of several categories of {source}, which has: {known}"
+        )
+    return train, held_out
 
 
 def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, list[int]]:
@@ -301,14 +389,18 @@ def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, lis
         held: dict[str, list[int]] = {}
         for i, example in enumerate(examples):
             if not example.client:
-                raise DataError(f"{config.data}: a record has no field 'client'; --partition client needs it in every record")
+                raise DataError(
+                    f"{config.data}: a record has no field 'client'; --partition client needs it in every record, "
+                    "so say with --columns client=COLUMN which column tells who holds a record"
+                )
             held.setdefault(example.client, []).append(i)
         return held
     draw = generator(config.seed, "partition")
     if config.partition == "iid":
         parts = iid(len(examples), config.num_clients, draw)
     else:
-        parts = dirichlet([example.category for example in examples], config.num_clients, config.alpha, draw)
+        categories = [example.category for example in examples]
+        parts = dirichlet(categories, config.num_clients, config.alpha, draw, config.min_partition_size)
     return dict(zip(client_names(config.num_clients), (part.tolist() for part in parts), strict=True))
 
 

@@ -1,10 +1,11 @@
 """The settings of a simulated federation: what the server decides, and which model, data and clients there are."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from fedkseed.data import TEMPLATES, get_template, is_hub_id, is_natural_instructions, parse_columns
 from fedkseed.errors import ConfigError
 from fedkseed.federation.config import Count, FederationConfig, Positive
 
@@ -13,30 +14,72 @@ class SimulationConfig(FederationConfig):
     """Everything that a run's outcome depends on, beside the files that it names."""
 
     model: str = Field(description="base model: a Hugging Face model folder or hub id")
-    data: Path = Field(description="training records: a jsonl file with instruction, input/context, output/response, category")
-    eval_data: Path | None = Field(None, description="held-out records (default: a seeded 5 % of --data that no client gets)")
+    data: str = Field(
+        description="training records: a jsonl, CSV or parquet file with instruction, input/context, output/response, "
+        "category (or chat messages); a Natural Instructions folder; a dataset's hub id"
+    )
+    columns: str | None = Field(
+        None, description="what the fields are called in the data, such as instruction=question,output=answer,client=site"
+    )
+    subsample: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="use a seeded fraction of the training records")
+    eval_data: str | None = Field(
+        None, description="held-out records (default: the test tasks of Natural Instructions, else a seeded 5 % of --data)"
+    )
+    held_out_category: str | None = Field(None, description="hold out the records of this category, which no client gets")
     num_clients: Count = Field(200, description="N: number of clients that the records are dealt out to")
     max_length: Annotated[int, Field(ge=2)] = Field(1024, description="longest record in tokens; longer ones are cut")
     partition: Literal["iid", "dirichlet", "client"] = Field(
-        "dirichlet", description="how records are dealt out; client: by the records' own client field, whatever --num-clients"
+        "dirichlet",
+        description="how records are dealt out; client: by the records' own client field (the task, in Natural "
+        "Instructions), whatever --num-clients",
     )
     alpha: Positive = Field(0.5, description="of the Dirichlet partition over categories: small is unlike, large is alike")
-    template: Literal["plain", "chat"] = Field(
-        "plain", description="prompt template: plain, or the tokenizer's own chat template"
-    )
+    min_partition_size: Count = Field(1, description="records that each client of a Dirichlet partition gets at least")
+    template: str = Field("plain", description=f"prompt template: {', '.join(TEMPLATES)} (the tokenizer's own), or a TOML file")
     eval_every: Count = Field(1, description="evaluate every so many rounds, and after the last")
-    eval_limit: Count | None = Field(None, description="evaluate on so many of the held-out records only")
+    eval_limit: Count | None = Field(None, description="evaluate on a seeded draw of so many held-out records")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="precision of the weights; auto is the checkpoint's own"
     )
     device: Literal["cpu"] = Field("cpu", description="where the model runs; so far only the cpu has a noise backend")
 
+    @field_validator("model", "data", "eval_data", "template", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("data", "eval_data")
     @classmethod
-    def _is_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and not value.is_file():
+    def _is_source(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        path = Path(value)
+        if path.is_dir() and not is_natural_instructions(path):
+            raise ValueError(f"a folder, but not of Natural Instructions; give a file to {flag(info.field_name or '')}")
+        if path.exists():
+            return str(path.resolve())  # a run is gone on with from any folder
+        if path.suffix or not is_hub_id(value):
             raise ValueError(f"no such file; give the path of a jsonl file to {flag(info.field_name or '')}")
-        return value.resolve() if value is not None else None  # a run is gone on with from any folder
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _are_columns(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_columns(value)
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _is_template(cls, value: str) -> str:
+        get_template(value)
+        return value if value in TEMPLATES else str(Path(value).resolve())
+
+    @model_validator(mode="after")
+    def _one_held_out_set(self) -> Self:
+        if self.eval_data is not None and self.held_out_category is not None:
+            raise ValueError("--held-out-category and --eval-data both say what is held out; give one of them")
+        return self
 
     @field_validator("model")
     @classmethod

@@ -112,5 +112,5 @@ def _show(simulation: Simulation, ledger: Ledger, records: list[Example], before
 
 
 def _trained(simulation: Simulation) -> set[str]:
-    lines = simulation.config.data.read_text(encoding="utf-8").splitlines()
+    lines = Path(simulation.config.data).read_text(encoding="utf-8").splitlines()
     return {json.loads(line)["category"] for line in lines}

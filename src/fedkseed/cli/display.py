@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedkseed.errors import ConfigError
+from fedkseed.simulation import Probe
 from fedkseed.simulation_config import SimulationConfig
+
+QUIET_SECONDS = 10
+"""After so long without a line, plain output says how far a long activity is."""
 
 
 def summary(event: dict[str, Any], num_rounds: int) -> str:
@@ -29,16 +34,23 @@ def summary(event: dict[str, Any], num_rounds: int) -> str:
 
 
 class PlainDisplay:
-    """A line for every note and event."""
+    """A line for every note and event, and now and then one for what takes long."""
 
     def __init__(self, config: SimulationConfig, console: Console) -> None:
         self._config, self._console = config, console
+        self._said = time.monotonic()
 
     def note(self, text: str) -> None:
         """See `fedkseed.simulation.Observer`."""
+        self._said = time.monotonic()
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
+    def progress(self, activity: str, done: int, total: int) -> None:
+        """See `fedkseed.simulation.Observer`."""
+        if time.monotonic() - self._said > QUIET_SECONDS:
+            self.note(f"{activity}: {done:,} of {total:,}")
+
+    def probe(self, probe: Probe) -> None:
         """See `fedkseed.simulation.Observer`; too fine for lines."""
 
     def event(self, event: dict[str, Any]) -> None:
@@ -47,25 +59,29 @@ class PlainDisplay:
 
 
 class LiveDisplay(PlainDisplay):
-    """The lines, and below them two bars: rounds and the steps of the round, with the loss and the time left."""
+    """The lines, and below them a bar: how far the rounds are, with the loss and the time left; and one for what else
+    takes long, while it does."""
 
     def __init__(self, config: SimulationConfig, progress: Progress) -> None:
         super().__init__(config, progress.console)
         self._progress = progress
-        self._bar = progress.add_task("starting", total=None, visible=False)
+        self._bar = progress.add_task("starting", total=config.num_rounds, visible=False)
+        self._activity = progress.add_task("", total=None, visible=False)
         self._held_out = ""
 
-    def probe(self, server_round: int, client: str, place: int, cohort: int, step: int, loss: float) -> None:
+    def progress(self, activity: str, done: int, total: int) -> None:
         """See `fedkseed.simulation.Observer`."""
-        tau = self._config.local_steps
-        done = ((server_round - 1) * cohort + place - 1) * tau + step
+        self._progress.update(self._activity, description=activity, completed=done, total=total, visible=done < total)
+
+    def probe(self, probe: Probe) -> None:
+        """See `fedkseed.simulation.Observer`."""
+        done = probe.server_round - 1 + (probe.place - 1 + probe.step / probe.steps) / probe.cohort
         text = (
-            f"round {server_round}/{self._config.num_rounds}  {client} ({place}/{cohort})  step {step + 1}/{tau}  "
-            f"loss {loss:.3f}{self._held_out}"
+            f"round {probe.server_round}/{self._config.num_rounds}  {probe.client} ({probe.place}/{probe.cohort})  "
+            f"step {probe.step + 1}/{probe.steps}  loss {probe.loss:.3f}{self._held_out}"
         )
         if not self._progress.tasks[self._bar].visible:
-            total = self._config.num_rounds * cohort * tau
-            self._progress.reset(self._bar, total=total, completed=done, visible=True)
+            self._progress.reset(self._bar, completed=done, visible=True)  # type: ignore[arg-type]  # an int by its hint only
         self._progress.update(self._bar, completed=done, description=text)
 
     def event(self, event: dict[str, Any]) -> None:
@@ -80,7 +96,7 @@ class TensorBoard:
 
     def __init__(self, inner: PlainDisplay, writer: Any) -> None:
         self._inner, self._writer = inner, writer
-        self.note, self.probe = inner.note, inner.probe
+        self.note, self.progress, self.probe = inner.note, inner.progress, inner.probe
 
     def event(self, event: dict[str, Any]) -> None:
         """See `fedkseed.simulation.Observer`."""

@@ -1,4 +1,7 @@
-"""Encoded examples side by side in tensors."""
+"""Encoded examples side by side in tensors.
+
+torch is imported within the function, so that settings which name templates and sources can be checked without it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from fedkseed.data.encode import EncodedExample
 from fedkseed.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -45,6 +48,8 @@ def collate(examples: Sequence[EncodedExample], pad_id: int, device: torch.devic
     Raises:
         DataError: no examples.
     """
+    import torch
+
     if not examples:
         raise DataError("a batch of no examples; give at least one")
     lengths = [len(example.input_ids) for example in examples]

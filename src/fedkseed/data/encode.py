@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed.data.cache import TokenIds, cache_path, load, save
 from fedkseed.data.example import Example
 from fedkseed.data.template import Template, plain
 from fedkseed.errors import DataError, InvalidValueError, ModelError
@@ -58,19 +59,25 @@ class EncodedData:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template = plain
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: Template = plain,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedData:
     """Tokenise examples: `[BOS] prompt | response EOS`, cut on the right to max_length tokens.
 
     Prompt and response are tokenised apart and joined, so that no token spans the boundary and generation, which starts
     from the prompt's ids alone, sees what training saw. The prompt gets the leading special tokens (BOS) that the
     tokenizer gives any text, unless the template wrote them already. A blank response is not learnt: the record is dropped.
+    Token ids of many examples are kept on the disk (see `fedkseed.data.cache`).
 
     Args:
         examples: any number.
         tokenizer: a Hugging Face tokenizer.
         max_length: in tokens, at least 2.
         template: see `fedkseed.data.template`.
+        on_progress: hears how many of the examples are tokenised.
 
     Raises:
         InvalidValueError: max_length below 2.
@@ -85,25 +92,23 @@ def encode(
             f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so a response would have no end; "
             "set eos_token in its tokenizer_config.json"
         )
+    texts = [template(example, tokenizer) for example in examples]
+    prompts, responses = _all_token_ids(texts, tokenizer, on_progress)
     start = _leading_specials(tokenizer)
     encoded: list[EncodedExample] = []
     kept: list[int] = []
     num_truncated = num_tokens_cut = 0
-    for first in range(0, len(examples), CHUNK):
-        texts = [template(example, tokenizer) for example in examples[first : first + CHUNK]]
-        prompts = _token_ids(tokenizer, [prompt for prompt, _ in texts])
-        responses = _token_ids(tokenizer, [response for _, response in texts])
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if prompt[: len(start)] != start:
-                prompt = start + prompt
-            num_cut = max(0, len(prompt) + len(response) + 1 - max_length)
-            item = EncodedExample(np.array([*prompt, *response, eos][:max_length], np.int32), len(prompt))
-            if not response or not texts[i][1].strip() or item.num_targets < 1:
-                continue
-            encoded.append(item)
-            kept.append(first + i)
-            num_truncated += num_cut > 0
-            num_tokens_cut += num_cut
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if prompt[: len(start)] != start:
+            prompt = start + prompt
+        num_cut = max(0, len(prompt) + len(response) + 1 - max_length)
+        item = EncodedExample(np.array([*prompt, *response, eos][:max_length], np.int32), len(prompt))
+        if not response or not texts[i][1].strip() or item.num_targets < 1:
+            continue
+        encoded.append(item)
+        kept.append(i)
+        num_truncated += num_cut > 0
+        num_tokens_cut += num_cut
     if examples and not encoded:
         raise DataError(
             f"none of {len(examples)} records has a response token within max_length {max_length}; "
@@ -112,9 +117,29 @@ def encode(
     return EncodedData(tuple(encoded), np.array(kept, np.int64), len(examples) - len(encoded), num_truncated, num_tokens_cut)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _all_token_ids(
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, on_progress: Callable[[int, int], None] | None
+) -> tuple[TokenIds, TokenIds]:
+    """The ids of prompts and of responses, from the disk where they are there."""
+    path = cache_path(texts, tokenizer)
+    if path is not None and (kept := load(path)) is not None:
+        return kept
+    prompts: TokenIds = []
+    responses: TokenIds = []
+    for first in range(0, len(texts), CHUNK):
+        chunk = texts[first : first + CHUNK]
+        prompts += _token_ids(tokenizer, [prompt for prompt, _ in chunk])
+        responses += _token_ids(tokenizer, [response for _, response in chunk])
+        if on_progress is not None:
+            on_progress(len(prompts), len(texts))
+    if path is not None:
+        save(path, prompts, responses)
+    return prompts, responses
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenIds:
     # verbose=False: no advice about the model's own maximum length, max_length is ours to keep
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids: TokenIds = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return ids
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+Turn = tuple[str, str]
+"""(role, text) of one message of a conversation; the role is system, user or assistant."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -11,8 +14,9 @@ class Example:
         instruction: the request.
         input: the text that the request is about; "" where there is none.
         output: the response to learn.
-        category: a name that partitions may go by; "" where there is none.
-        client: who holds the record, where the file says so; "" where it does not.
+        category: a name that partitions and tables may go by; "" where there is none.
+        client: who holds the record, where the source says so; "" where it does not.
+        history: the messages before the instruction, for chat templates; `input` has them as text for the others.
     """
 
     instruction: str
@@ -20,3 +24,4 @@ class Example:
     output: str
     category: str
     client: str = ""
+    history: tuple[Turn, ...] = ()

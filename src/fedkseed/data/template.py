@@ -1,11 +1,14 @@
 """Prompt templates: an example as the text of a prompt and the text of its response.
 
-A template is a function; `TEMPLATES` holds them by the name that `--template` takes.
+A template is a function; `TEMPLATES` holds them by the name that `--template` takes, which may also be a file's.
 """
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkseed.data.example import Example
@@ -17,27 +20,68 @@ if TYPE_CHECKING:
 Template = Callable[[Example, "PreTrainedTokenizerBase"], tuple[str, str]]
 """(example, tokenizer) -> (prompt, response); the response follows the prompt with nothing between, EOS comes later."""
 
+PLACEHOLDER = re.compile(r"\{(\w*)\}")
+NEEDED = {"prompt_input": ("instruction", "input"), "prompt_no_input": ("instruction",)}
 
-def plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Titled sections for any model; no input section when the input is blank. The tokenizer is ignored."""
-    sections = [f"Instruction:\n{example.instruction}\n\n"]
-    if example.input.strip():
-        sections.append(f"Input:\n{example.input}\n\n")
-    return "".join(sections) + "Response:\n", example.output
+
+def wording(prompt_input: str, prompt_no_input: str) -> Template:
+    """A template of two texts with `{instruction}` and `{input}` in them, the second for records with a blank input."""
+
+    def template(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+        texts = {"instruction": example.instruction, "input": example.input}
+        chosen = prompt_input if example.input.strip() else prompt_no_input
+        # in one pass: a text that holds "{input}" itself stays as it is
+        return PLACEHOLDER.sub(lambda match: texts[match[1]], chosen), example.output
+
+    return template
+
+
+plain = wording(
+    "Instruction:\n{instruction}\n\nInput:\n{input}\n\nResponse:\n",
+    "Instruction:\n{instruction}\n\nResponse:\n",
+)
+"""Titled sections, for any model."""
+
+alpaca = wording(
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:",
+)
+"""Stanford Alpaca's wording; the published FedKSeed code has it for Natural Instructions."""
+
+dolly = wording(
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response for the task request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+    "Below is an instruction that describes a task. "
+    "Write a response for the task request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:",
+)
+"""The wording that the published FedKSeed code has for Dolly-15K."""
+
+bare = wording("{instruction}\n\nInput: {input}\n\nOutput:", "{instruction}\n\nOutput:")
+"""What the published FedKSeed code writes for Natural Instructions when its prompts are switched off."""
 
 
 def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The tokenizer's own chat template: one user turn, then the opening of the assistant's.
+    """The tokenizer's own chat template: what was said before, a user turn, then the opening of the assistant's.
 
     Raises:
         ModelError: the tokenizer has no chat template, or its template refuses such a conversation.
     """
     if not tokenizer.chat_template:
         raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use the template 'plain'")
-    content = f"{example.instruction}\n\n{example.input}" if example.input.strip() else example.instruction
+    turns = [{"role": role, "content": text} for role, text in example.history]
+    if example.input.strip() and not turns:  # with a history, the input is that history as text
+        turns.append({"role": "user", "content": f"{example.instruction}\n\n{example.input}"})
+    else:
+        turns.append({"role": "user", "content": example.instruction})
     try:
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            turns,
             tokenize=False,
             add_generation_prompt=True,
             # some templates print today's date, and a resumed run must see the prompts of the first day
@@ -46,20 +90,44 @@ def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str
     except Exception as error:  # a template is a program of the model's author and may raise anything
         reason = " ".join(str(error).split())
         raise ModelError(
-            f"the chat template of {tokenizer.name_or_path} failed on a single user turn ({reason}); use the template 'plain'"
+            f"the chat template of {tokenizer.name_or_path} refused a conversation of {len(turns)} ({reason}); "
+            "use the template 'plain'"
         ) from error
     return str(prompt), example.output
 
 
-TEMPLATES: dict[str, Template] = {"plain": plain, "chat": chat}
+TEMPLATES: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "dolly": dolly, "bare": bare, "chat": chat}
 
 
 def get_template(name: str) -> Template:
-    """The template of that name.
+    """The template of that name, or the one in a TOML file with the texts `prompt_input` and `prompt_no_input`.
 
     Raises:
-        InvalidValueError: there is none.
+        InvalidValueError: there is none, or the file is not such a file, or a text lacks its placeholders.
     """
-    if name not in TEMPLATES:
-        raise InvalidValueError(f"template {name!r} is unknown; expected one of {', '.join(sorted(TEMPLATES))}")
-    return TEMPLATES[name]
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise InvalidValueError(f"template {name!r} is unknown; expected one of {', '.join(TEMPLATES)}, or a TOML file")
+    try:
+        texts = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidValueError(
+            f"template {name}: not a TOML file ({error}); expected the texts {' and '.join(NEEDED)}"
+        ) from None
+    if sorted(texts) != sorted(NEEDED):
+        raise InvalidValueError(f"template {name}: has the keys {sorted(texts)}; expected {' and '.join(NEEDED)}")
+    for key, needed in NEEDED.items():
+        _check(texts[key], needed, f"template {name}: {key}")
+    return wording(texts["prompt_input"], texts["prompt_no_input"])
+
+
+def _check(text: object, needed: tuple[str, ...], where: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidValueError(f"{where} is no text; expected one with {' and '.join(f'{{{name}}}' for name in needed)} in it")
+    found = set(PLACEHOLDER.findall(text))
+    if missing := [name for name in needed if name not in found]:
+        raise InvalidValueError(f"{where} lacks {{{missing[0]}}}; put it where the record's {missing[0]} shall stand")
+    if unknown := sorted(found - set(needed)):
+        raise InvalidValueError(f"{where} has {{{unknown[0]}}}; expected only {' and '.join(f'{{{name}}}' for name in needed)}")

@@ -2,5 +2,15 @@
 
 from fedkseed.evaluation.generation import exact_match, generate
 from fedkseed.evaluation.loss import EvalLoss, evaluate_loss, mean_loss, response_loss
+from fedkseed.evaluation.rouge import rouge_l, rouge_l_published
 
-__all__ = ["EvalLoss", "evaluate_loss", "exact_match", "generate", "mean_loss", "response_loss"]
+__all__ = [
+    "EvalLoss",
+    "evaluate_loss",
+    "exact_match",
+    "generate",
+    "mean_loss",
+    "response_loss",
+    "rouge_l",
+    "rouge_l_published",
+]

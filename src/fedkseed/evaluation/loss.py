@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,7 +64,13 @@ def mean_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return total / num_tokens
 
 
-def evaluate_loss(model: torch.nn.Module, examples: Sequence[EncodedExample], batch_size: int, pad_id: int) -> EvalLoss:
+def evaluate_loss(
+    model: torch.nn.Module,
+    examples: Sequence[EncodedExample],
+    batch_size: int,
+    pad_id: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EvalLoss:
     """The loss over a set, in inference mode; the model's train/eval modes are as before afterwards.
 
     Examples are batched by length, longest first, so that there is little padding and want of memory shows at once. The
@@ -75,6 +81,7 @@ def evaluate_loss(model: torch.nn.Module, examples: Sequence[EncodedExample], ba
         examples: at least one.
         batch_size: examples in one forward pass, at least 1.
         pad_id: see `pad_token_id`.
+        on_progress: hears how many of the examples are done.
 
     Raises:
         DataError: no examples.
@@ -92,6 +99,8 @@ def evaluate_loss(model: torch.nn.Module, examples: Sequence[EncodedExample], ba
             batch_total, batch_tokens = response_loss(model, collate(ordered[first : first + batch_size], pad_id, device))
             total += batch_total.item()
             num_tokens += batch_tokens
+            if on_progress is not None:
+                on_progress(min(first + batch_size, len(ordered)), len(ordered))
     loss = total / num_tokens
     return EvalLoss(loss, _exp(loss), len(ordered), num_tokens)
 

@@ -21,6 +21,9 @@ class FederationConfig(BaseModel):
     num_rounds: Count = Field(40, description="rounds of federated training")
     fraction_train: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="m: fraction of the clients in a round")
     local_steps: Annotated[int, Field(ge=1, le=65535)] = Field(200, description="tau: two-point steps of a client in a round")
+    local_unit: Literal["steps", "epochs"] = Field(
+        "steps", description="what --local-steps counts: steps, or passes over a client's own records"
+    )
     batch_size: Annotated[int, Field(ge=1, le=65535)] = Field(1, description="records per step")
     lr: Step = Field(description="learning rate; no default yet (published with 1.3B and 3B parameters: 3e-7)")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the rounds")
@@ -33,6 +36,12 @@ class FederationConfig(BaseModel):
         "examples", description="a client's weight: its number of records, or equal"
     )
     loss_clip: Positive | None = Field(None, description="drop a step whose two losses differ by more than this")
+    importance_clip: Positive = Field(
+        1000.0, description="fedkseed-pro: a gradient counts in its seed's importance as if it were no larger"
+    )
+    importance_start: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="fedkseed-pro: the first entry of every seed's history"
+    )
     min_replies: Count = Field(1, description="a round with fewer accepted replies is repeated, three times at most")
     wire: Literal["float16", "float32"] = Field("float16", description="precision of coefficients and scalars as they travel")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="seed of everything random in the run")

@@ -3,12 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-GRAD_CLIP = 1000.0
 
-
-def importances(grad_sums: NDArray[np.float64], grad_counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """phi, float64[K]: mean of a seed's |clipped projected gradients|, its history starting with one 0."""
-    return grad_sums / (grad_counts + 1)
+def importances(grad_sums: NDArray[np.float64], grad_counts: NDArray[np.int64], start: float = 0.0) -> NDArray[np.float64]:
+    """phi, float64[K]: mean of a seed's |clipped projected gradients|, its history starting with one entry `start`."""
+    return (start + grad_sums) / (grad_counts + 1)
 
 
 def probabilities(phi: NDArray[np.float64]) -> NDArray[np.float64]:

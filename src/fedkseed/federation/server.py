@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError, RunError
 from fedkseed.federation.config import FederationConfig, Limits
-from fedkseed.federation.pro import GRAD_CLIP, importances, probabilities
+from fedkseed.federation.pro import importances, probabilities
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.identity import BaseIdentity
 from fedkseed.ledger import History, Ledger
@@ -21,6 +21,8 @@ from fedkseed.randomness import derive, generator
 from fedkseed.wire import pack
 
 MAX_ATTEMPTS = 3
+MAX_STEPS = 65535
+"""Steps that one request can ask for."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,21 @@ class Server:
         ledger: where to go on from; `start` gives a fresh one.
         clients: the stable names of all clients.
         limits: what a reply must keep to.
+        num_examples: how many records each client has, by its name; needed where `local_unit` is epochs.
 
     Raises:
         LedgerError: the ledger is of another pool or precision than the settings, or is a published one.
-        RunError: there are fewer clients than `min_replies`, or a name twice.
+        RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
     """
 
-    def __init__(self, config: FederationConfig, ledger: Ledger, clients: Sequence[str], limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        ledger: Ledger,
+        clients: Sequence[str],
+        limits: Limits | None = None,
+        num_examples: Mapping[str, int] | None = None,
+    ) -> None:
         if ledger.history is None:
             raise LedgerError("a published ledger has no accumulators; go on from a run's own ledger.safetensors")
         if ledger.pool != seed_pool(config) or ledger.precision != config.wire:
@@ -111,6 +121,7 @@ class Server:
                 "raise --fraction-train or --num-clients, or lower --min-replies"
             )
         self.config, self.ledger, self.limits = config, ledger, limits or Limits()
+        self._steps = {name: self._count_steps(name, num_examples) for name in self.clients}
         self.run_id = derive(config.seed, "run", f"{ledger.pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
         self._attempt = 0
         self._pending: dict[str, TrainRequest] = {}
@@ -124,7 +135,7 @@ class Server:
         """How likely each seed is to be drawn for a step now, float64[K]."""
         history = self._history
         if self.config.algorithm == "fedkseed-pro":
-            return probabilities(importances(history.grad_sums, history.grad_counts))
+            return probabilities(importances(history.grad_sums, history.grad_counts, self.config.importance_start))
         return np.full(self.ledger.pool.size, 1 / self.ledger.pool.size)
 
     def plan(self) -> tuple[TrainRequest, ...]:
@@ -206,9 +217,22 @@ class Server:
         assert self.ledger.history is not None  # checked in __init__, and every later ledger is an `advance`
         return self.ledger.history
 
+    def _count_steps(self, client: str, num_examples: Mapping[str, int] | None) -> int:
+        if self.config.local_unit == "steps":
+            return self.config.local_steps
+        if num_examples is None or client not in num_examples:
+            raise RunError(f"local_unit is epochs and client {client!r} has not said how many records it has; use steps")
+        steps = self.config.local_steps * -(-num_examples[client] // self.config.batch_size)
+        if not 1 <= steps <= MAX_STEPS:
+            raise RunError(
+                f"{self.config.local_steps} epochs of client {client!r} are {steps} steps; expected 1 to {MAX_STEPS}, "
+                "so lower --local-steps or raise --batch-size"
+            )
+        return steps
+
     def _draw_seeds(self, server_round: int, client: str, likely: NDArray[np.float64] | None) -> tuple[int, ...]:
         draw = generator(self.config.seed, server_round, self._attempt, client, "seeds")
-        return tuple(draw.choice(self.ledger.pool.size, self.config.local_steps, p=likely).tolist())
+        return tuple(draw.choice(self.ledger.pool.size, self._steps[client], p=likely).tolist())
 
     def _check(self, sender: str, reply: TrainReply) -> TrainReply:
         request = self._pending.get(sender)
@@ -259,6 +283,6 @@ class Server:
             change = np.zeros_like(total)
             np.add.at(change, indices, grads)
             total += weights[name] * change
-            np.add.at(sums, indices[kept], np.abs(np.clip(grads[kept], -GRAD_CLIP, GRAD_CLIP)))
+            np.add.at(sums, indices[kept], np.minimum(np.abs(grads[kept]), self.config.importance_clip))
             np.add.at(counts, indices[kept], 1)
         return History(self._history.accumulators - lr * total, sums, counts)
