@@ -124,7 +124,7 @@ def run(settings: dict[str, Any], seed: int, control: bool, model: str, folder: 
     begin, begin_cpu = time.perf_counter(), time.process_time()
     simulation = Simulation(
         RunFolder.create(folder / f"run-{seed}-{control}-{time.time()}", config),
-        Records(encoded, measure.all, measure.pad_id),
+        Records(encoded, measure.all, [], measure.pad_id),
         Quiet(),
     )
     before = measure(simulation.model)

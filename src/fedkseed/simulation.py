@@ -151,10 +151,18 @@ class TextTask:
 
 @dataclass(frozen=True)
 class Records:
-    """Tokenised data, dealt out: each client's examples, the held-out ones, and what padding holds."""
+    """Tokenised data, dealt out.
+
+    Attributes:
+        clients: each client's examples, by its name.
+        held_out: what is evaluated on.
+        references: the records that these were encoded from.
+        pad_id: what padding holds.
+    """
 
     clients: dict[str, list[EncodedExample]]
     held_out: list[EncodedExample]
+    references: list[Example]
     pad_id: int
 
 
@@ -184,7 +192,9 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
             f"--min-replies is {config.min_replies} and a round asks {cohort} of {len(clients)} clients; "
             "lower it, or raise --fraction-train or --num-clients"
         )
-    return Records(clients, [evaluation.examples[i] for i in sample(len(evaluation.examples), config)], pad_id)
+    chosen = sample(len(evaluation.examples), config.eval_limit, config.seed)
+    references = [held_out[evaluation.kept[i]] for i in chosen]
+    return Records(clients, [evaluation.examples[i] for i in chosen], references, pad_id)
 
 
 class Simulation:
@@ -335,37 +345,57 @@ def load_examples(config: SimulationConfig, observer: Observer | None = None) ->
     Raises:
         DataError: a source cannot be read or used.
     """
-    examples = _read(config.data, "train", config, observer)
+    examples = read_source(config.data, "train", config.max_length, config.seed, config.columns, observer)
     if config.subsample < 1:
         size = max(1, int(config.subsample * len(examples)))
         chosen = generator(config.seed, "subsample").choice(len(examples), size, replace=False)
         examples = [examples[i] for i in sorted(chosen.tolist())]
     if config.eval_data is not None:
-        return examples, _read(config.eval_data, "test", config, observer)
+        return examples, read_source(config.eval_data, "test", config.max_length, config.seed, config.columns, observer)
     if config.held_out_category is not None:
         return _by_category(examples, config.held_out_category, config.data)
     if is_natural_instructions(Path(config.data)):
-        return examples, _read(config.data, "test", config, observer)
+        return examples, read_source(config.data, "test", config.max_length, config.seed, None, observer)
     if len(examples) < 2:
         raise DataError(f"{config.data} has {len(examples)} record; expected enough to hold some out, or give --eval-data")
     kept, held_out = split_off(len(examples), EVAL_FRACTION, generator(config.seed, "evaluation split"))
     return [examples[i] for i in kept], [examples[i] for i in held_out]
 
 
-def sample(num_examples: int, config: SimulationConfig) -> list[int]:
-    """Which of the held-out records are evaluated on, as positions in order: all, or a seeded draw of `--eval-limit`."""
-    if config.eval_limit is None or config.eval_limit >= num_examples:
+def sample(num_examples: int, limit: int | None, seed: int, purpose: str = "evaluation sample") -> list[int]:
+    """Positions of examples in their order: of all, or of a seeded draw of `limit`."""
+    if limit is None or limit >= num_examples:
         return list(range(num_examples))
-    chosen = generator(config.seed, "evaluation sample").choice(num_examples, config.eval_limit, replace=False)
-    return sorted(chosen.tolist())
+    chosen: list[int] = generator(seed, purpose).choice(num_examples, limit, replace=False).tolist()
+    return sorted(chosen)
 
 
-def _read(source: str, split: Literal["train", "test"], config: SimulationConfig, observer: Observer | None) -> list[Example]:
+def read_source(
+    source: str,
+    split: Literal["train", "test"],
+    max_length: int,
+    seed: int,
+    columns: str | None,
+    observer: Observer | None = None,
+) -> list[Example]:
+    """The records that `--data` or `--eval-data` names.
+
+    Args:
+        source: a file, a Natural Instructions folder or a hub id.
+        split: of Natural Instructions: which of the tasks.
+        max_length: of Natural Instructions: inputs have fewer characters, as the published code has it.
+        seed: of Natural Instructions: draws the instances.
+        columns: see `parse_columns`; None for the usual names.
+        observer: hears how far it is.
+
+    Raises:
+        DataError: the source cannot be read or used.
+    """
     path = Path(source)
     if is_natural_instructions(path):
         heard = partial(observer.progress, f"reading {split} tasks") if observer else None
-        return read_tasks(path, split, config.max_length, config.seed, heard)
-    return read_examples(source, parse_columns(config.columns) if config.columns else COLUMNS)
+        return read_tasks(path, split, max_length, seed, heard)
+    return read_examples(source, parse_columns(columns) if columns else COLUMNS)
 
 
 def _by_category(examples: Sequence[Example], category: str, source: str) -> tuple[list[Example], list[Example]]:

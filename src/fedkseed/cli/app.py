@@ -41,16 +41,23 @@ def inspect(ledger: RunOrLedger) -> None:
 
 @app.command()
 def evaluate(
-    ledger: RunOrLedger,
+    run: Annotated[Path | None, typer.Argument(help="a run folder or a ledger file", metavar="RUN|LEDGER")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="another ledger than the run's, such as a published one")] = None,
     model: Annotated[str | None, typer.Option(help="the base model (default: the run's own)")] = None,
-    data: Annotated[Path | None, typer.Option(help="jsonl file (default: the run's held-out records)")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="evaluate on the first so many records")] = None,
-    answers: Annotated[int, typer.Option(min=0, help="generate so many answers and count exact matches")] = 0,
+    data: Annotated[str | None, typer.Option(help="as of simulate (default: the run's held-out records)")] = None,
+    columns: Annotated[str | None, typer.Option(help="what the fields of --data are called, as of simulate")] = None,
+    template: Annotated[str | None, typer.Option(help="prompt template (default: the run's own, else plain)")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="in tokens (default: the run's own, else 1024)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="evaluate on a seeded draw of so many records")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="answer so many of them: exact match and Rouge-L")] = 0,
+    by_category: Annotated[bool, typer.Option("--by-category", help="show each category or task too")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the scores to this JSON file too")] = None,
 ) -> None:
-    """Show the held-out loss of the base model and of the tuned one."""
+    """Show the held-out loss of the base model and of the tuned one, and on request how good their answers are."""
+    from fedkseed.cli.evaluate import Choices
     from fedkseed.cli.evaluate import evaluate as measure
 
-    measure(ledger, model, data, limit, answers)
+    measure(run, ledger, Choices(model, data, columns, template, max_length, limit, answers, by_category, output))
 
 
 @app.command()

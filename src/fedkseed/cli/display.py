@@ -33,12 +33,11 @@ def summary(event: dict[str, Any], num_rounds: int) -> str:
     )
 
 
-class PlainDisplay:
-    """A line for every note and event, and now and then one for what takes long."""
+class Notes:
+    """A line for every note, and now and then one for what takes long."""
 
-    def __init__(self, config: SimulationConfig, console: Console) -> None:
-        self._config, self._console = config, console
-        self._said = time.monotonic()
+    def __init__(self, console: Console) -> None:
+        self._console, self._said = console, time.monotonic()
 
     def note(self, text: str) -> None:
         """See `fedkseed.simulation.Observer`."""
@@ -49,6 +48,14 @@ class PlainDisplay:
         """See `fedkseed.simulation.Observer`."""
         if time.monotonic() - self._said > QUIET_SECONDS:
             self.note(f"{activity}: {done:,} of {total:,}")
+
+
+class PlainDisplay(Notes):
+    """Lines for events too."""
+
+    def __init__(self, config: SimulationConfig, console: Console) -> None:
+        super().__init__(console)
+        self._config = config
 
     def probe(self, probe: Probe) -> None:
         """See `fedkseed.simulation.Observer`; too fine for lines."""

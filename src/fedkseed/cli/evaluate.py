@@ -1,85 +1,163 @@
-"""`fedkseed evaluate`: a ledger's model beside its base, on held-out records."""
+"""`fedkseed evaluate`: a ledger's model beside its base, on held-out records or any others."""
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fedkseed.cli.display import Notes
 from fedkseed.cli.inspect import ledger_path
-from fedkseed.data import EncodedExample, Example, encode, get_template, pad_token_id, read_jsonl
+from fedkseed.data import Example, encode, get_template
 from fedkseed.errors import ConfigError
-from fedkseed.evaluation import EvalLoss, evaluate_loss, exact_match, generate
+from fedkseed.evaluation import AllScores, Scores, score
+from fedkseed.files import write_atomically
 from fedkseed.ledger import Ledger
 from fedkseed.models import load_model, load_tokenizer
 from fedkseed.run_folder import CONFIG, RunFolder
-from fedkseed.simulation import load_examples
+from fedkseed.simulation import load_examples, read_source, sample
 from fedkseed.simulation_config import SimulationConfig
 from fedkseed.tuned_model import apply
 
-BATCH = 8
+
+@dataclass(frozen=True)
+class Choices:
+    """What the command line says instead of the run's settings; None: as the run has it.
+
+    Attributes:
+        model: the base model.
+        data: records to evaluate on; of a Natural Instructions folder the test tasks.
+        columns: what the data's fields are called.
+        template: prompt template.
+        max_length: longest record in tokens.
+        limit: evaluate on a seeded draw of so many.
+        answers: answer a seeded draw of so many of these.
+        by_category: show each category too.
+        output: JSON file to write.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    columns: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    limit: int | None = None
+    answers: int = 0
+    by_category: bool = False
+    output: Path | None = None
 
 
-def evaluate(path: Path, model: str | None, data: Path | None, limit: int | None, answers: int) -> None:
-    """Print the loss, and on request the answers, of the base and of the tuned model.
+def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
+    """Print the loss, and on request the answers' scores, of the base and of the tuned model.
 
     Args:
-        path: a run folder or a ledger.
-        model: the base model; None takes the run's.
-        data: records to evaluate on; None takes the run's held-out records.
-        limit: evaluate on the first so many.
-        answers: generate answers to the first so many and count exact matches.
+        run: a run folder, or a ledger file.
+        ledger: a ledger other than the run's.
+        choices: what else the command line says.
 
     Raises:
-        ConfigError: no model or no data is known.
+        ConfigError: no ledger, no model or no data is known.
         FedKSeedError: the ledger, the model or the data cannot be used.
     """
-    ledger = Ledger.load(ledger_path(path))
-    folder = path if path.is_dir() else path.parent
-    config = RunFolder.open(folder).config if (folder / CONFIG).exists() else None
-    source, records = _source(config, model, folder), _records(config, data, folder)
+    where = ledger or run
+    if where is None:
+        raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
+    tuning = Ledger.load(ledger_path(where))
+    config = _run_config(run or where)
+    source, records = _source(config, choices, where), _records(config, choices, where)
     tokenizer = load_tokenizer(source)
-    template, max_length = get_template(config.template if config else "plain"), config.max_length if config else 1024
+    template = get_template(choices.template or (config.template if config else "plain"))
+    max_length, seed = choices.max_length or (config.max_length if config else 1024), config.seed if config else 0
+    notes = Notes(Console())
     encoded = encode(records, tokenizer, max_length, template)
-    examples, kept = encoded.examples[:limit], [records[i] for i in encoded.kept[:limit]]
-    tuned = load_model(source, config.dtype if config else "auto", "cpu")
-    rows = [_measure(tuned, tokenizer, examples, kept, answers)]
-    apply(tuned, ledger)
-    rows.append(_measure(tuned, tokenizer, examples, kept, answers))
-    table = Table("", "base", f"after {ledger.round} rounds", box=None, pad_edge=False)
-    for name, *values in zip(*[row.keys() for row in rows[:1]], *[row.values() for row in rows], strict=True):
-        table.add_row(name, *values)
-    Console(soft_wrap=True).print(table)
+    chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
+    examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
+    answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
+    model = load_model(source, config.dtype if config else "auto", "cpu")
+    base = score(model, tokenizer, examples, kept, answered, notes.progress)
+    apply(model, tuning)
+    tuned = score(model, tokenizer, examples, kept, answered, notes.progress)
+    _show(base, tuned, tuning.round, choices.by_category)
+    if choices.output is not None:
+        _write(choices.output, base, tuned, tuning)
 
 
-def _source(config: SimulationConfig | None, model: str | None, folder: Path) -> str:
-    if model is None and config is None:
-        raise ConfigError(f"--model is missing and {folder} has no {CONFIG} that names the base model; give --model")
-    return model or (config.model if config else "")
+def _run_config(path: Path) -> SimulationConfig | None:
+    """The settings of the run whose folder or ledger this is."""
+    folder = path if path.is_dir() else path.parent
+    return RunFolder.open(folder).config if (folder / CONFIG).exists() else None
 
 
-def _records(config: SimulationConfig | None, data: Path | None, folder: Path) -> list[Example]:
-    if data is not None:
-        return read_jsonl(data)
+def _source(config: SimulationConfig | None, choices: Choices, where: Path) -> str:
+    if choices.model is None and config is None:
+        raise ConfigError(f"--model is missing and {where} has no {CONFIG} beside it that names the base model; give --model")
+    return choices.model or (config.model if config else "")
+
+
+def _records(config: SimulationConfig | None, choices: Choices, where: Path) -> list[Example]:
+    if choices.data is not None:
+        seed, length = (config.seed, config.max_length) if config else (0, 1024)
+        return read_source(choices.data, "test", choices.max_length or length, seed, choices.columns)
     if config is None:
-        raise ConfigError(f"--data is missing and {folder} has no {CONFIG} that names held-out records; give --data")
+        raise ConfigError(f"--data is missing and {where} has no {CONFIG} beside it that names held-out records; give --data")
     return load_examples(config)[1]
 
 
-def _measure(
-    model: Any, tokenizer: Any, examples: tuple[EncodedExample, ...], records: list[Example], answers: int
-) -> dict[str, str]:
-    result: EvalLoss = evaluate_loss(model, examples, BATCH, pad_token_id(tokenizer))
-    shown = {
-        "held-out loss": f"{result.loss:.4f}",
-        "perplexity": f"{result.perplexity:.2f}",
-        "records": f"{result.num_examples:,}",
-        "response tokens": f"{result.num_tokens:,}",
+def _show(base: AllScores, tuned: AllScores, rounds: int, by_category: bool) -> None:
+    console, after = Console(soft_wrap=True), f"after {rounds} rounds"
+    table = Table("", "base", after, box=None, pad_edge=False)
+    for (name, value), new_value in zip(_rows(base.overall).items(), _rows(tuned.overall).values(), strict=True):
+        table.add_row(name, value, new_value)
+    console.print(table)
+    if not by_category:
+        return
+    answered = base.overall.num_answers > 0
+    columns = ["category", "records", "loss: base", after, *(["Rouge-L: base", after] if answered else [])]
+    table = Table(*columns, box=None, pad_edge=False)
+    for name, before in base.categories.items():
+        now = tuned.categories[name]
+        rouge = [_percent(scores.rouge_l) for scores in (before, now)] if answered else []
+        table.add_row(name, f"{before.num_examples:,}", f"{before.loss:.4f}", f"{now.loss:.4f}", *rouge)
+    print()
+    console.print(table)
+
+
+def _rows(scores: Scores) -> dict[str, str]:
+    rows = {
+        "held-out loss": f"{scores.loss:.4f}",
+        "perplexity": f"{scores.perplexity:.2f}",
+        "records": f"{scores.num_examples:,}",
+        "response tokens": f"{scores.num_tokens:,}",
     }
-    if answers:
-        references = [record.output for record in records[:answers]]
-        share = exact_match(generate(model, tokenizer, examples[:answers]), references)
-        shown[f"exact match of {len(references)}"] = f"{100 * share:.1f} %"
-    return shown
+    if scores.num_answers:
+        rows[f"exact match of {scores.num_answers:,}"] = _percent(scores.exact_match)
+        rows["Rouge-L (rouge-score)"] = _percent(scores.rouge_l)
+        rows["Rouge-L (as published)"] = _percent(scores.rouge_l_published)
+    return rows
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.2f} %"
+
+
+def _write(path: Path, base: AllScores, tuned: AllScores, ledger: Ledger) -> None:
+    def plain(scores: AllScores) -> dict[str, Any]:
+        return {"overall": _json(scores.overall), "categories": {name: _json(s) for name, s in scores.categories.items()}}
+
+    content = {"ledger": ledger.digest(), "rounds": ledger.round, "base": plain(base), "tuned": plain(tuned)}
+    try:
+        write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(
+            f"--output {path}: cannot be written ({error.strerror}); give a file in a folder that exists"
+        ) from error
+
+
+def _json(scores: Scores) -> dict[str, Any]:
+    """Without what is not known: JSON has no NaN."""
+    return {name: value for name, value in asdict(scores).items() if not isinstance(value, float) or math.isfinite(value)}

@@ -1,19 +1,26 @@
 """`fedkseed simulate`: its flags are the fields of `SimulationConfig`, so that there is one list of settings."""
 
+from __future__ import annotations
+
 import inspect
+import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
 from fedkseed.simulation_config import SimulationConfig, build, flag
+
+if TYPE_CHECKING:
+    from fedkseed.run_folder import RunFolder
+    from fedkseed.simulation import Observer, Records, Simulation
 
 
 def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorboard: bool, **flags: str | None) -> None:
@@ -35,7 +42,7 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
     with watching(settings, folder, tensorboard) as observer:
         with _interruptible():
             records = prepare(settings, observer)
-        _train(RunFolder.create(folder, settings), records, observer)
+        train(RunFolder.create(folder, settings), records, observer, _go_on(folder))
 
 
 def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], tensorboard: bool) -> None:
@@ -54,7 +61,11 @@ def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str
             records = prepare(settings, observer)
         if given:
             folder.write_config(settings)
-        _train(folder, records, observer)
+        train(folder, records, observer, _go_on(resume))
+
+
+def _go_on(folder: Path) -> str:
+    return f"fedkseed simulate --resume {folder}"
 
 
 @contextmanager
@@ -67,17 +78,44 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _train(folder: Any, records: Any, observer: Any) -> None:
+def train(
+    folder: RunFolder,
+    records: Records,
+    observer: Observer,
+    resume: str,
+    before: Callable[[Simulation], None] = lambda simulation: None,
+) -> Simulation:
+    """Load the model and do the rounds that are left; Ctrl-C says what is safe and how to go on.
+
+    Args:
+        folder: the run.
+        records: its data.
+        observer: who watches.
+        resume: the command that goes on with the run.
+        before: called with the simulation before its first round.
+
+    Raises:
+        FedKSeedError: see `Simulation`.
+    """
     from fedkseed.simulation import Simulation
 
     try:
-        ledger = Simulation(folder, records, observer).train()
+        simulation = Simulation(folder, records, observer)
+        before(simulation)
+        ledger = simulation.train()
     except KeyboardInterrupt:
         saved = folder.load_ledger()
         where = f"the ledger of round {saved.round} is safe" if saved else "no round was done yet"
-        observer.note(f"interrupted; {where}. Go on with: fedkseed simulate --resume {folder.path}")
+        observer.note(f"interrupted; {where}. Go on with: {resume}")
         raise typer.Exit(130) from None
     observer.note(f"done: {folder.ledger_path}, {folder.ledger_path.stat().st_size:,} bytes, digest {ledger.digest()}")
+    return simulation
+
+
+def command_line(config: SimulationConfig) -> str:
+    """The `fedkseed simulate` command with these settings; those at their defaults are left out."""
+    chosen = {name: value for name, value in config.model_dump(mode="json", exclude_defaults=True).items() if value is not None}
+    return shlex.join(["fedkseed", "simulate", *(word for name, value in chosen.items() for word in (flag(name), str(value)))])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from fedkseed.evaluation.generation import exact_match, generate
 from fedkseed.evaluation.loss import EvalLoss, evaluate_loss, mean_loss, response_loss
 from fedkseed.evaluation.rouge import rouge_l, rouge_l_published
+from fedkseed.evaluation.scores import AllScores, Scores, score
 
 __all__ = [
+    "AllScores",
     "EvalLoss",
+    "Scores",
     "evaluate_loss",
     "exact_match",
     "generate",
@@ -13,4 +16,5 @@ __all__ = [
     "response_loss",
     "rouge_l",
     "rouge_l_published",
+    "score",
 ]

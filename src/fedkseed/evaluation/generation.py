@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ def generate(
     examples: Sequence[EncodedExample],
     batch_size: int = 16,
     max_new_tokens: int = 128,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Greedy answers to the prompts of examples, in their order; each ends at EOS or after max_new_tokens.
 
@@ -30,6 +31,7 @@ def generate(
         examples: only their prompts are used.
         batch_size: prompts in one batch.
         max_new_tokens: longest answer.
+        on_progress: hears how many of the answers are done.
     """
     pad, device = pad_token_id(tokenizer), next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: -examples[i].prompt_length)
@@ -51,6 +53,8 @@ def generate(
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text
+        if on_progress is not None:
+            on_progress(first + len(chosen), len(order))
     return answers
 
 

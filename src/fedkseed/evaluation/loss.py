@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -27,6 +28,11 @@ class EvalLoss:
     perplexity: float
     num_examples: int
     num_tokens: int
+
+    @classmethod
+    def of(cls, loss: float, num_examples: int, num_tokens: int) -> Self:
+        """With the perplexity that belongs to the loss."""
+        return cls(loss, _exp(loss), num_examples, num_tokens)
 
 
 def response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -101,8 +107,7 @@ def evaluate_loss(
             num_tokens += batch_tokens
             if on_progress is not None:
                 on_progress(min(first + batch_size, len(ordered)), len(ordered))
-    loss = total / num_tokens
-    return EvalLoss(loss, _exp(loss), len(ordered), num_tokens)
+    return EvalLoss.of(total / num_tokens, len(ordered), num_tokens)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ number without its kind says little. The tests hold each to the package that it 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 WORD = re.compile("[a-z0-9]+")
 
@@ -39,10 +39,6 @@ def rouge_l_published(answer: str, reference: str) -> float:
             found.update(_common_words(wanted, words))
     precision, recall = (len(found) / len({word for words in texts for word in words}) for texts in (answers, references))
     return 2 * precision * recall / (precision + recall + 1e-8)
-
-
-SCORES: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "rouge_l_published": rouge_l_published}
-"""Every score of an (answer, reference), by the name that it has in metrics and tables."""
 
 
 def _sentences(text: str) -> list[list[str]]:

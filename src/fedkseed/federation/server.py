@@ -121,7 +121,7 @@ class Server:
                 "raise --fraction-train or --num-clients, or lower --min-replies"
             )
         self.config, self.ledger, self.limits = config, ledger, limits or Limits()
-        self._steps = {name: self._count_steps(name, num_examples) for name in self.clients}
+        self.steps = {name: self._count_steps(name, num_examples) for name in self.clients}
         self.run_id = derive(config.seed, "run", f"{ledger.pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
         self._attempt = 0
         self._pending: dict[str, TrainRequest] = {}
@@ -232,7 +232,7 @@ class Server:
 
     def _draw_seeds(self, server_round: int, client: str, likely: NDArray[np.float64] | None) -> tuple[int, ...]:
         draw = generator(self.config.seed, server_round, self._attempt, client, "seeds")
-        return tuple(draw.choice(self.ledger.pool.size, self._steps[client], p=likely).tolist())
+        return tuple(draw.choice(self.ledger.pool.size, self.steps[client], p=likely).tolist())
 
     def _check(self, sender: str, reply: TrainReply) -> TrainReply:
         request = self._pending.get(sender)

@@ -1,0 +1,104 @@
+"""`python main.py`: the published command line over the same functions as `fedkseed simulate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedkseed.errors import FedKSeedError
+from fedkseed.published.flags import parser
+from fedkseed.simulation_config import SimulationConfig
+
+if TYPE_CHECKING:
+    from fedkseed.evaluation import Scores
+    from fedkseed.run_folder import RunFolder
+    from fedkseed.simulation import Observer, Records, Simulation
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the published command line; a user's errors are one line on stderr and exit code 2 (usage) or 1 (failure)."""
+    try:
+        run(parser().parse_args(arguments))
+    except FedKSeedError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("main.py: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Translate, say what it costs, train, and evaluate the tuned model.
+
+    Raises:
+        FedKSeedError: see `translate` and `fedkseed.simulation`.
+    """
+    from fedkseed.cli.display import watching
+    from fedkseed.cli.simulate import command_line
+    from fedkseed.published.outputs import ResultsWriter, write_flags
+    from fedkseed.run_folder import RunFolder
+    from fedkseed.simulation import prepare
+
+    config, args, folder = _settings(args)
+    with watching(config, folder, tensorboard=False) as display:
+        display.note(f"the same with fedkseed: {command_line(config)}")
+        if args.resume is None:
+            RunFolder.check_free(folder)
+        records = prepare(config, display)
+        run_folder = RunFolder.open(folder) if args.resume else RunFolder.create(folder, config)
+        write_flags(folder, args)
+        observer: Observer = ResultsWriter(display, run_folder) if args.log else display
+        _train_and_evaluate(args, run_folder, records, observer)
+
+
+def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Namespace, Path]:
+    """What to run, with which flags, and where."""
+    from fedkseed.published.outputs import read_flags
+    from fedkseed.published.translation import translate
+    from fedkseed.run_folder import RunFolder
+
+    if args.resume is not None:
+        flags = read_flags(args.resume)
+        flags.resume = args.resume
+        return RunFolder.open(args.resume).config, flags, args.resume
+    return translate(args), args, (args.log_root if args.log else Path("runs")) / time.strftime("%Y%m%d-%H%M%S")
+
+
+def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Records, observer: Observer) -> None:
+    from fedkseed.cli.simulate import train
+    from fedkseed.models import load_tokenizer, save_model
+    from fedkseed.published.costs import describe, estimate
+    from fedkseed.published.outputs import write_final
+
+    def say_costs(simulation: Simulation) -> None:
+        for line in describe(estimate(simulation, len(records.held_out)), folder.config.noise, folder.config.num_rounds):
+            observer.note(line)
+
+    simulation = train(folder, records, observer, f"python main.py --resume {folder.path}", say_costs)
+    simulation.bound.rebuild(simulation.server.ledger.coefficients)
+    tokenizer = load_tokenizer(folder.config.model)
+    scores = _final_scores(simulation, records, tokenizer, answered=args.eval_metric == "rouge", observer=observer)
+    if args.eval_metric == "rouge":
+        value = scores.rouge_l_published
+        observer.note(
+            f"final rouge: {value:.4f} as published, {scores.rouge_l:.4f} as rouge-score has it; loss {scores.loss:.4f}"
+        )
+    else:
+        value = scores.loss
+        observer.note(f"final loss: {value:.4f}")
+    if args.log:
+        write_final(folder.path, args.eval_metric, value)
+    if args.save:
+        save_model(simulation.model, tokenizer, folder.path / "model")
+        observer.note(f"the tuned model: {folder.path / 'model'}")
+
+
+def _final_scores(simulation: Simulation, records: Records, tokenizer: Any, answered: bool, observer: Observer) -> Scores:
+    from fedkseed.evaluation import score
+
+    places = range(len(records.held_out)) if answered else ()
+    return score(simulation.model, tokenizer, records.held_out, records.references, places, observer.progress).overall
