@@ -31,7 +31,7 @@ def read_tasks(
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
-    """A sample of a split's tasks; an example's category and client are its task's name.
+    """A sample of a split's tasks; an example's category is its task's name, its client that name's number, such as task033.
 
     Of each task, instances whose input has fewer than `max_chars` characters count. Training tasks with fewer than 20 of
     them are left out, of the others 20 % are drawn. Of test tasks 2 % are drawn, at least 20 and at most all. The
@@ -60,7 +60,7 @@ def read_tasks(
             size = min(len(short), max(MIN_INSTANCES, int(TEST_SHARE * len(short))))
         draw = generator(seed, "natural instructions", split, name)
         for i in sorted(draw.choice(len(short), size, replace=False).tolist()) if size else ():
-            examples.append(Example(instruction, short[i][0], short[i][1], name, client=name))
+            examples.append(Example(instruction, short[i][0], short[i][1], name, client=name.partition("_")[0]))
         if on_progress is not None:
             on_progress(number, len(names))
     if not examples:
