@@ -2,9 +2,9 @@
 
 import sys
 
-from . import noise, step
+from . import noise, round, step
 
-BENCHMARKS = {"noise": noise.main, "step": step.main}
+BENCHMARKS = {"noise": noise.main, "step": step.main, "round": round.main}
 
 for name in sys.argv[1:] or BENCHMARKS:
     BENCHMARKS[name]()

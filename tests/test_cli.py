@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one line on stderr, nothing lost. And how the other files call it."""
 
 import atexit
+import dataclasses
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_simulation import tiny_model, tiny_records, tiny_settings
+from test_simulation import read_metrics, tiny_model, tiny_records, tiny_settings
 
 import fedkseed as fk
 from fedkseed.models import load_model
@@ -33,7 +34,7 @@ what takes seconds. It has no threads: OMP_NUM_THREADS is 1."""
 import json, os, resource, selectors, signal, sys, time, traceback
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-import fedkseed.simulation, fedkseed.cli.display, fedkseed.noise.cpu, fedkseed.tuned_model, fedkseed.cli.doctor
+import fedkseed.simulation, fedkseed.cli.display, fedkseed.noise.cpu, fedkseed.tuned_model, fedkseed.cli.doctor, fedkseed.report
 from pathlib import Path
 from fedkseed.cli import main
 from fedkseed.run_folder import RunFolder
@@ -673,6 +674,72 @@ def test_an_exported_folder_loads_in_a_fresh_process_with_the_tuned_weights(
     for name, parameter in model.named_parameters():
         assert torch.equal(seen[name], parameter.detach())
     assert any(not torch.equal(seen[name], base[name]) for name in base)
+
+
+def test_an_exported_folder_has_a_card_of_its_run(fedkseed: CommandLine, tiny: Path, copied: Path, tmp_path: Path) -> None:
+    assert fedkseed("export", copied, tmp_path / "tuned").code == 0
+    card = (tmp_path / "tuned" / "README.md").read_text(encoding="utf-8")
+    ledger = fk.Ledger.load(copied / "ledger.safetensors")
+    losses = [event["eval_loss"] for event in read_metrics(copied) if event["event"] == "evaluation"]
+    assert len(losses) == 4
+    assert f"{losses[0]:.4f} before, {losses[-1]:.4f} after" in card
+    assert "6 local steps of 2 records" in card
+    for digest in (ledger.digest(), ledger.published().digest(), ledger.base.fingerprint):
+        assert digest in card
+    assert 'base_model: "model"\n' in card
+    for folder in (tiny, copied, tmp_path):
+        assert str(folder) not in card
+    # the settings alone are enough: the records may lie elsewhere by now
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace("records.jsonl", "gone.jsonl"))
+    assert fedkseed("export", copied, tmp_path / "again").code == 0
+    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_a_card_tells_of_a_run_only_what_is_known_of_this_ledger(
+    fedkseed: CommandLine, tiny: Path, copied: Path, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "model.ledger"
+    assert fedkseed("export", copied, ledger, "--ledger-only").code == 0
+
+    def card(*args: object) -> str:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        result = fedkseed("export", args[0], out, *args[1:])
+        assert result.code == 0, result.stderr
+        return (out / "README.md").read_text(encoding="utf-8")
+
+    (tmp_path / "config.toml").write_text("of = 'something else'\n")
+    whole, bare = card(copied), card(ledger, "--model", tiny / "model")
+    for text in ("local steps of", "learning rate", "held-out loss", "the run's ledger"):
+        assert text in whole
+        assert text not in bare
+    assert fk.Ledger.load(ledger).digest() in bare
+    assert fk.Ledger.load(ledger).digest() in whole
+    # another ledger beside a run's settings
+    run = fk.Ledger.load(copied / "ledger.safetensors")
+    dataclasses.replace(run.published(), coefficients=np.zeros_like(run.coefficients)).save(copied / "other.ledger")
+    assert "local steps of" not in card(copied / "other.ledger")
+    # a run that measured the base model's loss no more
+    metrics = copied / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if '"server_round": 0,' not in line))
+    whole = card(copied)
+    assert "local steps of" in whole
+    assert "held-out loss" not in whole
+
+
+def test_the_card_of_the_built_in_model_has_its_name(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    from fedkseed.demo import model_folder
+
+    settings = tiny_settings(tiny, model=str(model_folder()), num_rounds=1, local_steps=1)
+    assert fedkseed("simulate", *flags(settings), "--run", tmp_path / "run").code == 0
+    assert fedkseed("export", tmp_path / "run", tmp_path / "out").code == 0
+    assert 'base_model: "fedkseed-demo"\n' in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_export_of_damaged_metrics_is_one_line(fedkseed: CommandLine, copied: Path, tmp_path: Path) -> None:
+    (copied / "metrics.jsonl").write_text("junk\n")
+    assert_one_line(fedkseed("export", copied, tmp_path / "out"), 1, "metrics.jsonl is damaged", "restore it")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_in_half_precision_is_the_float32_one_cast_once(

@@ -111,8 +111,8 @@ def context_length(source: str | Path) -> int | None:
     return _load(source, folder, "configuration", load)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder: whole, or not at all.
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    """Write a Hugging Face folder, with `card` as its README.md: whole, or not at all.
 
     Raises:
         RunError: it cannot be written.
@@ -123,6 +123,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         with _quiet(bars=False):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(folder)
     except Exception as error:  # OSError, and the safetensors library's own on a full disk
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,6 +14,7 @@ from rich.table import Table
 from fedkseed.cli.display import watching
 from fedkseed.data import Example, encode
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
+from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
 from fedkseed.ledger import Ledger
 from fedkseed.models import load_tokenizer
@@ -65,11 +66,14 @@ def demo(run: Path | None, seed: int) -> None:
 def _write_data(folder: Path, seed: int) -> tuple[SimulationConfig, list[Example]]:
     """The tasks as the files that any run has, and the settings that name them."""
     data = folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
     records = held_out(seed)
     train = [Example(e.instruction, e.input, e.output, e.category, name) for name, own in clients(seed).items() for e in own]
-    for name, examples in (("train", train), ("held-out", records)):
-        (data / f"{name}.jsonl").write_text(_lines(examples), encoding="utf-8")
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        for name, examples in (("train", train), ("held-out", records)):
+            (data / f"{name}.jsonl").write_text(_lines(examples), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{folder}: cannot write the run folder ({error.strerror}); choose another --run") from error
     files = {"model": str(model_folder()), "data": data / "train.jsonl", "eval_data": data / "held-out.jsonl"}
     return build({**SETTINGS, **files, "partition": "client", "seed": seed}), records
 

@@ -1,21 +1,28 @@
 """`fedkseed export`: the tuned model as a Hugging Face folder, or the published ledger."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedkseed.cli.inspect import ledger_path
 from fedkseed.errors import ConfigError, RunFolderError
 from fedkseed.ledger import Ledger
 
+if TYPE_CHECKING:
+    from fedkseed.report.reading import RunRecord
+    from fedkseed.simulation_config import SimulationConfig
+
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_only: bool) -> None:
-    """Write the tuned model or the published ledger; nothing that exists is overwritten.
+    """Write the tuned model with its card, or the published ledger; nothing that exists is overwritten.
 
     Raises:
         RunFolderError: the output exists.
-        ConfigError: no base model is known.
+        ConfigError: no base model is known, or the run's settings are not valid (any more).
+        RunError: a file of the run is damaged.
         LedgerError: the ledger cannot be read, or the model is not its base.
     """
     ledger = Ledger.load(ledger_path(path))
@@ -25,17 +32,41 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         ledger.published().save(output)
         print(f"{output}: {output.stat().st_size:,} bytes, {ledger.round} rounds, K = {ledger.pool.size}")
         return
+    from fedkseed.model_card import model_card
     from fedkseed.models import load_model, load_tokenizer, save_model
-    from fedkseed.run_folder import CONFIG, RunFolder
+    from fedkseed.report.reading import read
+    from fedkseed.run_folder import CONFIG
     from fedkseed.tuned_model import apply
 
     folder = path if path.is_dir() else path.parent
+    # beside a bare ledger, a config.toml is looked at only for want of a model: it may be anybody's
+    record = read(folder) if (folder / CONFIG).exists() and (path.is_dir() or model is None) else None
     if model is None:
-        if not (folder / CONFIG).exists():
+        if record is None:
             raise ConfigError(f"--model is missing and {folder} has no {CONFIG} that names the base model; give --model")
-        model = RunFolder.open(folder).config.model
+        model = record.config.model
     tokenizer = load_tokenizer(model)
     tuned = load_model(model, dtype, "cpu")
     apply(tuned, ledger)
-    save_model(tuned, tokenizer, output)
+    save_model(tuned, tokenizer, output, model_card(_name(model), ledger, *_known(record, ledger)))
     print(f"{output}: {model} after {ledger.round} rounds, {sum(p.numel() for p in tuned.parameters()):,} parameters")
+
+
+def _name(model: str) -> str:
+    """What a model may be called elsewhere: no path of this machine."""
+    from fedkseed.demo import model_folder
+
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return model
+    return "fedkseed-demo" if path.resolve() == model_folder().resolve() else path.resolve().name
+
+
+def _known(record: RunRecord | None, ledger: Ledger) -> tuple[SimulationConfig | None, tuple[float, float] | None]:
+    """The settings of the ledger's run and its held-out losses before and after, as far as they are known."""
+    if record is None or record.ledger is None or record.ledger.published().digest() != ledger.published().digest():
+        return None, None
+    losses = {evaluation.server_round: evaluation.loss for evaluation in record.evaluations}
+    if not {0, ledger.round} <= losses.keys():
+        return record.config, None
+    return record.config, (losses[0], losses[ledger.round])

@@ -1,0 +1,71 @@
+"""The model card: hubs can read it, it tells what is known and nothing else."""
+
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from fedkseed.federation import start
+from fedkseed.identity import BaseIdentity
+from fedkseed.ledger import Ledger
+from fedkseed.model_card import model_card
+from fedkseed.simulation_config import SimulationConfig, build
+
+BASE = BaseIdentity.of({"w": bytes(range(32))})
+
+
+@pytest.fixture
+def config() -> SimulationConfig:
+    settings: dict[str, Any] = {"lr": 3e-4, "eps": 2e-3, "local_steps": 25, "batch_size": 8, "num_seeds": 1024}
+    return build(settings | {"model": "/home/somebody/base", "data": __file__, "algorithm": "fedkseed-pro"})
+
+
+@pytest.fixture
+def ledger(config: SimulationConfig) -> Ledger:
+    first = start(config, BASE)
+    assert first.history is not None
+    return first.advance(first.history)
+
+
+def rows(card: str) -> dict[str, str]:
+    lines = [line.strip("| ").split(" | ", 1) for line in card.splitlines() if line.startswith("| ") and "---" not in line]
+    return dict(line for line in lines if len(line) == 2)
+
+
+def test_the_card_of_a_run_says_how_it_was_made(config: SimulationConfig, ledger: Ledger) -> None:
+    card = model_card("somebody/base", ledger, config, (1.5, 1.25))
+    said = rows(card)
+    assert said["base model"] == f"`somebody/base`, fingerprint `{BASE.fingerprint}`"
+    assert said["method"].startswith("FedKSeed-Pro ([Qin et al., ICML 2024](https://")
+    assert said["candidate seeds"] == f"K = 1,024, hadamard noise, key {ledger.pool.key:#018x}"
+    assert said["rounds"] == "1"
+    assert said["a client's round"] == "25 local steps of 8 records"
+    assert said["learning rate"] == "0.0003, constant"
+    assert said["eps"] == "0.002"
+    assert said["prompt template"] == "plain"
+    assert said["held-out loss"] == "1.5000 before, 1.2500 after, in nats per response token"
+    assert said["digest of the run's ledger"] == f"`{ledger.digest()}`"
+    published = ledger.published()
+    assert said["digest of the published ledger"] == f"`{published.digest()}`, {len(published.encode()):,} bytes"
+    assert "/home" not in card
+    assert __file__ not in card
+
+
+def test_the_card_of_a_bare_ledger_is_shorter(ledger: Ledger) -> None:
+    said = rows(model_card("base", ledger.published()))
+    assert set(said) == {"base model", "method", "candidate seeds", "rounds", "digest of the published ledger"}
+    assert said["digest of the published ledger"].startswith(f"`{ledger.published().digest()}`")
+
+
+@pytest.mark.parametrize("base", ["owner/name", "base", "a: b", '"quoted" # 1', "1e3", "null", "modèle 模型 🌱"])
+def test_hubs_read_the_names_as_they_are(ledger: Ledger, base: str) -> None:
+    data = ModelCard(model_card(base, ledger)).data
+    assert data.base_model == base
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert "fedkseed" in data.tags
+    assert data.license is None
+
+
+def test_the_python_on_the_card_is_python(ledger: Ledger) -> None:
+    (program,) = (part.split("```")[0] for part in model_card("base", ledger).split("```python\n")[1:])
+    compile(program, "card", "exec")

@@ -1,0 +1,177 @@
+"""What README.md tells a reader to type: commands run, Python runs, and what is named exists.
+
+Commands run one after the other in one folder, as a reader would, on a tiny model and records in place of the reader's.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import CommandLine, command_line
+from test_simulation import tiny_settings
+
+from fedkseed.ledger import Ledger
+from fedkseed.models import load_model
+
+# click 8.5 deprecates names that typer 0.20 takes from it on import
+pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELLS = ("sh", "bash", "shell", "console")
+PROGRAMS = ("make", "fedkseed")
+"""What README's commands call. In a block without a language, the first word tells a command from what one printed."""
+STANDS_FOR = {"MODEL": "model", "databricks-dolly-15k.jsonl": "records.jsonl"}
+QUICK = {"simulate": ["--num-rounds", "2", "--local-steps", "2"]}
+"""Given after README's own flags, and the last one counts."""
+IN_SENTENCES = {
+    "--resume runs/first": "simulate --resume runs/first",
+    "fedkseed evaluate": "evaluate runs/first",
+    "report": "report runs/first",
+    "inspect": "inspect runs/first",
+    "export": "export runs/first tuned",
+    "fedkseed doctor": "doctor",
+    "fedkseed simulate --help": "simulate --help",
+}
+"""The commands that README's sentences name, and what a reader makes of them after the commands of its blocks."""
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, content) of each block of code, fenced or indented."""
+    for language, fenced, indented in re.findall(r"^```(\w*)\n(.*?)^```$|((?:^ {4}[^\n]*\n)+)", text, re.MULTILINE | re.DOTALL):
+        yield language, fenced or re.sub("^ {4}", "", indented, flags=re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command line in a block, the program by its bare name."""
+    found = []
+    for language, content in blocks(text):
+        for line in content.replace("\\\n", " ").splitlines():
+            first = Path(line.split(" ")[0]).name
+            if language in SHELLS or (not language and first in PROGRAMS):
+                found.append([first, *shlex.split(line, comments=True)[1:]])
+    return found
+
+
+def spans(text: str) -> list[str]:
+    """Each piece of code within a sentence."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+def unknown(text: str) -> list[str]:
+    """Each program, command, flag and make target, in blocks and in sentences, that does not exist."""
+    import typer.main
+
+    from fedkseed.cli.app import app
+
+    group = typer.main.get_command(app)
+    flags = {name: {flag for p in command.params for flag in p.opts} for name, command in group.commands.items()}
+    flags[""] = {flag for p in group.params for flag in p.opts}
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    found = []
+    for program, *args in commands(text) + [span.split() for span in spans(text) if span.startswith((*PROGRAMS, "--"))]:
+        given = [word.split("=")[0] for word in (program, *args) if word.startswith("--") and word != "--help"]
+        command = args[0] if args and not args[0].startswith("-") else ""
+        if program == "make":
+            found += [target for target in args if target not in targets]
+        elif program.startswith("--"):
+            found += [flag for flag in given if not any(flag in those for those in flags.values())]
+        elif program != "fedkseed":
+            found.append(program)
+        elif command not in flags:
+            found.append(command)
+        else:
+            found += [flag for flag in given if flag not in flags[command]]
+    return found
+
+
+def test_every_program_command_flag_and_target_exists() -> None:
+    assert unknown(README) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("    make demo test\n", []),
+        ("    .venv/bin/fedkseed simulate --lr 1 \\\n        --run x\n", []),
+        ("```sh\nfedkseed --version  # which one\nfedkseed evaluate runs/first --answers=3\n```\n", []),
+        ("`fedkseed simulate --help` lists them, `--eps` and `--answers 3` too; `make` and `lr` is what it is\n", []),
+        ("    what it printed: --nonsense\n", []),
+        ("    make nonsense\n", ["nonsense"]),
+        ("    fedkseed nonsense --lr 1\n", ["nonsense"]),
+        ("    fedkseed --nonsense\n", ["--nonsense"]),
+        ("    fedkseed simulate --lr 1 \\\n        --nonsense x\n", ["--nonsense"]),
+        ("```sh\nnonsense --lr 1\nfedkseed inspect --lr 1\n```\n", ["nonsense", "--lr"]),
+        ("use `--nonsense`, `fedkseed nonsense`, `fedkseed report --lr 1` or `make nonsense`\n",
+         ["--nonsense", "nonsense", "--lr", "nonsense"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_exist_is_found(text: str, wrong: list[str]) -> None:
+    assert unknown(text) == wrong
+
+
+def test_every_link_to_a_file_leads_to_one() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert len(links) > 5
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "target", sorted({target for program, *args in commands(README) if program == "make" for target in args})
+)
+def test_make_would_call_what_exists(target: str) -> None:
+    """A dry run: the demo and the tests are tests of their own."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    program, *args = done.stdout.splitlines()[-1].split()
+    assert (Path(sys.executable).parent / Path(program).name).is_file()
+    if target == "demo":
+        assert (Path(program).name, args) == ("fedkseed", ["demo"])
+
+
+@pytest.fixture(scope="module")
+def fedkseed() -> CommandLine:
+    return command_line()
+
+
+@pytest.fixture(scope="module")
+def reader(fedkseed: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a reader who has typed the commands of the blocks."""
+    folder = tmp_path_factory.mktemp("reader")
+    tiny_settings(folder)
+    typed = [args for program, *args in commands(README) if program == "fedkseed" and args[0] != "demo"]
+    assert typed
+    for args in typed:
+        result = fedkseed(*(STANDS_FOR.get(arg, arg) for arg in args), *QUICK.get(args[0], []), cwd=folder)
+        assert (result.code, result.stderr) == (0, ""), args
+    return folder
+
+
+def test_the_commands_of_the_blocks_leave_a_run(reader: Path) -> None:
+    assert Ledger.load(reader / "runs" / "first" / "ledger.safetensors").round == 2
+
+
+@pytest.mark.parametrize("span", [span for span in IN_SENTENCES if span in spans(README)])
+def test_a_command_that_a_sentence_names_runs(reader: Path, fedkseed: CommandLine, span: str) -> None:
+    result = fedkseed(*IN_SENTENCES[span].split(), cwd=reader)
+    assert (result.code, result.stderr) == (0, "")
+    assert result.stdout
+
+
+def test_the_python_runs(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reader)
+    programs = [content for language, content in blocks(README) if language == "python"]
+    assert programs
+    for program in programs:
+        model = load_model("./model", "float32")
+        base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        # zero coefficients, since what README applies a ledger to is a base model
+        exec(program, {"model": model, "coefficients": np.zeros(4096, np.float32)})
+        assert any(not base[name].equal(p) for name, p in model.named_parameters())
