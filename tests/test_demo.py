@@ -7,7 +7,6 @@ the clients' responses shuffled among their prompts.
 import io
 import re
 import shlex
-import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -203,12 +202,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole demo: losses and margins before and after, what it printed, seconds of CPU time."""
+    """A whole demo: losses and margins before and after, what it printed."""
 
     losses: tuple[float, float]
     margins: tuple[tuple[float, float], tuple[float, float]]
     text: str
-    cpu_seconds: float
 
     @property
     def fall(self) -> float:
@@ -227,11 +225,10 @@ def whole_demo(run: Path, seed: int, hold: Callable[[int], dict[str, list[Exampl
     """The demo with its own settings, whose clients hold what `hold(seed)` gives."""
     import fedkseed.cli.demo as command
 
-    begin, out = time.process_time(), io.StringIO()
+    out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(command, "clients", hold)
         command.demo(run, seed)
-    cpu_seconds = time.process_time() - begin
     given = {name: [e for e in read_jsonl(run / "data" / "train.jsonl") if e.client == name] for name in clients(seed)}
     assert {name: [e.output for e in own] for name, own in given.items()} == {
         name: [e.output for e in own] for name, own in hold(seed).items()
@@ -239,7 +236,7 @@ def whole_demo(run: Path, seed: int, hold: Callable[[int], dict[str, list[Exampl
     model, measure = load_model(model_folder(), "float32"), Measure(seed, load_tokenizer(model_folder()))
     before = measure.margins(model)
     apply(model, Ledger.load(run / "ledger.safetensors"))
-    return Whole(losses(run), (before, measure.margins(model)), out.getvalue(), cpu_seconds)
+    return Whole(losses(run), (before, measure.margins(model)), out.getvalue())
 
 
 @dataclass(frozen=True)
@@ -256,7 +253,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     seed = request.param
     found = Pair(whole_demo(folder / "real", seed, clients), whole_demo(folder / "control", seed, shuffled_clients))
     for name, whole in (("real", found.real), ("control", found.control)):  # shown by pytest -s, and when a test fails
-        print(f"\nseed {seed}, {name}: losses {whole.losses}, margins {whole.margins}, {whole.cpu_seconds:.0f} s of CPU")
+        print(f"\nseed {seed}, {name}: losses {whole.losses}, margins {whole.margins}")
     return found
 
 
@@ -275,10 +272,8 @@ def test_the_right_prompt_matters_more_after_tuning_and_the_control_does_not_tea
 
 
 @pytest.mark.slow
-def test_it_shows_an_answer_that_became_right_and_takes_at_most_three_minutes(pair: Pair) -> None:
+def test_it_shows_an_answer_that_became_right(pair: Pair) -> None:
     ((asked, before, after),) = re.findall(r"^asked     (.+)\nbefore    (.*)\nafter     (.+)$", pair.real.text, re.MULTILINE)
     assert before != after
     answers = {f"{e.instruction} {e.input}".strip(): e.output for seed in (SEED, 1) for e in held_out(seed)}
     assert answers[asked] == after
-    # of CPU time, which other work on the machine does not lengthen
-    assert pair.real.cpu_seconds < 180

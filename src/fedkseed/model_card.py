@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from fedkseed.ledger import Ledger
 from fedkseed.simulation_config import SimulationConfig
@@ -39,11 +40,12 @@ def model_card(
         "rounds": f"{ledger.round}",
     }
     if config is not None:
+        step = "of" if config.local_unit == "steps" else "in steps of"
         rows |= {
-            "a client's round": f"{config.local_steps} local steps of {config.batch_size} records",
+            "a client's round": f"{config.local_steps} local {config.local_unit} {step} {config.batch_size} records",
             "learning rate": f"{config.lr:g}, {config.schedule}",
             "eps": f"{config.eps:g}",
-            "prompt template": config.template,
+            "prompt template": Path(config.template).name,
         }
     if losses is not None:
         rows["held-out loss"] = f"{losses[0]:.4f} before, {losses[1]:.4f} after, in nats per response token"
