@@ -48,11 +48,11 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
     tokenizer = load_tokenizer(model)
     tuned = load_model(model, dtype, "cpu")
     apply(tuned, ledger)
-    save_model(tuned, tokenizer, output, model_card(_name(model), ledger, *_known(record, ledger)))
+    save_model(tuned, tokenizer, output, model_card(public_name(model), ledger, *_known(record, ledger)))
     print(f"{output}: {model} after {ledger.round} rounds, {sum(p.numel() for p in tuned.parameters()):,} parameters")
 
 
-def _name(model: str) -> str:
+def public_name(model: str) -> str:
     """What a model may be called elsewhere: no path of this machine."""
     from fedkseed.demo import model_folder
 

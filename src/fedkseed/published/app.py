@@ -69,7 +69,9 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
 
 
 def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Records, observer: Observer) -> None:
+    from fedkseed.cli.export import public_name
     from fedkseed.cli.simulate import train
+    from fedkseed.model_card import model_card
     from fedkseed.models import load_tokenizer, save_model
     from fedkseed.published.costs import describe, estimate
     from fedkseed.published.outputs import write_final
@@ -93,7 +95,9 @@ def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Re
     if args.log:
         write_final(folder.path, args.eval_metric, value)
     if args.save:
-        save_model(simulation.model, tokenizer, folder.path / "model")
+        losses = [event["eval_loss"] for event in folder.metrics() if event["event"] == "evaluation"]
+        card = model_card(public_name(folder.config.model), simulation.server.ledger, folder.config, (losses[0], losses[-1]))
+        save_model(simulation.model, tokenizer, folder.path / "model", card)
         observer.note(f"the tuned model: {folder.path / 'model'}")
 
 
