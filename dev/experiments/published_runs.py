@@ -4,8 +4,8 @@
 
 SOURCE is as for published_data.py. Every run goes on where it was when this is started again; a finished one is skipped.
 WORK/runs/NAME is a run of main.py, and WORK/NAME.json what `fedkseed evaluate` makes of it. What is scaled down from the
-published commands is in SCALE; the learning rate is one that moves a model of 135M parameters (the published 3e-7 is for
-1.3B and 3B).
+published commands is in SCALE and --local_step; the learning rate is one that moves a model of 135M parameters (the
+published 3e-7 is for 1.3B and 3B), and the noise is hadamard (gaussian took three quarters of a round's time here).
 """
 
 import argparse
@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALE = ["--rounds", "5", "--max_length", "256", "--lr", "0.000005", "--eval_limit", "48", "--eval_metric", "loss"]
+SCALE = [
+    "--rounds", "4", "--max_length", "256", "--lr", "0.000005", "--eval_limit", "48", "--eval_metric", "loss",
+    "--noise", "hadamard",
+]  # fmt: skip
 INSTRUCT = ["--use_prompts", "--dataset", "instruct", "-K", "1024", "-m", "0.05", "--local_step", "10"]
 DOLLY = [
     "--use_prompts", "--dataset", "dolly", "--iid", "dir0.5", "--num_clients", "200", "-K", "1024", "-m", "0.05",
@@ -26,6 +29,7 @@ COMMANDS = {
     "instruct-pro": ["--bias_sampling", *INSTRUCT],
     "dolly-pro": ["--bias_sampling", *DOLLY],
 }
+DATASETS = ("instruct", "dolly")
 ANSWERS = "48"
 
 
@@ -59,9 +63,15 @@ def main() -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             script = ROOT / "dev/experiments/published_data.py"
             subprocess.run([sys.executable, script, args.data, folder, *(["--shuffle"] if suffix else [])], check=True)
-    for name, flags in COMMANDS.items():
-        for suffix, folder in folders.items():
-            run(name + suffix, flags, folder, work, model)
+    for name in (
+        "instruct",
+        "instruct-shuffled",
+        "dolly",
+        "dolly-shuffled",
+        *(f"{n}-pro{s}" for s in folders for n in DATASETS),
+    ):
+        suffix = "-shuffled" if name.endswith("-shuffled") else ""
+        run(name, COMMANDS[name.removesuffix(suffix)], folders[suffix], work, model)
 
 
 if __name__ == "__main__":
