@@ -418,7 +418,7 @@ def test_a_diverged_run_says_so(tiny: Path, tmp_path: Path) -> None:
     run, watcher = simulation(tmp_path / "run", tiny_settings(tiny, num_rounds=1))
     run.bound.rebuild = lambda _: run.model.lm_head.weight.data.fill_(math.nan)  # type: ignore[method-assign, assignment]
     run._evaluate()
-    assert any("the run has diverged: lower --lr" in note for note in watcher.notes)
+    assert any("the run diverges. Start anew with a lower --lr" in note for note in watcher.notes)
 
 
 def test_another_base_is_refused_by_the_first_tensor_that_differs(tiny: Path, tmp_path: Path) -> None:

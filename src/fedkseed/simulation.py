@@ -46,6 +46,8 @@ from fedkseed.simulation_config import SimulationConfig
 
 EVAL_FRACTION = 0.05
 EVAL_BATCH = 8
+DIVERGED = 1.1
+"""A held-out loss that is so many times the best one before it is called divergence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,8 +310,7 @@ class Simulation:
         self.bound.rebuild(ledger.coefficients)
         heard = partial(self.observer.progress, f"evaluating after round {ledger.round}")
         result = evaluate_loss(self.model, self._records.held_out, EVAL_BATCH, self._records.pad_id, heard)
-        if not math.isfinite(result.loss):
-            self.observer.note(f"round {ledger.round}: the held-out loss is {result.loss}; the run has diverged: lower --lr")
+        self._warn(ledger.round, result.loss)
         event = {
             "event": "evaluation",
             "server_round": ledger.round,
@@ -322,6 +323,16 @@ class Simulation:
         self._watch.read()  # the rebuild here is part of the evaluation's own seconds
         self.run.append_metrics(event)
         self.observer.event(event)
+
+    def _warn(self, server_round: int, loss: float) -> None:
+        """Say so when the run goes the wrong way."""
+        best = min((e["eval_loss"] for e in self.run.metrics() if e["event"] == "evaluation"), default=loss)
+        if math.isfinite(loss) and loss <= DIVERGED * best:
+            return
+        self.observer.note(
+            f"round {server_round}: the held-out loss is {loss:.4f}, it was {best:.4f}: the run diverges. "
+            f"Start anew with a lower --lr than {self.config.lr:g}, or with --lr auto; fedkseed tune explains it"
+        )
 
 
 def _check_context(config: SimulationConfig, examples: Sequence[EncodedExample]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 import typer
 
 from fedkseed import __version__
-from fedkseed.cli.simulate import simulate
+from fedkseed.cli.simulate import simulate, tune
 from fedkseed.errors import ConfigError, FedKSeedError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(simulate)
+app.command()(tune)
 
 RunOrLedger = Annotated[Path, typer.Argument(help="a run folder or a ledger file", metavar="RUN|LEDGER", show_default=False)]
 

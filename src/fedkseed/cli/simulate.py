@@ -1,4 +1,4 @@
-"""`fedkseed simulate`: its flags are the fields of `SimulationConfig`, so that there is one list of settings."""
+"""`fedkseed simulate` and `tune`: their flags are the fields of `SimulationConfig`, so that there is one list of settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -17,6 +17,8 @@ from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
 from fedkseed.simulation_config import SimulationConfig, build, flag
+
+AUTO = "auto"
 
 if TYPE_CHECKING:
     from fedkseed.run_folder import RunFolder
@@ -32,17 +34,41 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
     if resume is not None:
         _resume(resume, run, config, given, tensorboard)
         return
-    settings = build({**(_read(config) if config else {}), **given})
     folder = run or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    chosen = {**(_read(config) if config else {}), **given}
+    # checked before the rate is looked for, which takes long
+    settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
     from fedkseed.cli.display import watching
     from fedkseed.run_folder import RunFolder
     from fedkseed.simulation import prepare
 
     RunFolder.check_free(folder)
+    if chosen.get("lr") == AUTO:
+        settings = build(chosen | _calibrated(settings, keep_eps="eps" in chosen))
     with watching(settings, folder, tensorboard) as observer:
         with _interruptible():
             records = prepare(settings, observer)
         train(RunFolder.create(folder, settings), records, observer, _go_on(folder))
+
+
+def tune(config: Path | None, **flags: str | None) -> None:
+    """Find a workable --lr and --eps for a model and data, in a few hundred forward passes, and say why these.
+
+    The settings are those of simulate, whose `--lr auto` takes what this finds. The batch size matters most.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = build({**(_read(config) if config else {}), **given, "lr": 1.0})
+    found = _calibrated(settings, keep_eps=False)
+    print(f"\ntake: --lr {found['lr']:g} --eps {found['eps']:g}")
+
+
+def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
+    from fedkseed.cli.tune import find, show
+
+    with _interruptible():
+        found = find(settings)
+    show(found)
+    return {"lr": found.lr} if keep_eps else {"lr": found.lr, "eps": found.eps}
 
 
 def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], tensorboard: bool) -> None:
@@ -139,20 +165,29 @@ def _metavar(field: FieldInfo) -> str:
     return "VALUE"
 
 
-def _signature() -> inspect.Signature:
-    """One optional text parameter for every setting (pydantic reads and checks the text), then the run's own options."""
+def _settings_options(leave_out: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """One optional text parameter for every setting: pydantic reads and checks the text."""
     options: dict[str, tuple[Any, Any]] = {}
     for name, field in SimulationConfig.model_fields.items():
         default = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
         note = f"{field.description}{default}"
-        options[name] = (Annotated[str | None, typer.Option(flag(name), help=note, metavar=_metavar(field))], None)
-    options["run"] = (Annotated[Path | None, typer.Option(help="folder of the run [default: runs/ and the time]")], None)
-    options["resume"] = (Annotated[Path | None, typer.Option(help="go on with the run in this folder")], None)
+        if name not in leave_out:
+            options[name] = (Annotated[str | None, typer.Option(flag(name), help=note, metavar=_metavar(field))], None)
     options["config"] = (Annotated[Path | None, typer.Option(help="TOML file with settings")], None)
-    options["tensorboard"] = (Annotated[bool, typer.Option("--tensorboard", help="write RUN/tensorboard too (extra)")], False)
+    return options
+
+
+def _give_signature(command: Any, options: dict[str, tuple[Any, Any]]) -> None:
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Signature([inspect.Parameter(n, kind, default=d, annotation=a) for n, (a, d) in options.items()])
+    parameters = [inspect.Parameter(name, kind, default=d, annotation=a) for name, (a, d) in options.items()]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {name: a for name, (a, _) in options.items()}
 
 
-simulate.__signature__ = _signature()  # type: ignore[attr-defined]
-simulate.__annotations__ = {name: p.annotation for name, p in simulate.__signature__.parameters.items()}  # type: ignore[attr-defined]
+RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "run": (Annotated[Path | None, typer.Option(help="folder of the run [default: runs/ and the time]")], None),
+    "resume": (Annotated[Path | None, typer.Option(help="go on with the run in this folder")], None),
+    "tensorboard": (Annotated[bool, typer.Option("--tensorboard", help="write RUN/tensorboard too (extra)")], False),
+}
+_give_signature(simulate, {**_settings_options(), **RUN_OPTIONS})
+_give_signature(tune, _settings_options(leave_out=("lr", "eps")))

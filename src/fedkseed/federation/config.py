@@ -25,7 +25,7 @@ class FederationConfig(BaseModel):
         "steps", description="what --local-steps counts: steps, or passes over a client's own records"
     )
     batch_size: Annotated[int, Field(ge=1, le=65535)] = Field(1, description="records per step")
-    lr: Step = Field(description="learning rate; no default yet (published with 1.3B and 3B parameters: 3e-7)")
+    lr: Step = Field(description="learning rate; auto finds one (published with 1.3B and 3B parameters: 3e-7)")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the rounds")
     eps: Step = Field(5e-4, description="half the distance of the two probes of a step")
     num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="K: number of candidate seeds")

@@ -1,0 +1,187 @@
+"""A learning rate and a probe distance for a model and its data, from a few hundred forward passes.
+
+For one batch's loss L a step along z with projected gradient g changes it by `-lr g^2 + lr^2 g^2 c / 2`, c = z'Hz the
+curvature along z. Another batch's slope g' is what the step is worth elsewhere, so over directions and batches the best
+first step has
+
+    lr* = E[g g'] / (E[g^2] E[c]).
+
+The curvature grows on the way, and steps at lr* itself were seen to diverge, so a quarter of it is proposed, and tried:
+while a short walk at that rate raises the loss, the rate is halved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.errors import InvalidValueError
+from fedkseed.zeroth_order import Movable, StepSettings, local_steps, projected_grad
+
+EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SAFETY = 4.0
+EPS_DIRECTIONS, DIRECTIONS, TRIAL_STEPS, MAX_TRIALS = 6, 24, 40, 4
+TRIAL_BATCHES = 8
+
+
+class Model(Movable, Protocol):
+    """What calibration needs of a model; `fedkseed.Binding` has it."""
+
+    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
+        """Set the weights to base plus coefficients."""
+        ...
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the slopes at one probe distance are from those at its neighbours, relative to their size."""
+
+    eps: float
+    disagreement: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short walk at one rate: the mean loss of some batches before and after it."""
+
+    lr: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found, and how.
+
+    Attributes:
+        lr: the learning rate to take.
+        eps: the probe distance to take.
+        agreements: what was measured for eps.
+        slope: root of E[g^2].
+        shared: E[g g'] / E[g^2]: which part of a batch's slope other batches share.
+        curvature: E[c].
+        best_first_step: lr*, see above.
+        trials: the walks, the last of them at `lr`.
+        num_forward_passes: what it took.
+    """
+
+    lr: float
+    eps: float
+    agreements: tuple[Agreement, ...]
+    slope: float
+    shared: float
+    curvature: float
+    best_first_step: float
+    trials: tuple[Trial, ...]
+    num_forward_passes: int
+
+
+def calibrate(model: Model, num_seeds: int, loss: Callable[[int], float], rng: np.random.Generator) -> Calibration:
+    """Find a learning rate and a probe distance; the model is at its base weights before and afterwards.
+
+    Args:
+        model: bound to a pool of `num_seeds` seeds, at its base weights.
+        num_seeds: K.
+        loss: the mean loss at the current weights on the b-th of as many batches as are asked for, drawn from the training
+            records; the same b must give the same batch.
+        rng: draws the directions.
+
+    Raises:
+        InvalidValueError: losses are not finite, or do not change along any direction, or every walk raised them.
+    """
+    counted = _Counted(loss)
+    base = np.zeros(num_seeds, np.float32)
+    directions: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
+    agreements = _agreements(model, directions[:EPS_DIRECTIONS], counted)
+    eps = min(agreements, key=lambda a: a.disagreement).eps
+    slope, shared, curvature = _measure(model, directions, eps, counted)
+    if not (slope > 0 and curvature > 0 and shared > 0):
+        raise InvalidValueError(
+            f"the loss has a slope of {slope:g}, a curvature of {curvature:g} and a share of {shared:g} of the slope in common "
+            "between batches; expected all above 0, so give more records or a larger --batch-size, or choose --lr by hand"
+        )
+    best = shared / curvature
+    trials: list[Trial] = []
+    lr = float(f"{best / SAFETY:.2g}")
+    while len(trials) < MAX_TRIALS and (not trials or not trials[-1].after < trials[-1].before):
+        lr = lr / 2 if trials else lr
+        model.rebuild(base)
+        steps: list[int] = rng.choice(num_seeds, TRIAL_STEPS).tolist()
+        trials.append(_walk(model, steps, lr, eps, counted))
+    model.rebuild(base)
+    if not trials[-1].after < trials[-1].before:
+        raise InvalidValueError(
+            f"{TRIAL_STEPS} steps raised the loss at every rate from {trials[0].lr:g} down to {trials[-1].lr:g}; "
+            "give a larger --batch-size, or choose --lr by hand"
+        )
+    return Calibration(trials[-1].lr, eps, agreements, slope, shared, curvature, best, tuple(trials), counted.calls)
+
+
+class _Counted:
+    """A loss that counts its calls and refuses what is not finite."""
+
+    def __init__(self, loss: Callable[[int], float]) -> None:
+        self._loss, self.calls = loss, 0
+
+    def __call__(self, batch: int) -> float:
+        self.calls += 1
+        value = self._loss(batch)
+        if not math.isfinite(value):
+            raise InvalidValueError(f"the loss of a batch is {value}; expected a finite number, so check the data and --dtype")
+        return value
+
+
+def _agreements(model: Model, directions: Sequence[int], loss: Callable[[int], float]) -> tuple[Agreement, ...]:
+    """For each eps of the grid but the outermost: the distance of its slopes to those of both neighbours.
+
+    Rounding makes slopes at a small eps wrong, curvature those at a large one; between them they agree.
+    """
+    slopes = np.array([[_slope(model, index, eps, batch, loss) for batch, index in enumerate(directions)] for eps in EPS_GRID])
+    size = np.sqrt(np.mean(slopes[1:-1] ** 2)) or 1.0
+    steps = np.sqrt(np.mean(np.diff(slopes, axis=0) ** 2, axis=1)) / size
+    return tuple(Agreement(eps, float(max(steps[i], steps[i + 1]))) for i, eps in enumerate(EPS_GRID[1:-1]))
+
+
+def _slope(model: Model, index: int, eps: float, batch: int, loss: Callable[[int], float]) -> float:
+    (plus,), (minus,) = _probes(model, index, eps, (batch,), loss)
+    return projected_grad(plus, minus, eps)
+
+
+def _probes(
+    model: Model, index: int, eps: float, batches: Sequence[int], loss: Callable[[int], float]
+) -> tuple[list[float], list[float]]:
+    """The losses of some batches at w + eps z and at w - eps z; the weights are back afterwards but for rounding."""
+    model.move([index], [eps])
+    plus = [loss(batch) for batch in batches]
+    model.move([index], [-2 * eps])
+    minus = [loss(batch) for batch in batches]
+    model.move([index], [eps])
+    return plus, minus
+
+
+def _measure(model: Model, directions: Sequence[int], eps: float, loss: Callable[[int], float]) -> tuple[float, float, float]:
+    """Root of E[g^2], E[g g'] / E[g^2], and E[c]."""
+    squares, products, curvatures = [], [], []
+    for place, index in enumerate(directions):
+        own, other = place % TRIAL_BATCHES, (place + 1) % TRIAL_BATCHES
+        here = loss(own)
+        (plus, plus_other), (minus, minus_other) = _probes(model, index, eps, (own, other), loss)
+        grad, grad_other = projected_grad(plus, minus, eps), projected_grad(plus_other, minus_other, eps)
+        squares.append(grad * grad)
+        products.append(grad * grad_other)
+        curvatures.append((plus + minus - 2 * here) / eps**2)
+    mean_square = float(np.mean(squares))
+    shared = float(np.mean(products)) / mean_square if mean_square else 0.0
+    return math.sqrt(mean_square), min(shared, 1.0), float(np.mean(curvatures))
+
+
+def _walk(model: Model, indices: Sequence[int], lr: float, eps: float, loss: Callable[[int], float]) -> Trial:
+    """Local steps on batches that the outcome is not measured on."""
+    before = float(np.mean([loss(b) for b in range(TRIAL_BATCHES)]))
+    local_steps(model, indices, lambda t: loss(TRIAL_BATCHES + t), StepSettings(lr, eps))
+    return Trial(lr, before, float(np.mean([loss(b) for b in range(TRIAL_BATCHES)])))
