@@ -82,7 +82,7 @@ class Server:
     Args:
         config: the settings.
         ledger: where to go on from; `start` gives a fresh one.
-        clients: the stable names of all clients.
+        clients: the stable names of all clients; `admit` changes them between rounds.
         limits: what a reply must keep to.
 
     Raises:
@@ -99,21 +99,30 @@ class Server:
                 f"the settings give {seed_pool(config)} in {config.wire}; "
                 "go on with the settings that the run was started with"
             )
-        for name in clients:
-            check_name(name)
-        self.clients = tuple(sorted(clients))
-        self.cohort_size = config.cohort_size(len(self.clients))
-        if len(set(clients)) != len(clients):
-            raise RunError("two clients have the same name; names must be distinct")
-        if self.cohort_size < config.min_replies or not clients:
-            raise RunError(
-                f"a round asks {self.cohort_size} of {len(clients)} clients, too few for min_replies = {config.min_replies}; "
-                "raise --fraction-train or --num-clients, or lower --min-replies"
-            )
         self.config, self.ledger, self.limits = config, ledger, limits or Limits()
         self.run_id = derive(config.seed, "run", f"{ledger.pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
         self._attempt = 0
         self._pending: dict[str, TrainRequest] = {}
+        self.admit(clients)
+
+    def admit(self, clients: Sequence[str]) -> None:
+        """Set whom the next rounds may ask, by their stable names.
+
+        Raises:
+            ProtocolError: a name is not 1 to 64 bytes of printable text.
+            RunError: there are fewer clients than `min_replies`, or a name twice.
+        """
+        for name in clients:
+            check_name(name)
+        if len(set(clients)) != len(clients):
+            raise RunError("two clients have the same name; names must be distinct")
+        cohort_size = self.config.cohort_size(len(clients))
+        if cohort_size < self.config.min_replies or not clients:
+            raise RunError(
+                f"a round asks {cohort_size} of {len(clients)} clients, too few for min_replies = {self.config.min_replies}; "
+                "raise --fraction-train or --num-clients, or lower --min-replies"
+            )
+        self.clients, self.cohort_size = tuple(sorted(clients)), cohort_size
 
     @property
     def finished(self) -> bool:
