@@ -84,6 +84,9 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
     for key in ("name", "data"):
         if not node_config.get(key):
             raise ConfigError(f'node-config has no {key}; start the SuperNode with --node-config \'name="..." data="..."\'')
+    for key in ("data", "eval-data"):
+        if node_config.get(key) and not Path(str(node_config[key])).is_file():
+            raise ConfigError(f"node-config {key} is {node_config[key]!r}: no such file; give the path of a jsonl file")
     # the server's files are not the node's
     own = {key: value for key, value in run_config.items() if key not in ("data", "eval-data")}
     own |= {key: value for key, value in node_config.items() if key != "name"}

@@ -23,12 +23,12 @@ def server_app() -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = read_config(context.run_config)
-        strategy(config).start(grid)
+        build_strategy(config).start(grid)
 
     return app
 
 
-def strategy(config: FlowerConfig) -> FedKSeed:
+def build_strategy(config: FlowerConfig) -> FedKSeed:
     """The strategy for these settings, with the server's own evaluation if they name records for it.
 
     Raises:
