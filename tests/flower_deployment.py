@@ -37,8 +37,13 @@ def free_port() -> int:
         return port
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Deployment:
-    """A SuperLink with TLS and node authentication, and its nodes, each with a Flower home of its own.
+    """A SuperLink with TLS and node authentication behind its gate, and its nodes, each with a Flower home of its own.
 
     Args:
         folder: for credentials, logs, homes and the run.
@@ -48,7 +53,7 @@ class Deployment:
     def __init__(self, folder: Path, app: Path = EXAMPLE) -> None:
         self.folder, self.app, self.run = folder, app, folder / "run"
         self.credentials = folder / "credentials"
-        self.port = free_port()
+        self.port, self.gate_port = free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "log").mkdir(parents=True)
 
@@ -81,11 +86,12 @@ class Deployment:
 
     def start_superlink(self, *options: str) -> None:
         self.start("superlink", [SCRIPTS / "superlink.sh", self.credentials, *options], PORT=str(self.port))
-        self.wait(self.answers, "the SuperLink's port")
+        self.wait(lambda: answers(self.port), "the SuperLink's port")
 
-    def answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+    def start_gate(self) -> None:
+        ports = {"HOST": "127.0.0.1", "GATE_PORT": str(self.gate_port), "PORT": str(self.port)}
+        self.start("gate", [SCRIPTS / "gate.sh", self.credentials], **ports)
+        self.wait(lambda: answers(self.gate_port), "the gate's port")
 
     def register(self, *names: str) -> None:
         command = ["flwr", "supernode", "register"]
@@ -103,7 +109,7 @@ class Deployment:
             assert process.returncode == 0, out
 
     def start_node(self, name: str, data: Path, model: Path, key: str | None = None, **more: str) -> None:
-        address = f"127.0.0.1:{self.port}"
+        address = f"127.0.0.1:{self.gate_port}"
         command = [SCRIPTS / "supernode.sh", self.credentials, address, key or name, data, model]
         self.start(name, command, NODE_PORT=str(free_port()), **more)
 

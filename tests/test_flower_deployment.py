@@ -3,15 +3,17 @@
 import contextlib
 import os
 import signal
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
-from flower_deployment import EXAMPLE, Deployment, free_port
+from flower_deployment import EXAMPLE, Deployment, answers, free_port
 from test_flower_strategy import CORRUPTIONS, RUN, SITES, make_sites, simulated
 from test_simulation import read_metrics
 
@@ -48,6 +50,7 @@ def settings(deployment: Deployment, sites: Path, **changes: Any) -> dict[str, A
 def bring_up(deployment: Deployment, sites: Path, names: tuple[str, ...] = SITES, options: tuple[str, ...] = ()) -> None:
     deployment.make_credentials(*SITES)
     deployment.start_superlink(*options)
+    deployment.start_gate()
     deployment.register(*SITES)
     for name in names:
         deployment.start_node(name, sites / f"{name}.jsonl", sites / "model")
@@ -68,6 +71,25 @@ def test_three_authenticated_nodes_end_in_the_ledger_of_a_simulation(
     assert [sorted(event["clients"]) for event in rounds(deployment)] == [list(SITES)] * 2
 
 
+def test_the_gate_lets_through_the_fleet_and_nothing_else(deployment: Deployment) -> None:
+    """Who reaches the SuperLink itself can list runs, and start one."""
+    deployment.make_credentials("site-a")
+    deployment.start_superlink()
+    deployment.start_gate()
+    verify = ssl.create_default_context(cafile=deployment.credentials / "ca.crt")
+    inside, outside = (f"https://127.0.0.1:{port}" for port in (deployment.port, deployment.gate_port))
+    with httpx.Client(verify=verify) as client:
+        call = {"content": b"", "headers": {"content-type": "application/protobuf"}}
+        for path in ("/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/..%2fcontrol"):
+            assert client.post(outside + path, **call).status_code == 404  # type: ignore[arg-type]
+        assert client.post(inside + "/v1/control/list-runs", **call).status_code != 404  # type: ignore[arg-type]
+        assert client.post(outside + "/v1/fleet/get-run", **call).status_code == 401  # type: ignore[arg-type]
+        assert client.post(outside + "/v1/fleet/push-object", content=bytes(5 << 20)).status_code == 413
+        assert client.get(outside + "/v1/fleet/get-run").status_code == 405
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.post(outside + "/v1/fleet/get-run")
+
+
 @pytest.mark.slow
 def test_a_node_killed_in_a_round_and_another_that_starts_late(deployment: Deployment, sites: Path) -> None:
     """site-b dies while it trains: the round closes without it. site-c comes then, and is asked from the next round on."""
@@ -86,6 +108,7 @@ def test_a_node_killed_in_a_round_and_another_that_starts_late(deployment: Deplo
 def test_a_node_without_a_registered_key_is_turned_away(deployment: Deployment, sites: Path) -> None:
     deployment.make_credentials(*SITES, "stranger")
     deployment.start_superlink()
+    deployment.start_gate()
     deployment.register("site-a")
     deployment.start_node("stranger", sites / "site-a.jsonl", sites / "model")
     deployment.start_node("site-a", sites / "site-a.jsonl", sites / "model")
@@ -181,7 +204,7 @@ def test_flwr_run_on_the_simulation_engine(sites: Path, tmp_path: Path, one_thre
             command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=tmp_path
         )
     try:
-        deployment.wait(deployment.answers, "the SuperLink")
+        deployment.wait(lambda: answers(port), "the SuperLink")
         changes = {"data": sites / "joint.jsonl", "num-clients": 3, "partition": "client", "num-rounds": 2}
         texts = {**settings(deployment, sites), **changes}
         config = " ".join(f"{k}={v!r}" if isinstance(v, (int, float)) else f'{k}="{v}"' for k, v in texts.items())
