@@ -144,10 +144,9 @@ class Deployment:
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + PATIENCE
         while not ready():
-            logs = "\n".join(
-                f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in (self.folder / "log").iterdir()
-            )
-            assert time.monotonic() < end, f"waited in vain for {what}\n{logs}"
+            if time.monotonic() > end:
+                tails = [f"== {path.name}\n{self.log(path.name)[-3000:]}" for path in (self.folder / "log").iterdir()]
+                raise AssertionError("\n".join([f"waited in vain for {what}", *tails]))
             time.sleep(0.2)
 
     def wait_for_round(self, number: int) -> None:
