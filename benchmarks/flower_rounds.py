@@ -55,11 +55,13 @@ class CountingProxy:
             pass
 
 
-class Memory:
-    """The largest memory of each kind of process below some others, sampled: proportional set size in MiB."""
+class Usage:
+    """Of each kind of process below some others, sampled: the largest memory (proportional set size in MiB) and CPU seconds."""
 
     def __init__(self, roots: list[int]) -> None:
-        self._roots, self.largest = roots, {}
+        self._roots = roots
+        self.largest: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
         threading.Thread(target=self._sample, daemon=True).start()
 
     def _sample(self) -> None:
@@ -74,6 +76,8 @@ class Memory:
                         )
                         size = process.memory_full_info().pss / 2**20
                         total += size
+                        spent = process.cpu_times()
+                        self.cpu[kind] = max(self.cpu.get(kind, 0.0), spent.user + spent.system)
                         self.largest[kind] = max(self.largest.get(kind, 0.0), size)
                     self.largest["all of a node"] = max(self.largest.get("all of a node", 0.0), total)
                 except psutil.Error:
@@ -99,7 +103,7 @@ def main() -> None:
             data = folder / f"{name}.jsonl"
             data.write_text("".join(lines[30 * i : 30 * i + 30]))
             deployment.start_node(name, data, model)
-        memory = Memory([deployment.processes[name].pid for name in names[:1]])
+        usage = Usage([deployment.processes[name].pid for name in names[:1]])
         time.sleep(30)
         idle, begin = (proxy.up, proxy.down), time.perf_counter()
         time.sleep(30)
@@ -140,7 +144,9 @@ def main() -> None:
             "wire_bytes_up_down_per_node_and_round": [[round(x) for x in pair] for pair in wire],
             "idle_bytes_per_node_and_second_up_down": [round(x) for x in quiet],
             "connections": proxy.connections,
-            "largest_mib": {name: round(value) for name, value in memory.largest.items()},
+            "largest_mib": {name: round(value) for name, value in usage.largest.items()},
+            "cpu_seconds_of_one_clientapp": round(usage.cpu.get("clientapp", 0.0), 1),
+            "load_average": psutil.getloadavg(),
         }
         print(json.dumps(result, indent=1))
 

@@ -150,7 +150,7 @@ class Server:
         draw = generator(config.seed, server_round, self._attempt, "cohort")
         cohort = sorted(draw.choice(self.clients, self.cohort_size, replace=False).tolist())
         likely = self.probabilities() if config.algorithm == "fedkseed-pro" else None
-        coefficients = pack(self._history.accumulators, config.wire)
+        coefficients, digest = pack(self._history.accumulators, config.wire), coefficients_digest(self.ledger.coefficients)
         self._pending = {
             client: TrainRequest(
                 run_id=self.run_id,
@@ -160,7 +160,7 @@ class Server:
                 pool=self.ledger.pool,
                 base=bytes.fromhex(self.ledger.base.fingerprint),
                 coefficients=coefficients,
-                digest=coefficients_digest(self.ledger.coefficients),
+                digest=digest,
                 indices=self._draw_seeds(server_round, client, likely),
                 lr=learning_rate(config.schedule, config.lr, self.ledger.round, config.num_rounds),
                 eps=config.eps,
