@@ -40,7 +40,11 @@ class CountingProxy:
     def _accept(self) -> None:
         while True:
             near = self._listener.accept()[0]
-            far = create_connection(("127.0.0.1", self._target))
+            try:
+                far = create_connection(("127.0.0.1", self._target))
+            except OSError:  # the deployment has ended
+                near.close()
+                continue
             self.connections += 1
             for source, sink, name in ((near, far, "up"), (far, near, "down")):
                 threading.Thread(target=self._copy, args=(source, sink, name), daemon=True).start()

@@ -227,5 +227,5 @@ def test_flwr_run_on_the_simulation_engine(sites: Path, tmp_path: Path, one_thre
         family = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("FLWR_HOME") == str(home)]
         deployment.close()
         for process in family:  # Ray's daemons leave the process group
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
