@@ -36,7 +36,8 @@ from fedkseed.data import (
 )
 from fedkseed.errors import ConfigError, DataError, LedgerError, RunError
 from fedkseed.evaluation import evaluate_loss, mean_loss
-from fedkseed.federation import Client, Outcome, Server, seed_pool, start
+from fedkseed.events import evaluation_event, round_event
+from fedkseed.federation import Client, Server, seed_pool, start
 from fedkseed.ledger import Ledger
 from fedkseed.messages import TrainRequest
 from fedkseed.models import base_path, context_length, load_model, load_tokenizer
@@ -185,7 +186,7 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     )
     observer.note(_describe("training", encoded))
     observer.note(_describe("held-out", evaluation))
-    _check_context(config, [*encoded.examples, *evaluation.examples])
+    check_context(config, [*encoded.examples, *evaluation.examples])
     parts = deal([train[i] for i in encoded.kept], config)
     clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
     cohort = config.cohort_size(len(clients))
@@ -259,7 +260,7 @@ class Simulation:
                 replies.append((request.client, self.clients[request.client].answer(data, heard)))
             outcome = self.server.absorb(replies)
             status = outcome.status
-            event = self._round_event(outcome, request.lr) | {
+            event = round_event(outcome, request.lr) | {
                 "bytes_down": sum(len(data) for _, data in requests) / len(requests),
                 "bytes_up": sum(len(data) for _, data in replies) / len(replies),
                 "seconds": time.perf_counter() - begin,
@@ -287,20 +288,6 @@ class Simulation:
 
         return heard
 
-    def _round_event(self, outcome: Outcome, lr: float) -> dict[str, Any]:
-        losses = [c.loss for c in outcome.contributions if c.loss is not None]
-        return {
-            "event": "round",
-            "server_round": outcome.server_round,
-            "lr": lr,
-            "num_replies": len(outcome.contributions),
-            "dropped_steps": outcome.dropped_steps,
-            "train_loss": sum(losses) / len(losses) if losses else None,
-            "clients": {c.client: {"weight": c.weight, "loss": c.loss} for c in outcome.contributions},
-            "refused": {refusal.client: refusal.reason for refusal in outcome.refusals},
-            "missing": list(outcome.missing),
-        }
-
     def _due(self, server_round: int) -> bool:
         return server_round % self.config.eval_every == 0 or server_round == self.config.num_rounds
 
@@ -311,15 +298,8 @@ class Simulation:
         heard = partial(self.observer.progress, f"evaluating after round {ledger.round}")
         result = evaluate_loss(self.model, self._records.held_out, EVAL_BATCH, self._records.pad_id, heard)
         self._warn(ledger.round, result.loss)
-        event = {
-            "event": "evaluation",
-            "server_round": ledger.round,
-            "eval_loss": result.loss,
-            "num_examples": result.num_examples,
-            "num_tokens": result.num_tokens,
-            "weight_bytes": sum(p.nbytes for p in self.model.parameters()),
-            "seconds": time.perf_counter() - begin,
-        }
+        weight_bytes = sum(p.nbytes for p in self.model.parameters())
+        event = evaluation_event(ledger.round, result, weight_bytes, time.perf_counter() - begin)
         self._watch.read()  # the rebuild here is part of the evaluation's own seconds
         self.run.append_metrics(event)
         self.observer.event(event)
@@ -335,7 +315,12 @@ class Simulation:
         )
 
 
-def _check_context(config: SimulationConfig, examples: Sequence[EncodedExample]) -> None:
+def check_context(config: SimulationConfig, examples: Sequence[EncodedExample]) -> None:
+    """Refuse records that are longer than the model takes.
+
+    Raises:
+        ConfigError: one is.
+    """
     longest, room = max(len(example.input_ids) for example in examples), context_length(config.model)
     if room is not None and longest > room:
         raise ConfigError(f"--max-length is {config.max_length} and a record has {longest} tokens; {config.model} takes {room}")

@@ -2,7 +2,7 @@
 
 from fedkseed.federation.client import Client, Model, Task
 from fedkseed.federation.config import FederationConfig, Limits
-from fedkseed.federation.server import Contribution, Outcome, Refusal, Server, seed_pool, start
+from fedkseed.federation.server import Contribution, Outcome, Refusal, Server, count_steps, seed_pool, start
 
 __all__ = [
     "Client",
@@ -14,6 +14,7 @@ __all__ = [
     "Refusal",
     "Server",
     "Task",
+    "count_steps",
     "seed_pool",
     "start",
 ]

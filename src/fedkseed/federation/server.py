@@ -15,14 +15,12 @@ from fedkseed.federation.pro import importances, probabilities
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.identity import BaseIdentity
 from fedkseed.ledger import History, Ledger
-from fedkseed.messages import TrainReply, TrainRequest, check_name, coefficients_digest
+from fedkseed.messages import MAX_STEPS, TrainReply, TrainRequest, check_name, coefficients_digest
 from fedkseed.pool import SeedPool
 from fedkseed.randomness import derive, generator
 from fedkseed.wire import pack
 
 MAX_ATTEMPTS = 3
-MAX_STEPS = 65535
-"""Steps that one request can ask for."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,37 @@ def start(config: FederationConfig, base: BaseIdentity) -> Ledger:
     return Ledger.start(seed_pool(config), base, config.wire)
 
 
+def count_steps(config: FederationConfig, num_examples: int | None, client: str) -> int:
+    """How many steps a client does in a round.
+
+    Args:
+        config: the settings.
+        num_examples: the client's records, as far as they are known; only epochs need them.
+        client: its name, for messages.
+
+    Raises:
+        RunError: they are not known, or the client's epochs are too many steps for a request.
+    """
+    if config.local_unit == "steps":
+        return config.local_steps
+    if num_examples is None:
+        raise RunError(f"local_unit is epochs and client {client!r} has not said how many records it has; use steps")
+    steps = config.local_steps * -(-num_examples // config.batch_size)
+    if not 1 <= steps <= MAX_STEPS:
+        raise RunError(
+            f"{config.local_steps} epochs of client {client!r} are {steps} steps; expected 1 to {MAX_STEPS}, "
+            "so lower --local-steps or raise --batch-size"
+        )
+    return steps
+
+
 class Server:
     """One federation: its settings, its clients and its ledger.
 
     Args:
         config: the settings.
         ledger: where to go on from; `start` gives a fresh one.
-        clients: the stable names of all clients.
+        clients: the stable names of all clients; `admit` changes them between rounds.
         limits: what a reply must keep to.
         num_examples: how many records each client has, by its name; needed where `local_unit` is epochs.
 
@@ -109,22 +131,31 @@ class Server:
                 f"the settings give {seed_pool(config)} in {config.wire}; "
                 "go on with the settings that the run was started with"
             )
-        for name in clients:
-            check_name(name)
-        self.clients = tuple(sorted(clients))
-        self.cohort_size = config.cohort_size(len(self.clients))
-        if len(set(clients)) != len(clients):
-            raise RunError("two clients have the same name; names must be distinct")
-        if self.cohort_size < config.min_replies or not clients:
-            raise RunError(
-                f"a round asks {self.cohort_size} of {len(clients)} clients, too few for min_replies = {config.min_replies}; "
-                "raise --fraction-train or --num-clients, or lower --min-replies"
-            )
         self.config, self.ledger, self.limits = config, ledger, limits or Limits()
-        self.steps = {name: self._count_steps(name, num_examples) for name in self.clients}
         self.run_id = derive(config.seed, "run", f"{ledger.pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
         self._attempt = 0
         self._pending: dict[str, TrainRequest] = {}
+        self.admit(clients, num_examples)
+
+    def admit(self, clients: Sequence[str], num_examples: Mapping[str, int] | None = None) -> None:
+        """Set whom the next rounds may ask, by their stable names; `num_examples` as above.
+
+        Raises:
+            ProtocolError: a name is not 1 to 64 bytes of printable text.
+            RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
+        """
+        for name in clients:
+            check_name(name)
+        if len(set(clients)) != len(clients):
+            raise RunError("two clients have the same name; names must be distinct")
+        cohort_size = self.config.cohort_size(len(clients))
+        if cohort_size < self.config.min_replies or not clients:
+            raise RunError(
+                f"a round asks {cohort_size} of {len(clients)} clients, too few for min_replies = {self.config.min_replies}; "
+                "raise --fraction-train or --num-clients, or lower --min-replies"
+            )
+        self.steps = {name: count_steps(self.config, (num_examples or {}).get(name), name) for name in clients}
+        self.clients, self.cohort_size = tuple(sorted(clients)), cohort_size
 
     @property
     def finished(self) -> bool:
@@ -152,7 +183,7 @@ class Server:
         draw = generator(config.seed, server_round, self._attempt, "cohort")
         cohort = sorted(draw.choice(self.clients, self.cohort_size, replace=False).tolist())
         likely = self.probabilities() if config.algorithm == "fedkseed-pro" else None
-        coefficients = pack(self._history.accumulators, config.wire)
+        coefficients, digest = pack(self._history.accumulators, config.wire), coefficients_digest(self.ledger.coefficients)
         self._pending = {
             client: TrainRequest(
                 run_id=self.run_id,
@@ -162,7 +193,7 @@ class Server:
                 pool=self.ledger.pool,
                 base=bytes.fromhex(self.ledger.base.fingerprint),
                 coefficients=coefficients,
-                digest=coefficients_digest(self.ledger.coefficients),
+                digest=digest,
                 indices=self._draw_seeds(server_round, client, likely),
                 lr=learning_rate(config.schedule, config.lr, self.ledger.round, config.num_rounds),
                 eps=config.eps,
@@ -216,19 +247,6 @@ class Server:
     def _history(self) -> History:
         assert self.ledger.history is not None  # checked in __init__, and every later ledger is an `advance`
         return self.ledger.history
-
-    def _count_steps(self, client: str, num_examples: Mapping[str, int] | None) -> int:
-        if self.config.local_unit == "steps":
-            return self.config.local_steps
-        if num_examples is None or client not in num_examples:
-            raise RunError(f"local_unit is epochs and client {client!r} has not said how many records it has; use steps")
-        steps = self.config.local_steps * -(-num_examples[client] // self.config.batch_size)
-        if not 1 <= steps <= MAX_STEPS:
-            raise RunError(
-                f"{self.config.local_steps} epochs of client {client!r} are {steps} steps; expected 1 to {MAX_STEPS}, "
-                "so lower --local-steps or raise --batch-size"
-            )
-        return steps
 
     def _draw_seeds(self, server_round: int, client: str, likely: NDArray[np.float64] | None) -> tuple[int, ...]:
         draw = generator(self.config.seed, server_round, self._attempt, client, "seeds")

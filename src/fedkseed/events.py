@@ -1,0 +1,35 @@
+"""The lines of `metrics.jsonl`, whoever drives the rounds; the driver adds bytes and seconds."""
+
+from typing import Any
+
+from fedkseed.evaluation import EvalLoss
+from fedkseed.federation import Outcome
+
+
+def round_event(outcome: Outcome, lr: float) -> dict[str, Any]:
+    """What became of a round."""
+    losses = [c.loss for c in outcome.contributions if c.loss is not None]
+    return {
+        "event": "round",
+        "server_round": outcome.server_round,
+        "lr": lr,
+        "num_replies": len(outcome.contributions),
+        "dropped_steps": outcome.dropped_steps,
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "clients": {c.client: {"weight": c.weight, "loss": c.loss} for c in outcome.contributions},
+        "refused": {refusal.client: refusal.reason for refusal in outcome.refusals},
+        "missing": list(outcome.missing),
+    }
+
+
+def evaluation_event(server_round: int, result: EvalLoss, weight_bytes: int, seconds: float) -> dict[str, Any]:
+    """The held-out loss after a round; round 0 is the base model. `weight_bytes` is what sending the weights would take."""
+    return {
+        "event": "evaluation",
+        "server_round": server_round,
+        "eval_loss": result.loss,
+        "num_examples": result.num_examples,
+        "num_tokens": result.num_tokens,
+        "weight_bytes": weight_bytes,
+        "seconds": seconds,
+    }

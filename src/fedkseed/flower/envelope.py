@@ -1,0 +1,110 @@
+"""Our own bytes inside Flower's records, and the two small messages that only a federation in the field needs."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Self
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedkseed.errors import ProtocolError
+from fedkseed.messages import check_name
+
+RECORD, FIELD = "fedkseed", "message"
+MAX_SMALL_BYTES = 4096
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def wrap(data: bytes) -> RecordDict:
+    """A message's bytes as the one value of the one record of a Flower message."""
+    return RecordDict({RECORD: ConfigRecord({FIELD: data})})
+
+
+def unwrap(message: Message) -> bytes:
+    """The bytes that a Flower message carries.
+
+    Raises:
+        ProtocolError: it carries an error, or anything else than one such value.
+    """
+    if message.has_error():
+        reason = " ".join(str(message.error.reason).split())
+        raise ProtocolError(f"the node answered with an error: {reason:.300}")
+    content = message.content
+    if list(content) != [RECORD] or RECORD not in content.config_records or list(content.config_records[RECORD]) != [FIELD]:
+        raise ProtocolError(f"expected one record {RECORD!r} with one value {FIELD!r}, found others")
+    data = content.config_records[RECORD][FIELD]
+    if not isinstance(data, bytes):
+        raise ProtocolError(f"{FIELD} is {type(data).__name__}; expected bytes")
+    return data
+
+
+class _Small(BaseModel):
+    """A message of a few fields, as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def encode(self) -> bytes:
+        """The message's bytes."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """The message of these bytes.
+
+        Raises:
+            ProtocolError: they are not such a message, or a field is out of its range.
+        """
+        if len(data) > MAX_SMALL_BYTES:
+            raise ProtocolError(f"message has {len(data)} bytes; at most {MAX_SMALL_BYTES} are accepted")
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise ProtocolError(f"not a {cls.__name__} message ({where:.80} {problem['msg']:.120})") from None
+
+
+class Hello(_Small):
+    """Client to server, once for each start of its node: who I am.
+
+    Attributes:
+        name: its stable name.
+        base: fingerprint of its base weights.
+        num_examples: records to train on.
+        num_eval_examples: records to evaluate on.
+    """
+
+    name: str
+    base: Digest
+    num_examples: Annotated[int, Field(ge=1, le=2**53)]
+    num_eval_examples: Annotated[int, Field(ge=0, le=2**53)]
+
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        check_name(value)
+        return value
+
+
+class Evaluation(_Small):
+    """Client to server: the loss of its evaluation records under a ledger.
+
+    Attributes:
+        ledger: digest of the published ledger that was asked about.
+        loss: nats per response token.
+        num_examples: records.
+        num_tokens: response tokens, which are the loss's weight.
+    """
+
+    ledger: Digest
+    loss: float
+    num_examples: Annotated[int, Field(ge=1, le=2**53)]
+    num_tokens: Annotated[int, Field(ge=1, le=2**53)]
+
+    @field_validator("loss")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError("must be finite")
+        return value

@@ -1,0 +1,59 @@
+"""Messages over a Flower grid and what comes back until a deadline; no reply can raise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import httpx
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+POLL_SECONDS = 0.5
+
+
+class Exchange:
+    """Requests on their way and the replies to them.
+
+    Replies are fetched one by one, so that one that cannot be unpacked takes no other with it.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._open: dict[str, Message] = {}
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Hand requests to the grid."""
+        if messages:
+            self._grid.push_messages(messages)
+            self._open |= {message.metadata.message_id: message for message in messages}
+
+    def drop(self, wanted: Callable[[Message], bool]) -> None:
+        """Forget open requests that are not wanted any more."""
+        self._open = {key: message for key, message in self._open.items() if wanted(message)}
+
+    def collect(self) -> list[tuple[Message, Message]]:
+        """(request, reply) for what has come since the last call; an error in place of one that cannot be unpacked."""
+        replies: list[tuple[Message, Message]] = []
+        for key, request in list(self._open.items()):
+            try:
+                found = list(self._grid.pull_messages([key]))
+            except httpx.TransportError:
+                raise  # the SuperLink is out of reach: no reply's fault
+            except Exception as error:  # a reply is whatever a stranger made of Flower's object format
+                reason = f"reply cannot be unpacked ({type(error).__name__}: {error})"
+                found = [Message(Error(ErrorCode.UNKNOWN, reason), reply_to=request)]
+            if found:
+                del self._open[key]
+            replies += [(request, reply) for reply in found]
+        return replies
+
+    def wait(self, seconds: float) -> list[tuple[Message, Message]]:
+        """All replies that come within so many seconds; returns early when none is open."""
+        end = time.monotonic() + seconds
+        replies = self.collect()
+        while self._open and (left := end - time.monotonic()) > 0:
+            time.sleep(min(POLL_SECONDS, left))
+            replies += self.collect()
+        return replies

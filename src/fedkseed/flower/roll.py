@@ -1,0 +1,88 @@
+"""Which client is at which node: Flower's node ids are random, so every node is asked for its stable name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import INFO, WARNING
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore import log
+
+from fedkseed.errors import ProtocolError, RunError
+from fedkseed.flower.envelope import Hello, unwrap, wrap
+from fedkseed.flower.exchange import Exchange
+
+HELLO = "query.hello"
+HELLO_SECONDS = 3600.0
+"""How long a node may take to load its model for the first time."""
+LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+"""Errors of Flower's that say nothing about the node: it is asked again."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that has been let in: its node and what it said."""
+
+    node_id: int
+    hello: Hello
+
+
+class Roll:
+    """The clients of a federation, by stable name.
+
+    A node is asked once for each time that it starts. It is turned away if its base weights are not the server's, if it
+    gives another name than the one that its key was registered under (`flwr supernode register --name`), or if another node
+    that is online has that name already.
+
+    Args:
+        base: fingerprint of the server's base weights.
+        check: raises an error for a hello that the settings have no use for.
+    """
+
+    def __init__(self, grid: Grid, base: str, check: Callable[[Hello], None] = lambda hello: None) -> None:
+        self._grid, self._base, self._check = grid, base, check
+        self._hellos = Exchange(grid)
+        self._asked: dict[int, str] = {}
+        self._online: dict[int, NodeInfo] = {}
+        self._members: dict[str, Member] = {}
+
+    def look(self) -> dict[str, Member]:
+        """Greet new nodes, let in those that have answered; the clients whose nodes are online."""
+        self._online = {info.node_id: info for info in self._grid.get_nodes()}
+        started = {node_id: info.last_activated_at for node_id, info in self._online.items()}
+        new = [node_id for node_id in started if self._asked.get(node_id) != started[node_id]]
+        self._asked = started
+        self._hellos.drop(lambda message: message.metadata.dst_node_id in self._online)
+        self._hellos.send([Message(wrap(b"hello"), node_id, HELLO, ttl=HELLO_SECONDS) for node_id in new])
+        for request, reply in self._hellos.collect():
+            node_id = request.metadata.dst_node_id
+            if reply.has_error() and reply.error.code in LOST:
+                self._asked.pop(node_id, None)
+                continue
+            try:
+                self._admit(node_id, unwrap(reply))
+            except (ProtocolError, RunError) as error:
+                log(WARNING, "node %s is turned away: %s", node_id, error)
+        return {name: member for name, member in sorted(self._members.items()) if member.node_id in self._online}
+
+    def _admit(self, node_id: int, data: bytes) -> None:
+        hello = Hello.decode(data)
+        if hello.base != self._base:
+            raise ProtocolError(
+                f"{hello.name!r} has base model {hello.base[:16]}..., the server has {self._base[:16]}...; "
+                "give the node the same base weights"
+            )
+        self._check(hello)
+        registered = self._online[node_id].name
+        if registered and registered != hello.name:
+            raise ProtocolError(f"it says {hello.name!r} and its key is registered for {registered!r}; mend its node-config")
+        other = self._members.get(hello.name)
+        if other is not None and other.node_id != node_id and other.node_id in self._online:
+            raise ProtocolError(f"{hello.name!r} is at node {other.node_id} already; names must be distinct")
+        self._members = {name: member for name, member in self._members.items() if member.node_id != node_id}
+        self._members[hello.name] = Member(node_id, hello)
+        log(INFO, "%s is here: node %s, %s examples", hello.name, node_id, hello.num_examples)

@@ -1,0 +1,62 @@
+"""The Flower ServerApp: settings, base model and run folder, then the strategy."""
+
+from __future__ import annotations
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedkseed.data import EncodedExample, pad_token_id
+from fedkseed.errors import LedgerError
+from fedkseed.evaluation import EvalLoss
+from fedkseed.federation import seed_pool
+from fedkseed.flower.config import FlowerConfig, open_run, read_config
+from fedkseed.flower.participant import load_bound, read_examples, simulated_records
+from fedkseed.flower.strategy import FedKSeed
+from fedkseed.ledger import Ledger
+from fedkseed.models import load_tokenizer
+
+
+def server_app() -> ServerApp:
+    """A ServerApp that federates as `[tool.flwr.app.config]` says, and goes on with the run that its folder holds."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = read_config(context.run_config)
+        build_strategy(config).start(grid)
+
+    return app
+
+
+def build_strategy(config: FlowerConfig) -> FedKSeed:
+    """The strategy for these settings, with the server's own evaluation if they name records for it.
+
+    Raises:
+        FedKSeedError: the model, the data or the run folder cannot be used.
+    """
+    held_out = _held_out(config)
+    loaded = load_bound(config.model, config.dtype, config.device, seed_pool(config))
+    run = open_run(config)
+    ledger = run.load_ledger()
+    if ledger is not None and (difference := ledger.base.difference(loaded.identity, loaded.bound.names)):
+        raise LedgerError(f"{run.ledger_path} is of another base model than {config.model}: {difference}")
+    if held_out is None:
+        load_bound.cache_clear()  # only the identity is needed, not the weights
+        return FedKSeed(run, config, loaded.identity, loaded.weight_bytes)
+    examples, pad_id = held_out
+
+    def evaluate(ledger: Ledger) -> EvalLoss:
+        return loaded.evaluate(ledger, examples, pad_id)
+
+    return FedKSeed(run, config, loaded.identity, loaded.weight_bytes, evaluate)
+
+
+def _held_out(config: FlowerConfig) -> tuple[list[EncodedExample], int] | None:
+    """Records to evaluate on here, and what padding holds; None where clients evaluate their own."""
+    if config.data is not None:
+        records = simulated_records(config)
+        return records.held_out, records.pad_id
+    if config.eval_data is not None:
+        examples = read_examples(config, config.eval_data, "evaluation")[: config.eval_limit]
+        return examples, pad_token_id(load_tokenizer(config.model))
+    return None

@@ -1,0 +1,269 @@
+"""The Flower strategy: a loop over the same `Server` as in a simulation, over nodes that come, go and may lie."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore import log
+
+from fedkseed.errors import ProtocolError, RunError
+from fedkseed.evaluation import EvalLoss
+from fedkseed.events import evaluation_event, round_event
+from fedkseed.federation import Limits, Outcome, Server, count_steps, start
+from fedkseed.flower.config import FlowerConfig
+from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
+from fedkseed.flower.exchange import POLL_SECONDS, Exchange
+from fedkseed.flower.roll import Member, Roll
+from fedkseed.identity import BaseIdentity
+from fedkseed.ledger import Ledger
+from fedkseed.messages import TrainRequest
+from fedkseed.run_folder import RunFolder
+
+WAITING_NOTE_SECONDS = 60.0
+
+
+class FedKSeed(Strategy):
+    """FedKSeed and FedKSeed-Pro, whichever the settings name, on Flower.
+
+    `start` differs from Flower's: it takes no arrays (the model is the ledger in the run's folder), goes on from that
+    ledger, closes a round at its deadline with the replies that came, and refuses a bad reply instead of ending the run.
+
+    Args:
+        run: the run's folder; its ledger, if there is one, is gone on from.
+        config: the settings.
+        base: identity of the base weights.
+        weight_bytes: their size, to compare with.
+        evaluate: the held-out loss of a ledger's model, on the server; None asks the clients that have records for it.
+        limits: what a reply must keep to.
+
+    Raises:
+        LedgerError: the run's ledger cannot be read.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: FlowerConfig,
+        base: BaseIdentity,
+        weight_bytes: int = 0,
+        evaluate: Callable[[Ledger], EvalLoss] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.run, self.config, self.limits = run, config, limits
+        self.ledger = run.load_ledger() or start(config, base)
+        self.outcome: Outcome | None = None
+        self._base, self._weight_bytes, self._evaluate_here = base, weight_bytes, evaluate
+        self._server: Server | None = None
+        self._members: dict[str, Member] = {}
+        self._asked: dict[str, tuple[TrainRequest, Message]] = {}
+        self._result = Result()
+
+    def summary(self) -> None:
+        """Log what will be done."""
+        config = self.config
+        log(INFO, "%s: round %s of %s is next", config.algorithm, self.ledger.round + 1, config.num_rounds)
+        log(INFO, "run folder: %s", self.run.path)
+
+    def start(self, grid: Grid) -> Result:  # type: ignore[override]
+        """Do all rounds that are left; after each the ledger is on the disk.
+
+        Raises:
+            RunError: a round failed three times for want of replies, or a file cannot be written; the ledger is safe.
+        """
+        self.summary()
+        roll = Roll(grid, self._base.fingerprint, self._check_hello)
+        self.run.cut_metrics(self.ledger.round)
+        evaluated = {event["server_round"] for event in self.run.metrics() if event["event"] == "evaluation"}
+        if self._due() and self.ledger.round not in evaluated:
+            self._evaluate(grid, roll)
+        while self.ledger.round < self.config.num_rounds:
+            self._round(grid, roll)
+            if self._due():
+                self._evaluate(grid, roll)
+        log(INFO, "done: %s, digest %s", self.run.ledger_path, self.ledger.digest())
+        return self._result
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """The next round's requests to the clients that are here; arrays and config are ignored."""
+        requests = {request.client: request for request in self._the_server().plan()}
+        messages = {
+            client: Message(
+                wrap(request.encode()),
+                self._members[client].node_id,
+                MessageType.TRAIN,
+                ttl=self.config.deadline,
+                group_id=str(server_round),
+            )
+            for client, request in requests.items()
+        }
+        self._asked = {client: (requests[client], messages[client]) for client in requests}
+        return list(messages.values())
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord | None]:
+        """Absorb replies, in whatever order they came, into the ledger, and write it; bad ones are refused and logged.
+
+        Returns:
+            None, since the model is the ledger; the round's numbers, or None if it has to be repeated.
+
+        Raises:
+            RunError: it was the last attempt at this round, or the ledger cannot be written.
+        """
+        clients = {message.metadata.message_id: client for client, (_, message) in self._asked.items()}
+        arrived: list[tuple[str, bytes]] = []
+        unreadable: dict[str, str] = {}
+        for reply in replies:
+            client = clients.get(reply.metadata.reply_to_message_id)
+            if client is None:
+                log(WARNING, "round %s: a reply of node %s to no request", server_round, reply.metadata.src_node_id)
+                continue
+            try:
+                arrived.append((client, unwrap(reply)))
+            except ProtocolError as error:
+                unreadable[client] = str(error)
+        server = self._the_server()
+        self.outcome = outcome = server.absorb(arrived)
+        lr = next(request.lr for request, _ in self._asked.values())
+        event = round_event(outcome, lr)
+        event["refused"] |= unreadable
+        event["missing"] = [client for client in outcome.missing if client not in unreadable]
+        for client, reason in sorted(event["refused"].items()):
+            node_id = self._asked[client][1].metadata.dst_node_id
+            log(WARNING, "round %s: reply of %s (node %s) refused: %s", server_round, client, node_id, reason)
+        if event["missing"]:
+            log(WARNING, "round %s: no reply of %s in time", server_round, ", ".join(event["missing"]))
+        if outcome.status == "failed":
+            raise RunError(
+                f"round {server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
+                f"the ledger of round {self.ledger.round} is safe in {self.run.path}: "
+                "lower min-replies or raise deadline, then start the app again"
+            )
+        if outcome.status == "repeat":
+            return None, None
+        event |= {
+            "bytes_down": sum(len(request.encode()) for request, _ in self._asked.values()) / len(self._asked),
+            "bytes_up": sum(len(data) for _, data in arrived) / len(arrived),
+            "seconds": time.perf_counter() - self._begin,
+        }
+        # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
+        self.run.append_metrics(event)
+        server.ledger.save(self.run.ledger_path)
+        self.ledger = server.ledger
+        return None, _metrics(event)
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """The ledger in its published form, for every client here that has records to evaluate on."""
+        data = self.ledger.published().encode()
+        return [
+            Message(wrap(data), member.node_id, MessageType.EVALUATE, ttl=self.config.deadline, group_id=str(server_round))
+            for member in self._members.values()
+            if member.hello.num_eval_examples
+        ]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The clients' losses, every response token weighing the same, into `metrics.jsonl`; None if no reply can be used."""
+        names = {member.node_id: name for name, member in self._members.items()}
+        wanted = self.ledger.published().digest()
+        found: dict[str, Evaluation] = {}
+        for reply in replies:
+            name = names.get(reply.metadata.src_node_id, "a stranger")
+            try:
+                evaluation = Evaluation.decode(unwrap(reply))
+                if evaluation.ledger != wanted:
+                    raise ProtocolError(f"it is about ledger {evaluation.ledger[:16]}..., asked was {wanted[:16]}...")
+                if name in names.values():
+                    found[name] = evaluation
+            except ProtocolError as error:
+                log(WARNING, "round %s: evaluation of %s refused: %s", server_round, name, error)
+        if not found:
+            return None
+        tokens = sum(e.num_tokens for e in found.values())
+        loss = sum(found[name].loss * found[name].num_tokens for name in sorted(found)) / tokens
+        return self._evaluated(
+            EvalLoss(loss, _exp(loss), sum(e.num_examples for e in found.values()), tokens),
+            {name: {"loss": e.loss, "num_tokens": e.num_tokens} for name, e in sorted(found.items())},
+        )
+
+    def _the_server(self) -> Server:
+        """The state machine, with the clients that are here now."""
+        if self._server is None:
+            self._server = Server(self.config, self.ledger, list(self._members), self.limits, self._sizes())
+        return self._server
+
+    def _round(self, grid: Grid, roll: Roll) -> None:
+        server_round = self.ledger.round + 1
+        metrics = None
+        while metrics is None:
+            self._gather(roll)
+            self._begin = time.perf_counter()
+            exchange = Exchange(grid)
+            exchange.send(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
+            replies = [reply for _, reply in exchange.wait(self.config.deadline)]
+            metrics = self.aggregate_train(server_round, replies)[1]
+        self._result.train_metrics_clientapp[server_round] = metrics
+        log(INFO, "round %s/%s: %s", server_round, self.config.num_rounds, dict(metrics))
+
+    def _evaluate(self, grid: Grid, roll: Roll) -> None:
+        self._begin = time.perf_counter()
+        server_round = self.ledger.round
+        if self._evaluate_here is not None:
+            metrics: MetricRecord | None = self._evaluated(self._evaluate_here(self.ledger))
+            self._result.evaluate_metrics_serverapp[server_round] = metrics or MetricRecord()
+        else:
+            self._gather(roll)
+            exchange = Exchange(grid)
+            exchange.send(self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid))
+            metrics = self.aggregate_evaluate(server_round, [reply for _, reply in exchange.wait(self.config.deadline)])
+            self._result.evaluate_metrics_clientapp[server_round] = metrics or MetricRecord()
+        if metrics is not None:
+            log(INFO, "round %s/%s: %s", server_round, self.config.num_rounds, dict(metrics))
+
+    def _evaluated(self, result: EvalLoss, clients: dict[str, Any] | None = None) -> MetricRecord:
+        event = evaluation_event(self.ledger.round, result, self._weight_bytes, time.perf_counter() - self._begin)
+        if not math.isfinite(result.loss):
+            log(WARNING, "round %s: the held-out loss is %s; the run has diverged: lower lr", self.ledger.round, result.loss)
+        self.run.append_metrics(event | ({"clients": clients} if clients else {}))
+        return _metrics(event)
+
+    def _gather(self, roll: Roll) -> None:
+        """Wait until enough clients are here, and let the server draw from them."""
+        noted = -math.inf
+        while True:
+            self._members = roll.look()
+            here, wanted = len(self._members), self.config.expected_clients
+            if here >= wanted and self.config.cohort_size(here) >= self.config.min_replies:
+                break
+            if time.monotonic() - noted >= WAITING_NOTE_SECONDS:
+                noted = time.monotonic()
+                log(INFO, "waiting for clients: %s of %s are here", here, wanted)
+            time.sleep(POLL_SECONDS)
+        self._the_server().admit(list(self._members), self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: member.hello.num_examples for name, member in self._members.items()}
+
+    def _check_hello(self, hello: Hello) -> None:
+        """Whether the client's steps fit into a request: its own count of records must not end the run."""
+        count_steps(self.config, hello.num_examples, hello.name)
+
+    def _due(self) -> bool:
+        return self.ledger.round % self.config.eval_every == 0 or self.ledger.round == self.config.num_rounds
+
+
+def _metrics(event: dict[str, Any]) -> MetricRecord:
+    """The numbers of an event as Flower keeps them."""
+    record = MetricRecord()
+    for name, value in event.items():
+        if isinstance(value, (int, float)):
+            record[name.replace("_", "-")] = value
+    return record
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
