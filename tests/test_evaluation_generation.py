@@ -61,3 +61,15 @@ def test_an_answer_ends_at_eos(story):
 def test_exact_match_counts_equal_answers_but_for_white_space_at_the_ends():
     assert exact_match([" a\n", "b", "c d"], ["a", "B", "c  d"]) == pytest.approx(1 / 3)
     assert math.isnan(exact_match([], []))
+
+
+def test_an_answer_ends_where_the_context_does(story):
+    """A model with learned positions has no more of them, and would fail."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    _, tokenizer, examples = story
+    config = GPT2Config(vocab_size=512, n_positions=40, n_embd=8, n_layer=1, n_head=1, eos_token_id=2, bos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    assert max(example.prompt_length for example in examples) < 40
+    answers = generate(model, tokenizer, examples, max_new_tokens=100)
+    assert len(answers) == len(examples)

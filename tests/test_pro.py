@@ -64,3 +64,29 @@ def test_arguments_are_left_alone() -> None:
     sums, counts = np.array([1.0, 2.0]), np.array([1, 1])
     probabilities(importances(sums, counts))
     assert (sums.tolist(), counts.tolist()) == ([1, 2], [1, 1])
+
+
+@given(
+    st.lists(st.lists(st.floats(-5000, 5000), max_size=6), min_size=1, max_size=8),
+    st.floats(0.5, 2000),
+    st.floats(0, 100),
+)
+def test_against_the_paper_written_down_slowly(gradients: list[list[float]], clip: float, begin: float) -> None:
+    """Each seed's history begins with `begin`, then has min(|g|, clip); its importance is the history's mean."""
+    histories = [[begin, *(min(abs(g), clip) for g in of_seed)] for of_seed in gradients]
+    phi = [sum(history) / len(history) for history in histories]
+    low, high = min(phi), max(phi)
+    weights = [math.exp((x - low) / (high - low)) if high > low else 1.0 for x in phi]
+    sums = np.array([sum(history[1:]) for history in histories])
+    counts = np.array([len(of_seed) for of_seed in gradients])
+    found = importances(sums, counts, begin)
+    assert found == pytest.approx(np.array(phi), rel=1e-12, abs=1e-12)
+    if high == low or high - low > 1e-6:  # nearer, and rounding decides which is the larger
+        assert probabilities(found) == pytest.approx(np.array(weights) / sum(weights), rel=1e-6)
+
+
+def test_a_start_makes_the_undrawn_seeds_worth_drawing() -> None:
+    """One that was drawn twice with gradient 10 beats one that was never drawn, unless histories start above 10."""
+    sums, counts = np.array([20.0, 0.0]), np.array([2, 0])
+    assert np.argmax(importances(sums, counts)) == np.argmax(importances(sums, counts, 9)) == 0
+    assert np.argmax(importances(sums, counts, 11)) == 1

@@ -770,3 +770,89 @@ def test_defaults_are_the_published_codes() -> None:
     defaults = FederationConfig(lr=3e-7)
     assert (defaults.eps, defaults.local_steps, defaults.fraction_train, defaults.batch_size) == (5e-4, 200, 0.05, 1)
     assert (defaults.num_seeds, defaults.num_rounds, defaults.weighting) == (4096, 40, "examples")
+
+
+def pro_history(a_server: Server, rounds: int, clip: float) -> tuple[list[float], list[int]]:
+    """What each seed's sum of clipped |g| and count should be, from the requests and the replies one by one."""
+    sums, counts = [0.0] * K, [0] * K
+    for _ in range(rounds):
+        requests = a_server.plan()
+        for request in requests:
+            for index, grad in zip(request.indices, grads_of(request).tolist(), strict=True):
+                sums[index] += min(abs(grad), clip)
+                counts[index] += 1
+        assert a_server.absorb(honest(requests)).status == "closed"
+    return sums, counts
+
+
+@pytest.mark.parametrize("clip", [3.0, 1000.0])
+@pytest.mark.parametrize("begin", [0.0, 2.0])
+def test_importances_clip_and_start_as_set(clip: float, begin: float) -> None:
+    settings = {"algorithm": "fedkseed-pro", "importance_clip": clip, "importance_start": begin}
+    a_server = server(**settings)
+    sums, counts = pro_history(a_server, 3, clip)
+    phi = [(begin + total) / (1 + count) for total, count in zip(sums, counts, strict=True)]
+    weights = [math.exp((x - min(phi)) / (max(phi) - min(phi))) for x in phi]
+    assert a_server.probabilities() == pytest.approx([w / sum(weights) for w in weights], rel=1e-9)
+    assert history(a_server.ledger).grad_sums.tolist() == pytest.approx(sums)
+    unclipped, _ = pro_history(server(**settings), 1, 1e9)
+    assert (clip == 3.0) == (pro_history(server(**settings), 1, clip)[0] != unclipped)  # it bites
+
+
+def test_clipping_an_importance_clips_no_step() -> None:
+    free, clipped = (server(algorithm="fedkseed", importance_clip=clip) for clip in (1e9, 0.5))
+    play(free), play(clipped)
+    assert history(free.ledger).accumulators.tolist() == history(clipped.ledger).accumulators.tolist()
+    assert history(free.ledger).grad_sums.tolist() != history(clipped.ledger).grad_sums.tolist()
+
+
+# --- Epochs ---
+
+
+def by_epochs(sizes: dict[str, int], **changes: Any) -> Server:
+    settings = config(local_unit="epochs", fraction_train=1.0, **changes)
+    return Server(settings, start(settings, BASE), list(sizes), num_examples=sizes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_epochs_are_steps_through_a_clients_own_records(batch_size: int, epochs: int) -> None:
+    sizes = {"a": 1, "b": 6, "c": 7, "d": 8}
+    asked = {r.client: len(r.indices) for r in by_epochs(sizes, local_steps=epochs, batch_size=batch_size).plan()}
+    assert asked == {name: epochs * len(range(0, n, batch_size)) for name, n in sizes.items()}
+
+
+def test_steps_are_steps_whatever_a_client_holds() -> None:
+    settings = config(fraction_train=1.0)
+    planned = Server(settings, start(settings, BASE), CLIENTS, num_examples=dict.fromkeys(CLIENTS, 3)).plan()
+    assert {len(request.indices) for request in planned} == {TAU}
+
+
+def test_epochs_of_unlike_clients_close_a_round() -> None:
+    outcome = play(by_epochs({"a": 1, "b": 30}, batch_size=4), 2)
+    assert [c.client for c in outcome.contributions] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        (
+            {"a": 1, "b": 0},
+            {},
+            r"6 epochs of client 'b' are 0 steps; expected 1 to 65535, so lower --local-steps or raise --ba",
+        ),
+        ({"a": 65536}, {"local_steps": 1}, r"1 epochs of client 'a' are 65536 steps; expected 1 to 65535"),
+        ({"a": 40_000}, {"local_steps": 2}, r"2 epochs of client 'a' are 80000 steps"),
+    ],
+)
+def test_epochs_of_no_or_too_many_steps_are_refused(sizes: dict[str, int], changes: dict[str, int], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        by_epochs(sizes, **changes)
+    assert len(by_epochs({"a": 65_535}, local_steps=1).plan()[0].indices) == 65_535
+
+
+@pytest.mark.parametrize("known", [None, {"a": 3}])
+def test_epochs_need_to_know_how_many_records_a_client_has(known: dict[str, int] | None) -> None:
+    settings = config(local_unit="epochs")
+    with pytest.raises(RunError, match=r"local_unit is epochs and client 'b' has not said how many records it has; use steps"):
+        Server(settings, start(settings, BASE), ["b"], num_examples=known)

@@ -34,12 +34,12 @@ from fedkseed.data import (
     read_tasks,
     split_off,
 )
-from fedkseed.errors import ConfigError, DataError, LedgerError, RunError
+from fedkseed.errors import ConfigError, DataError, LedgerError, ProtocolError, RunError
 from fedkseed.evaluation import evaluate_loss, mean_loss
 from fedkseed.events import evaluation_event, round_event
 from fedkseed.federation import Client, Server, seed_pool, start
 from fedkseed.ledger import Ledger
-from fedkseed.messages import TrainRequest
+from fedkseed.messages import TrainRequest, check_name
 from fedkseed.models import base_path, context_length, load_model, load_tokenizer
 from fedkseed.randomness import generator
 from fedkseed.run_folder import RunFolder
@@ -184,9 +184,9 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     evaluation = encode(
         held_out, tokenizer, config.max_length, template, partial(observer.progress, "tokenising held-out records")
     )
-    observer.note(_describe("training", encoded))
-    observer.note(_describe("held-out", evaluation))
-    check_context(config, [*encoded.examples, *evaluation.examples])
+    observer.note(describe("training", encoded))
+    observer.note(describe("held-out", evaluation))
+    check_context(config.model, config.max_length, [*encoded.examples, *evaluation.examples])
     parts = deal([train[i] for i in encoded.kept], config)
     clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
     cohort = config.cohort_size(len(clients))
@@ -315,15 +315,15 @@ class Simulation:
         )
 
 
-def check_context(config: SimulationConfig, examples: Sequence[EncodedExample]) -> None:
-    """Refuse records that are longer than the model takes.
+def check_context(model: str, max_length: int, examples: Sequence[EncodedExample]) -> None:
+    """Refuse records that are longer than what a model takes.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: one of them is; the message names --max-length, which cuts them.
     """
-    longest, room = max(len(example.input_ids) for example in examples), context_length(config.model)
+    longest, room = max(len(example.input_ids) for example in examples), context_length(model)
     if room is not None and longest > room:
-        raise ConfigError(f"--max-length is {config.max_length} and a record has {longest} tokens; {config.model} takes {room}")
+        raise ConfigError(f"--max-length is {max_length} and a record has {longest} tokens; {model} takes {room}")
 
 
 def client_names(num_clients: int) -> list[str]:
@@ -420,6 +420,11 @@ def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, lis
                     "so say with --columns client=COLUMN which column tells who holds a record"
                 )
             held.setdefault(example.client, []).append(i)
+        try:
+            for name in held:
+                check_name(name)
+        except ProtocolError as error:
+            raise DataError(f"{config.data}: {error} in every record's field 'client'") from None
         return held
     draw = generator(config.seed, "partition")
     if config.partition == "iid":
@@ -430,7 +435,8 @@ def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, lis
     return dict(zip(client_names(config.num_clients), (part.tolist() for part in parts), strict=True))
 
 
-def _describe(what: str, encoded: EncodedData) -> str:
+def describe(what: str, encoded: EncodedData) -> str:
+    """One line about how many records are used, and what was lost of the others."""
     return (
         f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped (no response token), "
         f"{encoded.num_truncated:,} cut ({encoded.num_tokens_cut:,} tokens)"

@@ -58,7 +58,7 @@ class SimulationConfig(FederationConfig):
             raise ValueError(f"a folder, but not of Natural Instructions; give a file to {flag(info.field_name or '')}")
         if path.exists():
             return str(path.resolve())  # a run is gone on with from any folder
-        if path.suffix or not is_hub_id(value):
+        if not is_hub_id(value):
             raise ValueError(f"no such file; give the path of a jsonl file to {flag(info.field_name or '')}")
         return value
 

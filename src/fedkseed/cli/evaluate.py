@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedkseed.cli.display import Notes
@@ -20,7 +22,7 @@ from fedkseed.files import write_atomically
 from fedkseed.ledger import Ledger
 from fedkseed.models import load_model, load_tokenizer
 from fedkseed.run_folder import CONFIG, RunFolder
-from fedkseed.simulation import load_examples, read_source, sample
+from fedkseed.simulation import check_context, describe, load_examples, read_source, sample
 from fedkseed.simulation_config import SimulationConfig
 from fedkseed.tuned_model import apply
 
@@ -67,6 +69,10 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     where = ledger or run
     if where is None:
         raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
+    if choices.columns is not None and choices.data is None:
+        raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
+    if choices.output is not None and not choices.output.parent.is_dir():
+        raise ConfigError(f"--output {choices.output}: there is no such folder; give a file in a folder that exists")
     tuning = Ledger.load(ledger_path(where))
     config = _run_config(run or where)
     source, records = _source(config, choices, where), _records(config, choices, where)
@@ -74,7 +80,9 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     template = get_template(choices.template or (config.template if config else "plain"))
     max_length, seed = choices.max_length or (config.max_length if config else 1024), config.seed if config else 0
     notes = Notes(Console())
-    encoded = encode(records, tokenizer, max_length, template)
+    encoded = encode(records, tokenizer, max_length, template, partial(notes.progress, "tokenising"))
+    notes.note(describe("evaluation", encoded))
+    check_context(source, max_length, encoded.examples)
     chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
     examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
     answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
@@ -122,7 +130,7 @@ def _show(base: AllScores, tuned: AllScores, rounds: int, by_category: bool) -> 
     for name, before in base.categories.items():
         now = tuned.categories[name]
         rouge = [_percent(scores.rouge_l) for scores in (before, now)] if answered else []
-        table.add_row(name, f"{before.num_examples:,}", f"{before.loss:.4f}", f"{now.loss:.4f}", *rouge)
+        table.add_row(escape(name), f"{before.num_examples:,}", f"{before.loss:.4f}", f"{now.loss:.4f}", *rouge)
     print()
     console.print(table)
 

@@ -40,16 +40,15 @@ def cache_path(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerB
     return cache_folder() / f"{digest.hexdigest()}.npz"
 
 
-def load(path: Path) -> tuple[TokenIds, TokenIds] | None:
-    """The token ids of prompts and responses; None if there are none, or the file is damaged."""
+def load(path: Path, num_texts: int) -> tuple[TokenIds, TokenIds] | None:
+    """The token ids of so many prompts and responses; None if there are none, or the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             ids, lengths = file["ids"], file["lengths"]
         parts: TokenIds = [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
     except Exception:  # whatever a damaged archive raises; it is written anew
         return None
-    half = len(parts) // 2
-    return parts[:half], parts[half:]
+    return (parts[:num_texts], parts[num_texts:]) if len(parts) == 2 * num_texts else None
 
 
 def save(path: Path, prompts: TokenIds, responses: TokenIds) -> None:

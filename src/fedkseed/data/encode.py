@@ -122,7 +122,7 @@ def _all_token_ids(
 ) -> tuple[TokenIds, TokenIds]:
     """The ids of prompts and of responses, from the disk where they are there."""
     path = cache_path(texts, tokenizer)
-    if path is not None and (kept := load(path)) is not None:
+    if path is not None and (kept := load(path, len(texts))) is not None:
         return kept
     prompts: TokenIds = []
     responses: TokenIds = []

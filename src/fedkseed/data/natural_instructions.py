@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedkseed.data.example import Example
-from fedkseed.data.record import kind
+from fedkseed.data.record import checked, kind
 from fedkseed.errors import DataError
 from fedkseed.randomness import generator
 
@@ -75,6 +75,8 @@ def _names(path: Path) -> list[str]:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected the list of tasks of this split") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); restore the file") from None
     if not names:
         raise DataError(f"{path}: no tasks; expected one name a line, such as task033_winogrande_answer_generation")
     return names
@@ -93,15 +95,17 @@ def _read_task(path: Path, split: Path) -> tuple[str, list[tuple[str, str]]]:
     if not isinstance(task, dict):
         raise DataError(f"{path}: a JSON {kind(task)}; expected an object with 'Definition' and 'Instances'")
     definition, instances = task.get("Definition"), task.get("Instances")
-    if not isinstance(definition, list) or not definition or not isinstance(definition[0], str):
+    if not isinstance(definition, list) or not definition:
         raise DataError(f"{path}: field 'Definition' is no list of texts; expected the task's instruction in it")
     if not isinstance(instances, list) or not instances:
         raise DataError(f"{path}: no instances; expected a list of at least one under 'Instances'")
-    return definition[0], [_instance(item, f"{path}: instance {number}") for number, item in enumerate(instances, start=1)]
+    return checked(definition[0], "Definition", str(path)), [
+        _instance(item, f"{path}: instance {number}") for number, item in enumerate(instances, start=1)
+    ]
 
 
 def _instance(item: Any, where: str) -> tuple[str, str]:
-    text, outputs = (item.get("input"), item.get("output")) if isinstance(item, dict) else (None, None)
-    if not isinstance(text, str) or not isinstance(outputs, list) or not outputs or not isinstance(outputs[0], str):
-        raise DataError(f"{where} lacks a text 'input' or a list 'output' with a text in it; mend or delete the instance")
-    return text, outputs[0]
+    outputs = item.get("output") if isinstance(item, dict) else None
+    if not isinstance(outputs, list) or not outputs:
+        raise DataError(f"{where} lacks a list 'output' with a text in it; mend or delete the instance")
+    return checked(item.get("input"), "input", where), checked(outputs[0], "output", where)

@@ -95,7 +95,9 @@ def _turn(message: Any, where: str) -> Turn:
     role = message.get("role")
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}")
-    return role, _text(message, ("content",), where)
+    if "content" not in message:
+        raise DataError(f"{where} has no 'content'; expected an object with 'role' and 'content'")
+    return role, checked(message["content"], "content", where)
 
 
 def _present(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -109,12 +111,12 @@ def _text(record: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
         raise DataError(
             f"{where}: no field {wanted}; found {sorted(record)}, so add it, or say with --columns what it is called"
         )
-    return _checked(record[name], name, where)
+    return checked(record[name], name, where)
 
 
 def _optional(record: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
     name = _present(record, names)
-    return "" if not name or record[name] is None else _checked(record[name], name, where)
+    return "" if not name or record[name] is None else checked(record[name], name, where)
 
 
 def _name(record: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
@@ -125,7 +127,12 @@ def _name(record: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
     return _optional(record, names, where)
 
 
-def _checked(value: Any, name: str, where: str) -> str:
+def checked(value: Any, name: str, where: str) -> str:
+    """A field's value, once it is known to be a text.
+
+    Raises:
+        DataError: it is none; the message names where and the field.
+    """
     if not isinstance(value, str):
         raise DataError(f'{where}: field {name!r} is a {kind(value)}; expected a string ("" where there is nothing)')
     try:

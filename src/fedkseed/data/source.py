@@ -10,11 +10,13 @@ from fedkseed.data.table import read_csv, read_hub, read_parquet
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 READERS = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+FILES = (*READERS, ".jsonl", ".json", ".txt")
+"""What files of records are called; a hub id may have a dot in its name too, such as owner/name-2.5."""
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a text can be a dataset's id on the Hugging Face hub: owner/name, perhaps with :split."""
-    return HUB_ID.fullmatch(source) is not None
+    """Whether a text can be a dataset's id on the Hugging Face hub: owner/name, perhaps with :split, and no file's name."""
+    return HUB_ID.fullmatch(source) is not None and not source.lower().endswith(FILES)
 
 
 def read_examples(source: str | Path, columns: Columns = COLUMNS) -> list[Example]:
@@ -24,6 +26,6 @@ def read_examples(source: str | Path, columns: Columns = COLUMNS) -> list[Exampl
         DataError: see the readers.
     """
     path = Path(source)
-    if not path.exists() and is_hub_id(str(source)) and path.suffix.lower() not in (*READERS, ".jsonl", ".json"):
+    if not path.exists() and is_hub_id(str(source)):
         return read_hub(str(source), columns)
     return READERS.get(path.suffix.lower(), read_jsonl)(path, columns)

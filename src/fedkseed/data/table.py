@@ -1,7 +1,9 @@
 """Records in tables: CSV files, parquet files, Hugging Face datasets. Parquet and datasets need the extra `datasets`."""
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,20 @@ def read_csv(path: str | Path, columns: Columns = COLUMNS) -> list[Example]:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+        content = path.read_bytes()
+        text = content.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a CSV file") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+    )
+    try:
+        rows = [(f"{path}:{reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV ({error}); mend the row's quotes") from None
+        raise DataError(f"{path}:{reader.line_num + 1}: not CSV ({error}); mend the row's quotes") from None
     for where, row in rows:
         if None in row or None in row.values():
             raise DataError(f"{where}: the row has other columns than the first row names; mend its commas and quotes")
@@ -53,7 +60,7 @@ def read_parquet(path: str | Path, columns: Columns = COLUMNS) -> list[Example]:
 def read_hub(source: str, columns: Columns = COLUMNS) -> list[Example]:
     """The records of a Hugging Face dataset: `owner/name`, or `owner/name:split` for another split than `train`.
 
-    It comes from the local cache where it is there, else from the hub.
+    It comes from the hub, or from the local cache where the hub is out of reach.
 
     Raises:
         DataError: the extra is not installed, the dataset is out of reach, no records, a missing column.
@@ -61,11 +68,30 @@ def read_hub(source: str, columns: Columns = COLUMNS) -> list[Example]:
     name, _, split = source.partition(":")
 
     def load() -> Any:
-        from datasets import load_dataset
+        import datasets
+        from huggingface_hub import dataset_info
 
-        return load_dataset(name, split=split or "train")
+        try:
+            dataset_info(name, timeout=10)  # asks once, where datasets would try for half a minute
+        except Exception as refusal:
+            with _offline(datasets.config):
+                try:
+                    return datasets.load_dataset(name, split=split or "train")
+                except ConnectionError:  # nor does the cache have it
+                    raise refusal from None
+        return datasets.load_dataset(name, split=split or "train")
 
     return _examples(_numbered(_load(load, source, "a dataset's hub id, and the network"), source), source, columns)
+
+
+@contextmanager
+def _offline(config: Any) -> Iterator[None]:
+    """datasets as if HF_HUB_OFFLINE were set: only its cache counts."""
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _load(load: Callable[[], Any], source: str, expected: str) -> Any:

@@ -108,7 +108,11 @@ def get_template(name: str) -> Template:
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # too long for a name: somebody gave the text itself
+        found = False
+    if not found:
         raise InvalidValueError(f"template {name!r} is unknown; expected one of {', '.join(TEMPLATES)}, or a TOML file")
     try:
         texts = tomllib.loads(path.read_text(encoding="utf-8"))

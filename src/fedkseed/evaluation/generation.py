@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ def generate(
     max_new_tokens: int = 128,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers to the prompts of examples, in their order; each ends at EOS or after max_new_tokens.
+    """Greedy answers to the prompts of examples, in their order; each ends at EOS, after max_new_tokens or where the model's
+    context does.
 
     Prompts of similar length share a batch, padded on the left, with a key-value cache.
 
@@ -35,6 +37,7 @@ def generate(
     """
     pad, device = pad_token_id(tokenizer), next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: -examples[i].prompt_length)
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
     answers = [""] * len(examples)
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
@@ -45,7 +48,8 @@ def generate(
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
             mask[row, width - len(prompt) :] = 1
-        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+        longest = int(max(1, min(max_new_tokens, room - width)))
+        limits: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": pad}
         with torch.inference_mode():
             output = model.generate(
                 ids.to(device), attention_mask=mask.to(device), eos_token_id=tokenizer.eos_token_id, **limits

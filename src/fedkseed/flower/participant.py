@@ -79,7 +79,7 @@ def read_examples(config: FlowerConfig, source: str, what: str) -> list[EncodedE
     """
     records = read_source(source, "train", config.max_length, config.seed, config.columns)
     encoded = encode(records, load_tokenizer(config.model), config.max_length, get_template(config.template))
-    check_context(config, encoded.examples)
+    check_context(config.model, config.max_length, encoded.examples)
     log(
         INFO, "%s records: %s used, %s dropped, %s cut", what, len(encoded.examples), encoded.num_dropped, encoded.num_truncated
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.errors import FedKSeedError
-from fedkseed.published.flags import parser
+import typer
+
+from fedkseed.errors import ConfigError, FedKSeedError
+from fedkseed.published.flags import PUBLISHED, parser
 from fedkseed.simulation_config import SimulationConfig
 
 if TYPE_CHECKING:
@@ -24,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run(parser().parse_args(arguments))
     except FedKSeedError as error:
-        print(f"main.py: {error}", file=sys.stderr)
+        text = re.sub(r"--[a-z][a-z-]*", lambda match: PUBLISHED.get(match[0], match[0]), str(error))
+        print(f"main.py: {text}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except typer.Exit as done:  # after Ctrl-C has said what is safe
+        sys.exit(done.exit_code)
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -62,19 +68,20 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
     from fedkseed.run_folder import RunFolder
 
     if args.resume is not None:
-        flags = read_flags(args.resume)
-        flags.resume = args.resume
+        defaults = vars(parser().parse_args([]))
+        if others := [name for name, value in vars(args).items() if name != "resume" and value != defaults[name]]:
+            raise ConfigError(f"--{others[0]} can't be given with --resume, which keeps the run's flags; leave it out")
+        flags = argparse.Namespace(**{**defaults, **vars(read_flags(args.resume)), "resume": args.resume})
         return RunFolder.open(args.resume).config, flags, args.resume
     return translate(args), args, (args.log_root if args.log else Path("runs")) / time.strftime("%Y%m%d-%H%M%S")
 
 
 def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Records, observer: Observer) -> None:
-    from fedkseed.cli.export import public_name
+    from fedkseed.cli.export import export
     from fedkseed.cli.simulate import train
-    from fedkseed.model_card import model_card
-    from fedkseed.models import load_tokenizer, save_model
+    from fedkseed.models import load_tokenizer
     from fedkseed.published.costs import describe, estimate
-    from fedkseed.published.outputs import write_final
+    from fedkseed.published.outputs import write_final, write_results
 
     def say_costs(simulation: Simulation) -> None:
         for line in describe(estimate(simulation, len(records.held_out)), folder.config.noise, folder.config.num_rounds):
@@ -93,12 +100,10 @@ def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Re
         value = scores.loss
         observer.note(f"final loss: {value:.4f}")
     if args.log:
+        write_results(folder)  # a kill may have come between the last evaluation and its results
         write_final(folder.path, args.eval_metric, value)
-    if args.save:
-        losses = [event["eval_loss"] for event in folder.metrics() if event["event"] == "evaluation"]
-        card = model_card(public_name(folder.config.model), simulation.server.ledger, folder.config, (losses[0], losses[-1]))
-        save_model(simulation.model, tokenizer, folder.path / "model", card)
-        observer.note(f"the tuned model: {folder.path / 'model'}")
+    if args.save and not (folder.path / "model").exists():
+        export(folder.path, folder.path / "model", None, folder.config.dtype, ledger_only=False)
 
 
 def _final_scores(simulation: Simulation, records: Records, tokenizer: Any, answered: bool, observer: Observer) -> Scores:

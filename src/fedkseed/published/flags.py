@@ -8,6 +8,25 @@ The published FedKSeed command line, run by fedkseed. Every call prints the `fed
 Data are expected in ./data/natural-instructions-2.8 and ./data/databricks-dolly-15k.jsonl."""
 
 
+PUBLISHED = {
+    "--num-rounds": "--rounds",
+    "--fraction-train": "-m",
+    "--num-clients": "--num_clients",
+    "--local-steps": "--local_step",
+    "--batch-size": "--batch_size",
+    "--max-length": "--max_length",
+    "--eps": "--zo_eps",
+    "--num-seeds": "-K",
+    "--loss-clip": "--grad_clip",
+    "--importance-clip": "--bias_loss_clip",
+    "--importance-start": "--grad_initial",
+    "--subsample": "--dataset_subsample",
+    "--alpha": "--iid's alpha",
+    "--eval-limit": "--eval_limit",
+}
+"""What errors call a setting, and the published flag that it came from."""
+
+
 def yes_or_no(text: str) -> bool:
     """The value of --use_prompts: `--use_prompts False` means no, which in the published code it does not."""
     known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

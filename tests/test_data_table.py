@@ -1,0 +1,258 @@
+"""Records in tables: CSV, TSV, parquet and datasets of the hub give what jsonl gives, and say in one line what is wrong."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedkseed.data import Example, is_hub_id, parse_columns, read_csv, read_examples, read_hub, read_parquet
+from fedkseed.errors import DataError
+from fedkseed.simulation_config import build
+
+ROWS = [
+    {"instruction": "Add, please.", "context": 'two "lines"\nof it', "response": "3", "category": "sums"},
+    {"instruction": "Näme", "context": "", "response": "x", "category": "names"},
+]
+EXAMPLES = [Example("Add, please.", 'two "lines"\nof it', "3", "sums"), Example("Näme", "", "x", "names")]
+HEADER = "instruction,context,response,category\n"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+# --- CSV and TSV ---
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_csv(tmp_path: Path, start: str, end: str) -> None:
+    lines = [HEADER.strip(), '"Add, please.","two ""lines""\nof it",3,sums', "Näme,,x,names", ""]
+    path = write(tmp_path / "a.csv", start + end.join(lines))
+    assert read_csv(path) == read_examples(path) == EXAMPLES
+
+
+def test_tsv(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.TSV", "instruction\tresponse\nAdd, please.\t3, or so\n")
+    assert read_examples(path) == [Example("Add, please.", "", "3, or so", "")]
+
+
+def test_columns_of_a_csv(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "q,a,site\nWhy?,So.,4\n")
+    assert read_examples(path, parse_columns("instruction=q,output=a,client=site")) == [Example("Why?", "", "So.", "", "4")]
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "message"),
+    [
+        ("", "", "no records; expected rows with an instruction and a response"),
+        (HEADER, "", "no records"),
+        (HEADER + "a,b,c,d\na,b,c\n", ":3", "the row has other columns than the first row names; mend its commas and quotes"),
+        (HEADER + "a,b,c,d,e\n", ":2", "the row has other columns than the first row names"),
+        (HEADER + 'a,"b"x,c,d\n', ":2", "not CSV (',' expected after '\"'); mend the row's quotes"),
+        (HEADER + 'a,"b,c,d\n', ":2", "not CSV (unexpected end of data)"),
+        (
+            "question,response\na,b\n",
+            ":2",
+            "no field 'instruction'; found ['question', 'response'], so add it, or say with --col",
+        ),
+        ("instruction,answer\na,b\n", ":2", "no field 'output' or 'response'; found ['answer', 'instruction'], so add it"),
+        (
+            HEADER.encode() + b"a,b,c,d\n" * 20_000 + b"a,\xff,c,d\n",
+            ":20002",
+            "not UTF-8 (invalid start byte); save the file as",
+        ),
+    ],
+)
+def test_a_bad_csv_is_named_with_its_line(tmp_path: Path, content: str | bytes, where: str, message: str) -> None:
+    path = write(tmp_path / "bad.csv", content)
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{path}{where}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_csv_that_is_missing_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.csv: cannot be read \(No such file or directory\); expected a CSV file"):
+        read_examples(tmp_path / "nowhere.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match=r"folder\.csv: cannot be read \(Is a directory\)"):
+        read_examples(tmp_path / "folder.csv")
+
+
+# --- Parquet ---
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ROWS)
+    assert read_parquet(path) == read_examples(path) == EXAMPLES
+
+
+def test_parquet_with_numbered_categories_and_conversations(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    path = write_parquet(tmp_path / "a.parquet", [{"messages": talk, "category": 3}])
+    assert read_examples(path) == [Example("Why?", "", "So.", "3")]
+
+
+def test_a_bad_parquet_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"bad\.parquet: cannot be read \(.*\); expected a parquet file, so check the name or give"
+    ):
+        read_examples(write(tmp_path / "bad.parquet", "junk"))
+    with pytest.raises(DataError, match=r"none\.parquet: cannot be read"):
+        read_examples(tmp_path / "none.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, record 2: field 'response' is a null; expected a string"):
+        read_examples(write_parquet(tmp_path / "a.parquet", [ROWS[0], {**ROWS[1], "response": None}]))
+    with pytest.raises(DataError, match=r"a\.parquet, record 1: no field 'instruction'; found \['a'\]"):
+        read_examples(write_parquet(tmp_path / "a.parquet", [{"a": "b"}]))
+
+
+@pytest.mark.parametrize(("module", "source"), [("pyarrow", "a.parquet"), ("datasets", "owner/name")])
+def test_without_the_extra_the_fix_is_said(monkeypatch: pytest.MonkeyPatch, module: str, source: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"{source} needs an extra; install it with: pip install 'fedkseed\[datasets\]'"):
+        read_examples(source)
+
+
+# --- The hub ---
+
+
+class Hub:
+    """In place of the hub and of `datasets.load_dataset`; remembers what was asked of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: Any = (), reachable: bool = True, cached: bool = True) -> None:
+        import datasets
+
+        self.asked: list[tuple[str, str, bool]] = []
+
+        def dataset_info(name: str, timeout: float) -> None:
+            if not reachable:
+                raise OSError("no route\nto the hub")
+
+        def load_dataset(name: str, split: str) -> Any:
+            self.asked.append((name, split, datasets.config.HF_HUB_OFFLINE))
+            if not cached:
+                raise ConnectionError("Couldn't reach it")
+            if isinstance(rows, Exception):
+                raise rows
+            return datasets.Dataset.from_list(rows)
+
+        monkeypatch.setattr("huggingface_hub.dataset_info", dataset_info)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.parametrize(("source", "split"), [("owner/my-data_2.5", "train"), ("owner/name:validation", "validation")])
+def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, source: str, split: str) -> None:
+    hub = Hub(monkeypatch, ROWS)
+    assert read_examples(source) == read_hub(source) == EXAMPLES
+    assert hub.asked == [(source.partition(":")[0], split, False)] * 2
+
+
+def test_a_dataset_of_the_hub_with_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, [{"q": "Why?", "a": "So.", "label": 2}])
+    assert read_hub("o/n", parse_columns("instruction=q,output=a,category=label")) == [Example("Why?", "", "So.", "2")]
+    with pytest.raises(DataError, match=r"o/n, record 1: no field 'instruction'; found \['a', 'label', 'q'\]"):
+        read_hub("o/n")
+
+
+def test_where_the_hub_is_out_of_reach_the_cache_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    hub = Hub(monkeypatch, ROWS, reachable=False)
+    assert read_hub("o/n") == EXAMPLES
+    assert hub.asked == [("o/n", "train", True)]
+    assert datasets.config.HF_HUB_OFFLINE is False  # put back
+
+
+def test_neither_hub_nor_cache_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, reachable=False, cached=False)
+    with pytest.raises(DataError) as caught:
+        read_hub("o/n")
+    assert str(caught.value) == (
+        "o/n: cannot be read (no route to the hub); expected a dataset's hub id, and the network, "
+        "so check the name or give a jsonl file"
+    )
+
+
+def test_whatever_datasets_raises_is_one_short_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, ValueError("Unknown split.\n" * 100))
+    with pytest.raises(DataError, match=r"^o/n:valid: cannot be read \(Unknown split\. .*\.\.\.\); expected") as caught:
+        read_hub("o/n:valid")
+    assert len(str(caught.value)) < 300
+    Hub(monkeypatch, [])
+    with pytest.raises(DataError, match=r"^o/n: no records; expected rows"):
+        read_hub("o/n")
+
+
+def test_the_real_library_without_a_network_asks_once_and_gives_up(tmp_path: Path) -> None:
+    """By itself it would retry five times, and take half a minute."""
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    caller, _ = server.accept()
+                except OSError:
+                    return
+                asked.append(caller.recv(1000).split(b" ")[1].decode())
+                caller.close()
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import fedkseed.data as d\ntry: d.read_hub('o/n')\nexcept d.table.DataError as e: print(e)",
+            ],
+            env={**environment, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "no_proxy": "*"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert done.stdout.startswith("o/n: cannot be read (")
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    assert [path for path in asked if "o/n" in path] == ["/api/datasets/o/n"]
+
+
+# --- Which is which ---
+
+
+@pytest.mark.parametrize("name", ["o/n", "o/n:test", "teknium/OpenHermes-2.5", "a.b/c_d-e"])
+def test_what_can_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id(name)
+    assert build({"model": "m", "lr": 1, "data": name}).data == name
+
+
+@pytest.mark.parametrize("name", ["n", "/o/n", "o/n/m", "data/a.jsonl", "data/a.CSV", "data/a.parquet", "o/n:", "o n/m"])
+def test_what_cannot(name: str) -> None:
+    assert not is_hub_id(name)
+
+
+def test_a_file_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "o").mkdir()
+    write(tmp_path / "o" / "n", '{"instruction": "i", "output": "o"}')
+    assert read_examples("o/n") == [Example("i", "", "o", "")]
