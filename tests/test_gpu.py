@@ -200,6 +200,21 @@ def test_tiles_as_small_as_a_gpus_give_the_same_bits(gpu, monkeypatch, family, k
     assert laws.all_bits(model) == laws.all_bits(right)
 
 
+# --- the benchmark ---
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make bench-gpu runs it in full")
+def test_the_gpu_benchmark_runs_at_toy_sizes():
+    """So that it works on the day that there is a GPU."""
+    root = Path(__file__).parents[1]
+    before = sorted((root / "benchmarks" / "results").iterdir())
+    run = subprocess.run([sys.executable, "-m", "benchmarks", "gpu"], capture_output=True, text=True, cwd=root, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith("bits equal the reference's; measured in ")
+    assert sorted((root / "benchmarks" / "results").iterdir()) == before
+
+
 # --- where it cannot run ---
 
 
