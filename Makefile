@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: test test-slow lint format bench demo clean
+.PHONY: test test-slow lint format bench bench-gpu demo clean
 
 test: $(READY)  ## the tests of every day
 	$(BIN)/python -m pytest
@@ -23,6 +23,9 @@ format: $(READY)
 
 bench: $(READY)  ## the budgets, as ratios measured in one run; writes benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+bench-gpu: $(READY)  ## the same on a GPU, after a check of its bits; under eight minutes
+	$(BIN)/python -m benchmarks gpu
 
 demo: $(READY)  ## a whole federation in a few minutes, with a tiny model that comes along
 	$(BIN)/fedkseed demo

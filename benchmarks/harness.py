@@ -83,9 +83,9 @@ def environment() -> dict[str, object]:
     }
 
 
-def report(title: str, name: str, rows: list[Row]) -> None:
-    """Print a table of results and save it as benchmarks/results/NAME.json and .md."""
-    facts = environment()
+def report(title: str, name: str, rows: list[Row], **more: object) -> None:
+    """Print a table of results and save it, with more facts of the environment, as benchmarks/results/NAME.json and .md."""
+    facts = {**more, **environment()}
     table = Table("what", "median", "lowest to highest", "must", "aim", "", title=title)
     markdown = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     markdown += ["| what | median | lowest to highest | must | aim | |", "| --- | --- | --- | --- | --- | --- |"]

@@ -1,4 +1,4 @@
-"""What all tests share: the shared folder, Hypothesis without chance, and torch's number of threads put back."""
+"""What all tests share: the shared folder, Hypothesis without chance, torch's threads put back, Triton's interpreter."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Before anything imports Triton: without a GPU the gpu backend runs in Triton's interpreter, on tensors in main memory.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Derandomised: a failure repeats, and a run that passes today passes tomorrow.
 settings.register_profile(

@@ -4,22 +4,41 @@ It shares no code with src/: nothing here imports fedkseed. Slow is fine; clever
 """
 
 import hashlib
+import importlib.util
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "noise_vectors.json").read_text())
-BACKENDS = ("reference", "cpu")  # the contract table: every law runs over every row
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("reference", "cpu", *(["gpu"] if HAS_TRITON else []))  # the contract table: every law runs over every row
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # then the gpu backend works on tensors in main memory
+# for tests of hundreds of sweeps: an interpreted one takes half a second
+QUICK_BACKENDS = BACKENDS[:2] if INTERPRETED else BACKENDS
 FAMILIES = ("hadamard", "gaussian")
 HALF_TYPES = (torch.float16, torch.bfloat16)
 FLOAT_TYPES = (torch.float32, *HALF_TYPES)
+T = TypeVar("T")
 F32, U32, I64 = np.float32, np.uint32, np.int64
 MASK = 2**32 - 1
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a sweep of that backend must be."""
+    return "cuda" if backend == "gpu" and not INTERPRETED else "cpu"
+
+
+def few(backend: str, cases: Sequence[T]) -> Sequence[T]:
+    """All cases; of an interpreted backend, whose every launch takes long, each third and the last."""
+    return [*cases[:-1:3], cases[-1]] if backend == "gpu" and INTERPRETED else cases
+
 
 # --- Terms ---
 
@@ -253,7 +272,7 @@ def encode(x: NDArray[F32], kind: torch.dtype) -> NDArray[np.uint16]:
 def bits(x: torch.Tensor | NDArray[F32]) -> NDArray[np.unsignedinteger]:
     """The bits of a tensor or array of floats, flat, as unsigned integers."""
     if isinstance(x, torch.Tensor):
-        x = x.detach().reshape(-1).view(torch.int32 if x.dtype == torch.float32 else torch.int16).numpy()
+        x = x.detach().reshape(-1).view(torch.int32 if x.dtype == torch.float32 else torch.int16).cpu().numpy()
     x = np.ascontiguousarray(x).reshape(-1)
     return x.view(U32 if x.dtype.itemsize == 4 else np.uint16)
 
@@ -312,7 +331,7 @@ class Weight:
 
 def tensor_digest(name: str, x: torch.Tensor) -> bytes:
     header = json.dumps([name, list(x.shape), str(x.dtype).removeprefix("torch.")])
-    data = x.detach().contiguous().reshape(-1)
+    data = x.detach().cpu().contiguous().reshape(-1)
     raw = bits(data).tobytes() if x.is_floating_point() and x.dtype != torch.float64 else data.numpy().tobytes()
     return hashlib.sha256(header.encode("ascii") + b"\n" + raw).digest()
 
@@ -325,8 +344,11 @@ def model_digest(tensors: dict[str, torch.Tensor]) -> str:
 # --- Models ---
 
 
-def module_of(tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()) -> torch.nn.Module:
-    """A module with these parameters under these dotted names; a Parameter may come under several names (tied)."""
+def module_of(tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = (), backend: str = "reference") -> torch.nn.Module:
+    """A module with these parameters under these dotted names; a Parameter may come under several names (tied).
+
+    It lies where that backend works.
+    """
     root = torch.nn.Module()
     for name, x in tensors.items():
         at = root
@@ -338,13 +360,14 @@ def module_of(tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()) ->
         parameter = x if isinstance(x, torch.nn.Parameter) else torch.nn.Parameter(x.clone(), requires_grad=False)
         parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
         at.register_parameter(last, parameter)
-    return root
+    return root.to(device_of(backend))
 
 
 def all_bits(model: torch.nn.Module) -> dict[str, bytes]:
     """The bytes of every parameter, by each of its names."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, x in named if x.numel()}
+    flat = {name: x.detach().cpu().contiguous().reshape(-1) for name, x in named if x.numel()}
+    return {name: x.view(torch.uint8).numpy().tobytes() for name, x in flat.items()}
 
 
 def some_weights(shape: tuple[int, ...], kind: torch.dtype, seed: int) -> torch.Tensor:

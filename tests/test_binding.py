@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 import fedkseed as fk
 from fedkseed.errors import BackendError, BindingError, FedKSeedError, InvalidValueError
+from fedkseed.noise import get_backend
+from fedkseed.zeroth_order import StepSettings, local_steps
 
 KEY = 0xFEDCBA9876543210
 backends = pytest.mark.parametrize("backend", laws.BACKENDS)
+quick_backends = pytest.mark.parametrize("backend", laws.QUICK_BACKENDS)
 families = pytest.mark.parametrize("family", laws.FAMILIES)
 half_types = pytest.mark.parametrize("kind", laws.HALF_TYPES, ids=str)
 SHAPES = {
@@ -71,17 +74,28 @@ def operations(draw, size: int):
     return draw(st.lists(steps, min_size=1, max_size=6))
 
 
-@backends
+@quick_backends
 @families
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "mixed"])
 @settings(max_examples=6)
 @given(data=st.data())
 def test_any_sequence_of_operations_leaves_the_bits_of_the_definition(precision, family, backend, data):
+    check_operations(precision, family, backend, data.draw(operations(SIZES[family])))
+
+
+@pytest.mark.skipif("gpu" not in laws.BACKENDS, reason="needs Triton")
+@families
+def test_a_sequence_of_operations_leaves_the_bits_of_the_definition_on_the_gpu(family):
+    steps = [("perturb", 1, 0.5), ("rebuild", 0), ("move", [(0, 0.25), (2, -1.0), (0, 1e-3)]), ("rebuild", 0)]
+    check_operations("mixed", family, "gpu", steps)
+
+
+def check_operations(precision, family, backend, steps) -> None:
     pool, tensors = pool_of(family), tensors_of(precision, long=(4096 + 131,))
-    model, weights = laws.module_of(tensors), weights_of(tensors, pool)
+    model, weights = laws.module_of(tensors, backend=backend), weights_of(tensors, pool)
     bound = fk.bind(model, pool, backend=backend)
     assert_follows(model, weights)
-    for kind, *arguments in data.draw(operations(pool.size)):
+    for kind, *arguments in steps:
         if kind == "rebuild":
             a = coefficients_of(pool.size, *arguments) * np.float32(arguments != [0])  # one of them all zeros
             bound.rebuild(a)
@@ -135,7 +149,7 @@ def test_overflow_in_the_cast_gives_infinity_and_only_there(backend, family, kin
     w0 = torch.tensor([largest, -largest]).to(kind).repeat(100)
     for amount in (stays, overflows):
         pool = pool_of(family, 1)
-        model = laws.module_of({"w": w0})
+        model = laws.module_of({"w": w0}, backend=backend)
         weight = laws.Weight("w", w0, kind, family, KEY, 1)
         weight.rebuild(np.array([amount], np.float32))
         fk.bind(model, pool, backend=backend).rebuild(np.array([amount], np.float32))
@@ -150,10 +164,10 @@ def test_overflow_in_the_cast_gives_infinity_and_only_there(backend, family, kin
 def test_subnormal_weights_move_by_their_last_place(backend, kind):
     unit = torch.finfo(kind).smallest_normal * torch.finfo(kind).eps  # the smallest subnormal number
     w0 = torch.full([300], 3 * unit, dtype=kind)
-    model = laws.module_of({"w": w0})
+    model = laws.module_of({"w": w0}, backend=backend)
     fk.bind(model, pool_of("hadamard", 1), backend=backend).rebuild(np.array([unit], np.float32))
     z = pool_of("hadamard", 1).perturbation("w", 300, 0)
-    np.testing.assert_array_equal(model.w.detach().double().numpy(), (3 + z.astype(np.float64)) * unit)
+    np.testing.assert_array_equal(model.w.detach().cpu().double().numpy(), (3 + z.astype(np.float64)) * unit)
 
 
 @backends
@@ -162,14 +176,14 @@ def test_a_weight_of_minus_zero_gets_the_sign_that_the_sum_gives(backend, precis
     """Nobody skips zeros: -0 + (+0) is +0, and only -0 + (-0), which gaussian sums never give, stays -0."""
     w0 = torch.full([300], -0.0, dtype=getattr(torch, precision))
     for family in laws.FAMILIES:
-        model = laws.module_of({"w": w0})
+        model = laws.module_of({"w": w0}, backend=backend)
         bound = fk.bind(model, pool_of(family), backend=backend)
         assert torch.signbit(model.w).all()
         bound.rebuild(np.zeros(SIZES[family], np.float32))
         assert (model.w == 0).all()
         sign, _ = laws.signs_and_buckets(KEY, SIZES[family], "w", 300)
         kept = sign == 1 if family == "hadamard" else np.zeros(300, bool)
-        np.testing.assert_array_equal(torch.signbit(model.w).numpy(), kept)
+        np.testing.assert_array_equal(torch.signbit(model.w).cpu().numpy(), kept)
 
 
 @half_types
@@ -236,12 +250,12 @@ def test_an_empty_move_adds_zeros_and_keeps_what_half_precision_is(family):
     assert_follows(model, weights)
 
 
-@backends
+@quick_backends
 @half_types
 def test_half_precision_hadamard_moves_that_cancel_leave_exactly_what_rebuild_gives(backend, kind):
     """As local training moves: a step back along one seed and forth along the next, amounts exact in float64."""
     pool, w0 = pool_of("hadamard", 200), laws.some_weights((5000,), kind, 3)
-    model, fresh = laws.module_of({"w": w0}), laws.module_of({"w": w0})
+    model, fresh = laws.module_of({"w": w0}, backend=backend), laws.module_of({"w": w0}, backend=backend)
     bound = fk.bind(model, pool, backend=backend)
     a = (np.round(coefficients_of(200) * 2**16) / 2**16).astype(np.float32)
     bound.rebuild(a)
@@ -266,12 +280,12 @@ def test_half_precision_hadamard_moves_that_cancel_leave_exactly_what_rebuild_gi
     assert not torch.equal(naive, w0)
 
 
-@backends
+@quick_backends
 @half_types
 def test_half_precision_gaussian_follows_a_float32_centre(backend, kind):
     """Twenty moves, each far below half a last place, add up; cast after each, they would be lost."""
     pool, w0 = pool_of("gaussian"), torch.ones(1000, dtype=kind)
-    model, weight = laws.module_of({"w": w0}), laws.Weight("w", w0, kind, "gaussian", KEY, 4)
+    model, weight = laws.module_of({"w": w0}, backend=backend), laws.Weight("w", w0, kind, "gaussian", KEY, 4)
     bound = fk.bind(model, pool, backend=backend)
     step = torch.finfo(kind).eps / 20
     lost = w0.clone()
@@ -280,7 +294,7 @@ def test_half_precision_gaussian_follows_a_float32_centre(backend, kind):
         weight.move([1], [step])
         lost = (lost.float() + step * torch.from_numpy(pool.perturbation("w", 1000, 1))).to(kind)
     np.testing.assert_array_equal(laws.bits(model.w), weight.now)
-    moved = (model.w != w0).float().mean()
+    moved = (model.w.cpu() != w0).float().mean()
     assert moved > 2 * (lost != w0).float().mean()
 
 
@@ -323,6 +337,25 @@ def test_rebuild_does_not_depend_on_where_the_weights_are(precision, family):
     expected = laws.module_of(tensors)
     fk.bind(expected, pool_of(family)).rebuild(changed)
     assert laws.all_bits(model) == laws.all_bits(expected) != right
+
+
+@pytest.mark.parametrize(
+    ("precision", "family"), [*((p, "hadamard") for p in ("float32", "float16", "bfloat16", "mixed")), ("float32", "gaussian")]
+)
+def test_local_steps_sweep_each_weight_twice_a_step(monkeypatch, precision, family):
+    """Counted in the kernel layer: n steps are 2 n + 1 passes over the weights, whatever their precision."""
+    swept = []
+    sweep = get_backend("cpu").sweep
+
+    def counting(mixture, slots):
+        swept.extend(slot.out.data_ptr() for slot in slots)
+        sweep(mixture, slots)
+
+    model = laws.module_of(tensors_of(precision))
+    bound = fk.bind(model, pool_of(family), backend="cpu")
+    monkeypatch.setattr(get_backend("cpu"), "sweep", counting)
+    local_steps(bound, [0, 1, 2], lambda step: float(step), StepSettings(lr=1e-3, eps=2.0**-10))
+    assert {address: swept.count(address) for address in swept} == {x.data_ptr(): 7 for x in model.parameters()}
 
 
 def test_two_bindings_do_not_disturb_each_other():
@@ -455,7 +488,7 @@ def test_binding_leaves_the_model_as_it_is():
     assert bound.pool == pool_of("hadamard")
 
 
-@backends
+@quick_backends
 @families
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 def test_the_global_generators_are_neither_read_nor_moved(precision, family, backend):
@@ -464,7 +497,7 @@ def test_the_global_generators_are_neither_read_nor_moved(precision, family, bac
         return [torch.get_rng_state().tolist(), words.tolist(), position, rest, random.getstate()]
 
     def everything():
-        model = laws.module_of(tensors_of(precision))
+        model = laws.module_of(tensors_of(precision), backend=backend)
         bound = fk.bind(model, pool_of(family), backend=backend)
         bound.rebuild(coefficients_of(SIZES[family]))
         bound.move([0, 1], [0.5, 0.25])
@@ -690,10 +723,34 @@ def test_a_frozen_meta_parameter_is_refused_too():
         fk.bind(model, pool_of("hadamard"))
 
 
-@pytest.mark.parametrize("backend", ["gpu", "numpy", ""])
+@pytest.mark.parametrize("backend", ["tpu", "numpy", ""])
 def test_a_backend_that_is_not_there_is_refused(backend):
     with pytest.raises((BackendError, InvalidValueError), match=repr(backend)):
         fk.bind(small(), pool_of("hadamard"), backend=backend)
+
+
+def test_a_model_on_a_device_that_the_backend_does_not_work_on_is_refused(monkeypatch):
+    monkeypatch.setattr(get_backend("reference"), "device", "cuda")  # as the gpu backend's is where there is one
+    model = small()
+    before = laws.all_bits(model)
+    message = r"0\.bias is on cpu, where backend 'reference' does not work; move the model to 'cuda', or choose backend 'auto'"
+    with pytest.raises(BackendError, match=message):
+        fk.bind(model, pool_of("hadamard"), backend="reference")
+    assert laws.all_bits(model) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@families
+def test_a_model_spread_over_devices_has_the_bits_of_one_on_the_cpu(family):
+    tensors = tensors_of("mixed")
+    spread, whole = laws.module_of(tensors), laws.module_of(tensors)
+    spread.block.to("cuda")
+    spread.embed.to(f"cuda:{torch.cuda.device_count() - 1}")
+    for model in (spread, whole):
+        bound = fk.bind(model, pool_of(family))
+        bound.rebuild(coefficients_of(SIZES[family]))
+        bound.move([0, 2], [0.25, -0.5])
+    assert laws.all_bits(spread) == laws.all_bits(whole)
 
 
 # --- refused calls change nothing ---

@@ -6,6 +6,7 @@ import math
 import laws
 import numpy as np
 import pytest
+import torch
 from numba import njit
 from scipy import stats
 
@@ -32,7 +33,34 @@ def of_cpu(r, r2):
     return z, z2
 
 
-BOX_MULLER = {"reference": reference.box_muller, "cpu": of_cpu}  # one row per backend of the contract table
+if "gpu" in laws.BACKENDS:
+    import triton
+    import triton.language as tl
+
+    from fedkseed.noise.gpu_kernels import OPTIONS
+    from fedkseed.noise.gpu_kernels import _box_muller as _gpu_box_muller
+
+    @triton.jit
+    def _fill_on_gpu(r, r2, z, z2, n, TILE: tl.constexpr):
+        at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        words, words2 = tl.load(r + at, mask=at < n, other=0), tl.load(r2 + at, mask=at < n, other=0)
+        first, second = _gpu_box_muller(words.to(tl.uint32, bitcast=True), words2.to(tl.uint32, bitcast=True))
+        tl.store(z + at, first, mask=at < n)
+        tl.store(z2 + at, second, mask=at < n)
+
+
+def of_gpu(r, r2):
+    """The kernels' own function, called as a kernel calls it."""
+    tile = 2**18 if laws.INTERPRETED else 1024
+    words = [torch.from_numpy(x.view(np.int32)).to(laws.device_of("gpu")) for x in (r, r2)]
+    values = [torch.empty_like(words[0], dtype=torch.float32) for _ in range(2)]
+    _fill_on_gpu[(-(-r.size // tile),)](*words, *values, r.size, TILE=tile, **OPTIONS)
+    z, z2 = (x.cpu().numpy() for x in values)
+    return z, z2
+
+
+# one row per backend of the contract table
+BOX_MULLER = {"reference": reference.box_muller, "cpu": of_cpu, **({"gpu": of_gpu} if "gpu" in laws.BACKENDS else {})}
 implementations = pytest.mark.parametrize("backend", laws.BACKENDS)
 
 
@@ -127,10 +155,10 @@ def test_the_bits_of_docs_noise_md():
 # --- accuracy, and the same bits ---
 
 
-def check_all_backends(r, r2) -> None:
+def check_all_backends(r, r2, backends=laws.BACKENDS) -> None:
     """Every backend's values are near the float64 ones and have the bits of the transcription, hence of each other."""
     exact, expected = laws.box_muller64(r, r2), laws.box_muller(r, r2)
-    for backend in laws.BACKENDS:
+    for backend in backends:
         for value, right, near in zip(BOX_MULLER[backend](r, r2), expected, exact, strict=True):
             np.testing.assert_array_equal(laws.bits(value), laws.bits(right), err_msg=backend)
             assert np.abs(value - near).max() <= BOUND, backend
@@ -139,7 +167,7 @@ def check_all_backends(r, r2) -> None:
 def test_all_radii_at_angle_0_are_near_float64_and_the_same_bits_on_all_backends():
     """Exhaustively: at angle 0 the value is the radius itself."""
     for r in all_radii():
-        check_all_backends(r, np.zeros_like(r))
+        check_all_backends(r, np.zeros_like(r), laws.QUICK_BACKENDS)
 
 
 def test_all_radii_at_changing_angles_are_near_float64_and_the_same_bits_on_all_backends():
@@ -195,7 +223,7 @@ def is_correctly_rounded_root(root, x) -> np.ndarray:
 def test_every_square_root_is_correctly_rounded_on_all_backends():
     for r in all_radii():
         x = laws.log_argument(r)
-        for backend in laws.BACKENDS:
+        for backend in laws.QUICK_BACKENDS:
             radius, _ = BOX_MULLER[backend](r, np.zeros_like(r))  # times cos 0, which is 1
             assert is_correctly_rounded_root(radius, x).all()
     # negative control: x times the reciprocal root, as fast code takes it

@@ -41,7 +41,7 @@ class Binding:
         self._tunable = [entry for entry in self._entries if entry.parameter.requires_grad]
         check_tunable(self._tunable)
         check_apart(self._entries)
-        self._backend = get_backend(backend)
+        self._backends = backends_for(self._tunable, backend)
         self._base: Base = MemoryBase(self._tunable) if base is None else FileBase(base, self._tunable)
         self._full = [entry for entry in self._tunable if entry.parameter.dtype == torch.float32]
         self._half = [entry for entry in self._tunable if entry.parameter.dtype != torch.float32]
@@ -67,7 +67,7 @@ class Binding:
             return
         self._rebuilt = None
         self._from_base(mixture, {entry.name: entry.parameter for entry in self._tunable})
-        if self.pool.family == "gaussian" and _fits(sum(e.parameter.nbytes for e in self._tunable)):
+        if self.pool.family == "gaussian" and _fit_again(self._tunable):
             self._rebuilt = coefficients.tobytes(), {e.name: e.parameter.detach().clone() for e in self._tunable}
 
     def move(self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]) -> None:
@@ -90,7 +90,7 @@ class Binding:
         if far.size:
             raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
         if self._full:
-            add_in_place(self._backend, self.pool.mixture(at, delta), {entry.name: entry.parameter for entry in self._full})
+            add_in_place(self._backends, self.pool.mixture(at, delta), {entry.name: entry.parameter for entry in self._full})
         if self._half and self.pool.family == "hadamard":
             whole = self.pool.mixture_of(moved.astype(np.float32))
             self._from_base(whole, {entry.name: entry.parameter for entry in self._half})
@@ -134,16 +134,17 @@ class Binding:
             slots = []
             for s in batch:
                 out = outputs[s.name].detach().reshape(-1)[s.start : s.start + s.values.numel()]
-                slots.append(Slot(out, s.values, tensor_id(s.name), s.start))
-            self._backend.sweep(mixture, slots)
+                slots.append(Slot(out, s.values.to(out.device), tensor_id(s.name), s.start))
+            _sweep(self._backends, mixture, slots)
 
     def _follow_centre(self, mixture: Mixture) -> None:
         if not self._centre:
             self._centre = {entry.name: torch.empty_like(entry.parameter, dtype=torch.float32) for entry in self._half}
             self._from_base(self.pool.mixture_of(self._coefficients.astype(np.float32)), self._centre)
-        add_in_place(self._backend, mixture, self._centre)
+        add_in_place(self._backends, mixture, self._centre)
         still = self.pool.mixture([], [])
-        self._backend.sweep(
+        _sweep(
+            self._backends,
             still,
             [Slot(e.parameter.detach().reshape(-1), self._centre[e.name].reshape(-1), tensor_id(e.name)) for e in self._half],
         )
@@ -155,11 +156,12 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
     The weights are left as they are; they count as the base weights `w0` unless `base` is given.
 
     Args:
-        model: a bare module (not compiled, not wrapped for data parallelism) with dense parameters in memory.
+        model: a bare module (not compiled, not wrapped for data parallelism) with dense parameters in memory, on the CPU,
+            on a CUDA GPU or spread over several devices.
         pool: the pool of perturbations.
         base: a safetensors file (or a folder with `model.safetensors` or its index) that holds `w0`; it is read again
-            through a memory map at each rebuild. None keeps a copy of the weights in memory.
-        backend: `auto`, or the name of a noise backend.
+            through a memory map at each rebuild. None keeps a copy of the weights on their devices.
+        backend: `auto` (for each parameter the fastest of its device), or the name of a noise backend.
 
     Raises:
         BindingError: the model is wrapped; a parameter is on the meta device, sparse, not contiguous, of another type
@@ -169,10 +171,55 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
     return Binding(model, pool, base, backend)
 
 
-def add_in_place(backend: Backend, mixture: Mixture, tensors: Mapping[str, torch.Tensor]) -> None:
+Backends = Mapping[str, Backend]
+"""The backend for each type of device that parameters are on."""
+
+
+def backends_for(entries: Sequence[NamedParameter], name: str) -> Backends:
+    """Which backend sweeps which parameters.
+
+    Args:
+        entries: the tunable parameters.
+        name: `auto`, or the name of a noise backend, which must then work on all of them.
+
+    Raises:
+        InvalidValueError: there is no backend of that name.
+        BackendError: it cannot run here, or a parameter is on a device that it, or any, does not work on.
+    """
+    found: dict[str, Backend] = {}
+    for entry in entries:
+        device = entry.parameter.device
+        if device.type not in found:
+            found[device.type] = get_backend(name, device.type)
+        if found[device.type].device != device.type:
+            raise BackendError(
+                f"{entry.name} is on {device}, where backend {name!r} does not work; "
+                f"move the model to {found[device.type].device!r}, or choose backend 'auto'"
+            )
+    return found
+
+
+def add_in_place(backends: Backends, mixture: Mixture, tensors: Mapping[str, torch.Tensor]) -> None:
     """Add a mixture to tensors where they lie, by canonical name: `x <- cast(widen(x) + sum_k a_k z_k)`."""
     flat = {name: x.detach().reshape(-1) for name, x in tensors.items()}
-    backend.sweep(mixture, [Slot(x, x, tensor_id(name)) for name, x in flat.items()])
+    _sweep(backends, mixture, [Slot(x, x, tensor_id(name)) for name, x in flat.items()])
+
+
+def _sweep(backends: Backends, mixture: Mixture, slots: Sequence[Slot]) -> None:
+    for device, backend in backends.items():
+        backend.sweep(mixture, [slot for slot in slots if slot.out.device.type == device])
+
+
+def _fit_again(entries: Sequence[NamedParameter]) -> bool:
+    """Whether a second set of the parameters takes at most half of the memory that is available on each device."""
+    sizes: dict[torch.device, int] = {}
+    for entry in entries:
+        x = entry.parameter
+        sizes[x.device] = sizes.get(x.device, 0) + x.nbytes
+    return all(
+        2 * size <= torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _fits(size)
+        for device, size in sizes.items()
+    )
 
 
 def _fits(size: int) -> bool:
@@ -198,8 +245,6 @@ def check_tunable(entries: Sequence[NamedParameter]) -> None:
             raise BindingError(f"{name} is not contiguous in memory; set its data to data.contiguous() before binding")
         if x.numel() > MAX_ELEMENTS:
             raise BindingError(f"{name} has {x.numel()} elements; at most {MAX_ELEMENTS} have a noise")
-        if x.device.type != "cpu":
-            raise BackendError(f"{name} is on {x.device}, which no noise backend supports; move the model to the CPU")
 
 
 def check_apart(entries: Sequence[NamedParameter]) -> None:

@@ -41,10 +41,7 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
     """
     if dtype not in get_args(Dtype):
         raise InvalidValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join(get_args(Dtype))}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidValueError(f"device {str(device)!r} cannot be used here ({_line(error)}); try 'cpu'") from None
+    require_device(device)
     folder = _folder(source)
     if folder is not None:
         _require(folder, ("config.json",), "config.json")
@@ -69,6 +66,14 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
         return loaded
 
     return _load(source, folder, "causal language model", load)
+
+
+def require_device(device: str | torch.device) -> None:
+    """Raise an InvalidValueError if torch cannot use the device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidValueError(f"device {str(device)!r} cannot be used here ({_line(error)}); try 'cpu'") from None
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

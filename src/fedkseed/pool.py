@@ -141,9 +141,10 @@ class SeedPool:
     def _sum(self, name: str, n: int, mixture: Mixture, backend: str) -> NDArray[np.float32]:
         import torch
 
-        out = torch.empty(_integer("n", n, 0, MAX_ELEMENTS), dtype=torch.float32, device="cpu")
-        get_backend(backend).sweep(mixture, [Slot(out, None, tensor_id(name))])
-        array: NDArray[np.float32] = out.numpy()
+        chosen = get_backend(backend)
+        out = torch.empty(_integer("n", n, 0, MAX_ELEMENTS), dtype=torch.float32, device=chosen.device)
+        chosen.sweep(mixture, [Slot(out, None, tensor_id(name))])
+        array: NDArray[np.float32] = out.cpu().numpy()
         return array
 
 

@@ -40,7 +40,8 @@ from fedkseed.events import evaluation_event, round_event
 from fedkseed.federation import Client, Server, seed_pool, start
 from fedkseed.ledger import Ledger
 from fedkseed.messages import TrainRequest, check_name
-from fedkseed.models import base_path, context_length, load_model, load_tokenizer
+from fedkseed.models import base_path, context_length, load_model, load_tokenizer, require_device
+from fedkseed.noise import get_backend
 from fedkseed.randomness import generator
 from fedkseed.run_folder import RunFolder
 from fedkseed.simulation_config import SimulationConfig
@@ -173,9 +174,13 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     """Read, tokenise and deal out the data: everything that can go wrong before the model is loaded.
 
     Raises:
+        InvalidValueError: torch cannot use the device here.
+        BackendError: no noise backend works on the device.
         DataError: a file cannot be read or used, or cannot be dealt out as asked.
         ModelError: the tokenizer is missing or lacks what is needed.
     """
+    require_device(config.device)
+    get_backend("auto", torch.device(config.device).type)
     tokenizer = load_tokenizer(config.model)
     pad_id = pad_token_id(tokenizer)
     train, held_out = load_examples(config, observer)
@@ -219,7 +224,9 @@ class Simulation:
         ledger = run.load_ledger()
         self.model = load_model(config.model, config.dtype, config.device)
         self.model.requires_grad_(True)
-        self.bound = bind(self.model, seed_pool(config), base_path(config.model, self.model))
+        # a GPU keeps its own copy of the base: the file would go through the bus at every rebuild
+        base_file = base_path(config.model, self.model) if config.device == "cpu" else None
+        self.bound = bind(self.model, seed_pool(config), base_file)
         base = self.bound.identity()
         if ledger is not None and (difference := ledger.base.difference(base, self.bound.names)):
             raise LedgerError(f"{run.ledger_path} is of another base model than {config.model}: {difference}")

@@ -1,5 +1,6 @@
 """The settings of a simulated federation: what the server decides, and which model, data and clients there are."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -41,7 +42,7 @@ class SimulationConfig(FederationConfig):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="precision of the weights; auto is the checkpoint's own"
     )
-    device: Literal["cpu"] = Field("cpu", description="where the model runs; so far only the cpu has a noise backend")
+    device: str = Field("cpu", description="where the model runs: cpu, cuda, or one GPU of several, such as cuda:1")
 
     @field_validator("model", "data", "eval_data", "template", mode="before")
     @classmethod
@@ -80,6 +81,13 @@ class SimulationConfig(FederationConfig):
         if self.eval_data is not None and self.held_out_category is not None:
             raise ValueError("--held-out-category and --eval-data both say what is held out; give one of them")
         return self
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, value: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", value):
+            raise ValueError("expected cpu, cuda or cuda:N with the number of a GPU")
+        return value
 
     @field_validator("model")
     @classmethod

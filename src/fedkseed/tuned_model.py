@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from fedkseed.binding import add_in_place, check_apart, check_tunable
+from fedkseed.binding import add_in_place, backends_for, check_apart, check_tunable
 from fedkseed.errors import LedgerError
 from fedkseed.identity import BaseIdentity
 from fedkseed.ledger import Ledger
-from fedkseed.noise import get_backend
 from fedkseed.weights import named_parameters, value_digest
 
 
@@ -28,6 +27,7 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     Raises:
         LedgerError: the ledger cannot be read, or the model is not its base (the first tensor that differs is named).
         BindingError: the model cannot be tuned; see `fedkseed.bind`.
+        BackendError: no backend works on the parameters' devices, or the named one cannot run here or there.
     """
     if not isinstance(ledger, Ledger):
         ledger = Ledger.load(ledger)
@@ -35,11 +35,12 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     tuned = [entry for entry in entries if entry.name not in ledger.base.frozen]
     check_tunable(tuned)
     check_apart(entries)
+    backends = backends_for(tuned, backend)
     digests = {e.name: value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries}
     found = BaseIdentity.of(digests, ledger.base.frozen)
     difference = ledger.base.difference(found, list(digests))
     if difference:
         raise LedgerError(f"this model is not the ledger's base: {difference}; load the base model that the run started from")
     mixture = ledger.pool.mixture_of(ledger.coefficients)
-    add_in_place(get_backend(backend), mixture, {entry.name: entry.parameter for entry in tuned})
+    add_in_place(backends, mixture, {entry.name: entry.parameter for entry in tuned})
     return ledger

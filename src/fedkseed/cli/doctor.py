@@ -35,7 +35,8 @@ def doctor() -> None:
     packages = ("fedkseed", "torch", "transformers", "numpy", "numba", "safetensors")
     print(f"python {platform.python_version()} on {platform.platform()}")
     print(", ".join(f"{package} {version(package)}" for package in packages))
-    print(f"threads: {torch.get_num_threads()}; CUDA: {torch.cuda.is_available()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"threads: {torch.get_num_threads()}; CUDA devices: {', '.join(gpus) or 'none'}")
     wrong = []
     for name in MODULES:
         try:

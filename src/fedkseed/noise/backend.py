@@ -64,32 +64,43 @@ class Slot:
 
 
 class Backend(Protocol):
-    """Computes sweeps; all backends give the same bits (docs/noise.md)."""
+    """Computes sweeps; all backends give the same bits (docs/noise.md).
+
+    Attributes:
+        name: what it is chosen by.
+        device: the type of the devices on which a slot's tensors must be, `cpu` or `cuda`.
+    """
 
     name: str
+    device: str
 
     def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
         """Store `cast(base + mixture)` into every slot. The slots' outputs must not overlap."""
         ...
 
 
-MODULES = {"reference": "fedkseed.noise.reference", "cpu": "fedkseed.noise.cpu"}
-REQUIREMENTS = {"cpu": "numba: pip install 'numba>=0.60'"}
+MODULES = {"reference": "fedkseed.noise.reference", "cpu": "fedkseed.noise.cpu", "gpu": "fedkseed.noise.gpu"}
+REQUIREMENTS = {
+    "cpu": "numba: pip install 'numba>=0.60'",
+    "gpu": "a CUDA GPU, a torch built for CUDA, and Triton: pip install 'fedkseed[gpu]'",
+}
 
 
-def get_backend(name: str = "auto") -> Backend:
-    """The backend of that name; `auto` takes the fastest that works here and falls back with one line in the log.
+def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
+    """The backend of that name; `auto` takes the fastest for a type of device.
+
+    On the CPU `auto` falls back with one line in the log. Nothing but `gpu` works on a CUDA device.
+
+    Args:
+        name: `auto`, or the name of a backend.
+        device: the type of the devices that `auto` must work on: `cpu` or `cuda`.
 
     Raises:
         InvalidValueError: there is no backend of that name.
-        BackendError: the named backend cannot run here; the message says what to install.
+        BackendError: the named backend cannot run here (the message says what to install), or none works on that device.
     """
     if name == "auto":
-        try:
-            return get_backend("cpu")
-        except BackendError as error:
-            log.warning("falling back to the slow noise backend 'reference': %s", error)
-            return get_backend("reference")
+        return _fastest(device)
     if name not in MODULES:
         raise InvalidValueError(f"backend {name!r} is unknown; choose one of 'auto', {', '.join(map(repr, MODULES))}")
     try:
@@ -98,3 +109,15 @@ def get_backend(name: str = "auto") -> Backend:
         raise BackendError(f"backend {name!r} cannot run here ({error}); it needs {REQUIREMENTS[name]}") from error
     backend: Backend = module.BACKEND
     return backend
+
+
+def _fastest(device: str) -> Backend:
+    if device == "cuda":
+        return get_backend("gpu")
+    if device != "cpu":
+        raise BackendError(f"no noise backend works on {device} devices; move the model to the CPU or to a CUDA GPU")
+    try:
+        return get_backend("cpu")
+    except BackendError as error:
+        log.warning("falling back to the slow noise backend 'reference': %s", error)
+        return get_backend("reference")

@@ -323,6 +323,7 @@ class CpuBackend:
     """numba, on as many threads as torch uses."""
 
     name = "cpu"
+    device = "cpu"
 
     def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
         """See `Backend.sweep`."""

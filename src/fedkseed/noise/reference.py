@@ -103,6 +103,7 @@ class ReferenceBackend:
     """NumPy, single-threaded, with temporaries: for tests and for reading."""
 
     name = "reference"
+    device = "cpu"
 
     def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
         """See `Backend.sweep`."""

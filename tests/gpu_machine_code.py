@@ -1,0 +1,73 @@
+"""What the GPU kernels become for a processor that need not be there: `python gpu_machine_code.py VARIANT ...` prints JSON.
+
+A process of its own, because Triton's interpreter, in which the tests run, is chosen when Triton is imported. A variant is
+family,out,base,arch[,name=value ...]; further names are compile options, or ALIGNED=0.
+"""
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fedkseed.noise import gpu_kernels as kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {"float32": tl.float32, "float16": tl.float16, "bfloat16": tl.bfloat16, "none": None}
+MIXTURES = {
+    "hadamard": {"table": "*fp32", "key_low": "i32", "key_high": "i32", "block_bits": "i32"},
+    "gaussian": {"seeds": "*i64", "amounts": "*fp32", "count": "i32"},
+}
+TILES = {"hadamard": kernels.HADAMARD_TILE, "gaussian": kernels.GAUSSIAN_TILE}
+SWEEPS = {"hadamard": kernels.hadamard_sweep, "gaussian": kernels.gaussian_sweep}
+
+
+@triton.jit
+def roots(x, TILE: tl.constexpr):
+    """Square roots and nothing else: the machine code of a correctly rounded one has fused operations of its own."""
+    at = x + tl.arange(0, TILE)
+    tl.store(at, tl.sqrt_rn(tl.load(at)))
+
+
+def source(family: str, out: str, base: str, aligned: bool) -> ASTSource:
+    if family == "roots":
+        signature, constants, kernel = {"x": "*fp32", "TILE": "constexpr"}, {"TILE": kernels.GAUSSIAN_TILE // 2}, roots
+    else:
+        kernel = SWEEPS[family]
+        constants = {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": TILES[family]}
+        signature = {"work": "*i64", "rows": "i32", **MIXTURES[family], **dict.fromkeys(constants, "constexpr")}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def facts(variant: str) -> dict[str, object]:
+    family, out, base, arch, *rest = variant.split(",")
+    options = {name: int(value) for name, value in (option.split("=") for option in rest)}
+    aligned = bool(options.pop("ALIGNED", 1))
+    options = {**kernels.OPTIONS, **options, "enable_fp_fusion": bool(options.get("enable_fp_fusion", 0))}
+    compiled = triton.compile(source(family, out, base, aligned), target=GPUTarget("cuda", int(arch), 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        resources = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
+    operations = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?PT?\w*\s+)?([A-Z][A-Z0-9_.]+)", code, re.M)
+    return {
+        "operations": collections.Counter(operations),
+        "registers": int(re.search(r"REG:(\d+)", resources)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", resources)[1]) + int(re.search(r"LOCAL:(\d+)", resources)[1]),
+        "ptx_fma": len(re.findall(r"\bfma\.", compiled.asm["ptx"])),
+        "ptx_ftz": compiled.asm["ptx"].count(".ftz"),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({variant: facts(variant) for variant in sys.argv[1:]}))
