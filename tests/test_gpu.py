@@ -189,8 +189,7 @@ def test_one_launch_for_each_pair_of_types(gpu, launches, family):
 @pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
 def test_tiles_as_small_as_a_gpus_give_the_same_bits(gpu, monkeypatch, family, kind):
     """The interpreter's are larger, since it takes its time for each program."""
-    monkeypatch.setattr(gpu, "HADAMARD_TILE", gpu.kernels.HADAMARD_TILE)
-    monkeypatch.setattr(gpu, "GAUSSIAN_TILE", gpu.kernels.GAUSSIAN_TILE)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     weights = laws.some_weights((3 * 4096 + 1001,), kind, 1)
     model, right = laws.module_of({"w": weights}, backend="gpu"), laws.module_of({"w": weights})
     coefficients = laws.some_coefficients(300 if family == "hadamard" else 2, 2)

@@ -26,9 +26,6 @@ if not INTERPRETED and not torch.cuda.is_available():
     raise ImportError("torch finds no CUDA device")
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, None: None}
-HADAMARD_TILE, GAUSSIAN_TILE = kernels.HADAMARD_TILE, kernels.GAUSSIAN_TILE
-if INTERPRETED:  # whose cost is by the program
-    HADAMARD_TILE = GAUSSIAN_TILE = QUANTUM
 WIDEST_ACCESS = 16
 """Bytes that a thread reads or writes at once, at addresses that are multiples of it."""
 
@@ -51,12 +48,20 @@ class GpuBackend:
             if device not in arguments:
                 arguments[device] = _arguments(mixture, device)
             hadamard = isinstance(mixture, HadamardMixture)
-            tile = HADAMARD_TILE if hadamard else GAUSSIAN_TILE
+            tile = _tile(hadamard, group)
             work, tiles = _work(group, tile)
             kernel: Any = kernels.hadamard_sweep if hadamard else kernels.gaussian_sweep
             constants = {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": tile}
             with torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore"):
                 kernel[(tiles,)](_upload(work, device), len(group), *arguments[device], **constants, **kernels.OPTIONS)
+
+
+def _tile(hadamard: bool, slots: Sequence[Slot]) -> int:
+    """Elements per program. The interpreter takes its time for each program, so there a tile holds the largest slot."""
+    if INTERPRETED:
+        largest = max(slot.out.numel() for slot in slots)
+        return min(QUANTUM, max(1024, 1 << (largest - 1).bit_length()))
+    return kernels.HADAMARD_TILE if hadamard else kernels.GAUSSIAN_TILE
 
 
 def _is_aligned(slot: Slot) -> bool:
