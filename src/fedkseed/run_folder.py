@@ -16,6 +16,8 @@ from fedkseed.ledger import Ledger
 from fedkseed.simulation_config import SimulationConfig, build
 
 CONFIG, METRICS, LEDGER = "config.toml", "metrics.jsonl", "ledger.safetensors"
+DRIVER = "driver"
+"""The table of the settings that only the driver of the rounds knows, such as Flower's deadline."""
 
 
 class RunFolder:
@@ -62,7 +64,9 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{path} holds no run (no {CONFIG}); start one with fedkseed simulate --run {path}") from error
         try:
-            return cls(path, build(tomllib.loads(raw.decode())))
+            settings = tomllib.loads(raw.decode())
+            settings.pop(DRIVER, None)
+            return cls(path, build(settings))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path / CONFIG} is not TOML ({error}); restore it from a copy") from error
 
@@ -74,6 +78,9 @@ class RunFolder:
     def write_config(self, config: SimulationConfig) -> None:
         """Replace the settings, such as after more rounds were asked for."""
         settings = {name: value for name, value in config.model_dump(mode="json").items() if value is not None}
+        driver = {name: settings.pop(name) for name in sorted(settings.keys() - SimulationConfig.model_fields.keys())}
+        if driver:
+            settings[DRIVER] = driver
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG, tomli_w.dumps(settings).encode())

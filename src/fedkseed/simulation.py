@@ -348,6 +348,8 @@ def load_examples(config: SimulationConfig, observer: Observer | None = None) ->
     Raises:
         DataError: a source cannot be read or used.
     """
+    if config.data is None:
+        raise DataError("--data is missing; give it on the command line or as data in the --config file")
     examples = read_source(config.data, "train", config.max_length, config.seed, config.columns, observer)
     if config.subsample < 1:
         size = max(1, int(config.subsample * len(examples)))

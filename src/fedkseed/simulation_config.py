@@ -15,9 +15,10 @@ class SimulationConfig(FederationConfig):
     """Everything that a run's outcome depends on, beside the files that it names."""
 
     model: str = Field(description="base model: a Hugging Face model folder or hub id")
-    data: str = Field(
+    data: str | None = Field(
+        None,
         description="training records: a jsonl, CSV or parquet file with instruction, input/context, output/response, "
-        "category (or chat messages); a Natural Instructions folder; a dataset's hub id"
+        "category (or chat messages); a Natural Instructions folder; a dataset's hub id",
     )
     columns: str | None = Field(
         None, description="what the fields are called in the data, such as instruction=question,output=answer,client=site"

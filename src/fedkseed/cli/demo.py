@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedkseed.cli.display import watching
-from fedkseed.data import Example, encode
+from fedkseed.data import Example, encode, read_jsonl
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
@@ -116,5 +116,4 @@ def _show(simulation: Simulation, ledger: Ledger, records: list[Example], before
 
 
 def _trained(simulation: Simulation) -> set[str]:
-    lines = Path(simulation.config.data).read_text(encoding="utf-8").splitlines()
-    return {json.loads(line)["category"] for line in lines}
+    return {record.category for record in read_jsonl(simulation.run.path / "data" / "train.jsonl")}

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from fedkseed.errors import ConfigError
 from fedkseed.federation.config import Count, Positive
-from fedkseed.run_folder import CONFIG, RunFolder
+from fedkseed.run_folder import CONFIG, DRIVER, RunFolder
 from fedkseed.simulation_config import SimulationConfig
 
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns")
@@ -23,7 +23,7 @@ CHANGEABLE = ("run", "num_rounds", "min_clients", "deadline", "eval_every", "eva
 class FlowerConfig(SimulationConfig):
     """Everything that the server app decides; `data` and what belongs to it are for Flower's simulation engine alone."""
 
-    data: str | None = Field(  # type: ignore[assignment]
+    data: str | None = Field(
         None, description="simulation engine only: records dealt out to the clients; in the field each node names its own"
     )
     eval_data: str | None = Field(None, description="records on the server to evaluate on; without, clients evaluate theirs")
@@ -107,6 +107,7 @@ def open_run(config: FlowerConfig) -> RunFolder:
     if file.exists():
         try:
             before = tomllib.loads(file.read_text(encoding="utf-8"))
+            before |= before.pop(DRIVER, {})
         except ValueError as error:
             raise ConfigError(f"{file} is not TOML ({error}); restore it from a copy") from error
         now = {name: value for name, value in config.model_dump(mode="json").items() if value is not None}

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bias_sampling", action="store_true", help="FedKSeed-Pro")
     add("--bias_loss_clip", type=float, default=1000.0, help="largest gradient that counts in a seed's importance")
     add("--grad_initial", type=float, default=0.0, help="first entry of every seed's history")
-    add("--device", type=int, default=0, help="GPU; there is no GPU backend yet, so it is the CPU")
+    add("--device", type=int, default=0, help="GPU, with float16 weights; where there is none, the CPU with float32")
     add("--log", action="store_true", help="write config.yaml, results.json and final_eval.json")
     add("--log_root", type=Path, default=Path("logs"), help="where --log makes a folder")
     add("--seed", type=int, default=42, help="of everything random")

@@ -45,8 +45,16 @@ def translate(args: argparse.Namespace) -> SimulationConfig:
         "importance_start": args.grad_initial,
         "eval_limit": args.eval_limit,
         "seed": args.seed,
+        **_precision(args.device),
     }
     return build(settings | (_dolly(args) if args.dataset == "dolly" else _natural_instructions(args)))
+
+
+def _precision(gpu: int) -> dict[str, Any]:
+    """The published code's GPU and half precision; where there is no GPU, the CPU, which is slow at half precision."""
+    import torch
+
+    return {"device": f"cuda:{gpu}", "dtype": "float16"} if torch.cuda.is_available() else {}
 
 
 def _natural_instructions(args: argparse.Namespace) -> dict[str, Any]:
