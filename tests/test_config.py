@@ -116,7 +116,7 @@ def test_a_missing_file_is_one_line(fedkseed: CommandLine, tmp_path: Path) -> No
 
 
 def test_there_is_no_default_learning_rate(needed: dict[str, Any]) -> None:
-    for name in needed:
+    for name in ("model", "lr"):
         with pytest.raises(
             ConfigError, match=rf"^--{name} is missing; give it on the command line or as {name} in the --config"
         ):

@@ -454,7 +454,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
         (spoil("config.toml", b"model = "), RunError, "is not TOML"),
         (spoil("config.toml", b"\xff\xfe"), RunError, "is not TOML"),
         (spoil("config.toml", b"lr = 1.0\nmodel = 'm'\ndata = 'd'\nspeed = 3"), ConfigError, "'speed' is unknown"),
-        (spoil("config.toml", b"lr = 1.0\nmodel = 'm'"), ConfigError, "--data is missing"),
+        (spoil("config.toml", b"lr = 1.0"), ConfigError, "--model is missing"),
         (spoil("metrics.jsonl", b"not json\n"), RunError, "metrics.jsonl is damaged"),
         (spoil("metrics.jsonl", b"[1, 2]\n"), RunError, "metrics.jsonl is damaged"),
         (spoil("metrics.jsonl", b"\xff\n"), RunError, "metrics.jsonl is damaged"),

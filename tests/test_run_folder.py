@@ -69,8 +69,8 @@ def test_opening_damaged_settings_is_refused(run: RunFolder) -> None:
     (run.path / "config.toml").write_text("lr = ")
     with pytest.raises(RunError, match=r"config\.toml is not TOML \(.*\); restore it from a copy"):
         RunFolder.open(run.path)
-    (run.path / "config.toml").write_text('model = "a/b"\nlr = 1e-4\n')
-    with pytest.raises(ConfigError, match="--data is missing"):
+    (run.path / "config.toml").write_text("lr = 1e-4\n")
+    with pytest.raises(ConfigError, match="--model is missing"):
         RunFolder.open(run.path)
 
 
