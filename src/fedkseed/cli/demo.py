@@ -59,7 +59,7 @@ def demo(run: Path | None, seed: int) -> None:
         f"\nGo on:\n"
         f"  fedkseed evaluate {folder} --answers 20\n"
         f"  fedkseed export {folder} tuned-model\n"
-        f"  fedkseed simulate --model YOUR-MODEL --data YOUR.jsonl --lr 1e-5 --run runs/first\n"
+        f"  fedkseed simulate --model YOUR-MODEL --data YOUR.jsonl --lr auto --run runs/first\n"
     )
 
 

@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
@@ -25,7 +25,7 @@ from fedkseed.report.units import power_of_ten, size
 
 Array = NDArray[np.float64]
 
-WIDTH, HEIGHT = 5.1, 3.2  # inches of 72 units: a phone of 390 px shows text of 11 units at 10 px
+WIDTH, HEIGHT, TITLE_HEIGHT = 5.1, 3.2, 0.3  # inches of 72 units: a phone of 390 px shows text of 11 units at 10 px
 PNG_DPI = 200
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -83,7 +83,7 @@ DARK = Palette(
 # colours that stand for the names of CSS variables until the SVG is written
 _STAND_INS = Palette(**{field.name: f"#0dc5{i:02x}" for i, field in enumerate(fields(Palette))})
 
-Draw = Callable[[Figure, Palette], None]
+Draw = Callable[[FigureBase, Palette], None]
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,12 @@ def _figure(palette: Palette) -> Figure:
 
 def _png(title: str, draw: Draw) -> bytes:
     figure = _figure(LIGHT)
-    figure.suptitle(title, x=0.02, ha="left", fontsize=12.5, fontweight="bold")
-    draw(figure, LIGHT)
+    figure.set_figheight(HEIGHT + TITLE_HEIGHT)
+    # a part of its own: matplotlib would put title and legend one upon the other
+    parts: Any = figure.subfigures(2, 1, height_ratios=[TITLE_HEIGHT, HEIGHT])
+    above, below = parts
+    above.text(0.02, 0.4, title, va="center", fontsize=12.5, fontweight="bold")
+    draw(below, LIGHT)
     data = io.BytesIO()
     FigureCanvasAgg(figure)  # whatever matplotlib's global backend is
     figure.savefig(data, format="png", dpi=PNG_DPI, facecolor=LIGHT.surface, metadata={"Software": None})
@@ -141,7 +145,7 @@ def _svg(draw: Draw) -> str:
     return svg.strip()
 
 
-def _axes(figure: Figure, x: str, y: str, grid: str = "y") -> Axes:
+def _axes(figure: FigureBase, x: str, y: str, grid: str = "y") -> Axes:
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y)
     axes.set_axisbelow(True)
@@ -161,7 +165,7 @@ def _whole_numbers(axes: Axes) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _legend(figure: Figure, columns: int) -> None:
+def _legend(figure: FigureBase, columns: int) -> None:
     figure.legend(loc="outside upper left", ncols=columns)
 
 
@@ -193,7 +197,7 @@ def _stack(axes: Axes, places: Sequence[int], parts: Sequence[tuple[str, Sequenc
 def held_out_loss(rounds: Sequence[int], losses: Sequence[float], diverged: Sequence[int]) -> Draw:
     """Loss by round; a line at the first one. Rounds of losses that are not finite are crosses."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         axes = _axes(figure, "round", "held-out loss (nats per token)")
         if losses:
             axes.axhline(losses[0], color=palette.grey, linestyle=(0, (4, 3)), linewidth=1.2, label=f"at round {rounds[0]}")
@@ -210,7 +214,7 @@ def training_loss(
 ) -> Draw:
     """The mean over the cohort by round, each client as a dot (up to 600 of them), and the band that holds them all."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         axes = _axes(figure, "round", "training loss (nats per token)")
         spread = [(n, min(own), max(own)) for n, own in zip(rounds, clients, strict=True) if own]
         if spread:
@@ -231,7 +235,7 @@ def training_loss(
 def bytes_by_round(rounds: Sequence[int], down: Sequence[float], up: Sequence[float], references: Mapping[str, float]) -> Draw:
     """Bytes per client on a log scale, and lines at the references."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         axes = _axes(figure, "round", "bytes per client and round")
         axes.set_yscale("log")
         both = [d + u for d, u in zip(down, up, strict=True)]
@@ -262,7 +266,7 @@ def bytes_by_round(rounds: Sequence[int], down: Sequence[float], up: Sequence[fl
 def seed_use(counts: NDArray[np.int64]) -> Draw:
     """How many seeds were used how often, and what drawing each alike would give on average."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         axes = _axes(figure, "times used", "number of seeds")
         least, most = int(counts.min()), int(counts.max())
         width = max(1, math.ceil((most - least + 1) / 40))
@@ -295,7 +299,7 @@ def _binomial(number: int, p: float, first: int, stop: int) -> Array:
 def seed_probabilities(probabilities: Array) -> Draw:
     """Probabilities, largest first, as multiples of the uniform one; on the right as they are."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         axes = _axes(figure, "seeds, most probable first", "probability ÷ uniform")
         number = probabilities.size
         ratios = np.sort(probabilities)[::-1] * number
@@ -322,7 +326,7 @@ def _scaled(factor: float) -> Callable[[Any], Any]:
 def participation(accepted: Sequence[int], refused: Sequence[int], missing: Sequence[int]) -> Draw:
     """One column per client: rounds with an accepted reply, a refused one, none."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         axes = _axes(figure, "clients, most often asked first", "rounds")
         parts = [
             ("accepted", accepted, palette.blue),
@@ -341,7 +345,7 @@ def participation(accepted: Sequence[int], refused: Sequence[int], missing: Sequ
 def coefficients(values: Array) -> Draw:
     """How the coefficients that are not zero are spread."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         exponent = math.floor(math.log10(float(np.abs(values).max())))
         scaled = values / 10.0**exponent
         axes = _axes(figure, f"coefficient (in units of {power_of_ten(exponent)})", "number of seeds")
@@ -358,7 +362,7 @@ def coefficients(values: Array) -> Draw:
 def time_split(rounds: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> Draw:
     """Seconds of each round, stacked by activity."""
 
-    def draw(figure: Figure, palette: Palette) -> None:
+    def draw(figure: FigureBase, palette: Palette) -> None:
         axes = _axes(figure, "round", "seconds")
         colours = [palette.blue, palette.orange, palette.green, palette.grey, palette.purple]
         parts = zip(seconds, seconds.values(), colours, strict=True)
