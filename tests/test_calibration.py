@@ -45,7 +45,7 @@ class Quadratic:
 
 
 def calibrated(problem: Quadratic, loss: Callable[[int], float] | None = None) -> Calibration:
-    return calibrate(problem.bound, NUM_SEEDS, loss or problem.loss, np.random.default_rng(3))
+    return calibrate(problem.bound, loss or problem.loss, np.random.default_rng(3))
 
 
 @pytest.mark.parametrize("h", [0.01, 1.0])

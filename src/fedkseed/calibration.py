@@ -16,27 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
-from fedkseed.zeroth_order import Movable, StepSettings, local_steps, projected_grad
+from fedkseed.federation import Model
+from fedkseed.zeroth_order import StepSettings, local_steps, projected_grad
 
 EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SAFETY = 4.0
 MIN_SHARE = 0.1
 EPS_DIRECTIONS, DIRECTIONS, TRIAL_STEPS, MAX_TRIALS = 6, 24, 40, 4
 TRIAL_BATCHES, OTHERS = 8, 2
-
-
-class Model(Movable, Protocol):
-    """What calibration needs of a model; `fedkseed.Binding` has it."""
-
-    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
-        """Set the weights to base plus coefficients."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -83,12 +74,11 @@ class Calibration:
     num_forward_passes: int
 
 
-def calibrate(model: Model, num_seeds: int, loss: Callable[[int], float], rng: np.random.Generator) -> Calibration:
+def calibrate(model: Model, loss: Callable[[int], float], rng: np.random.Generator) -> Calibration:
     """Find a learning rate and a probe distance; the model is at its base weights before and afterwards.
 
     Args:
-        model: bound to a pool of `num_seeds` seeds, at its base weights.
-        num_seeds: K.
+        model: at its base weights.
         loss: the mean loss at the current weights on the b-th of as many batches as are asked for, drawn from the training
             records; the same b must give the same batch.
         rng: draws the directions.
@@ -96,7 +86,7 @@ def calibrate(model: Model, num_seeds: int, loss: Callable[[int], float], rng: n
     Raises:
         InvalidValueError: losses are not finite, or do not change along any direction, or every walk raised them.
     """
-    counted = _Counted(loss)
+    counted, num_seeds = _Counted(loss), model.pool.size
     base = np.zeros(num_seeds, np.float32)
     directions: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
     agreements = _agreements(model, directions[:EPS_DIRECTIONS], counted)

@@ -40,7 +40,7 @@ def find(config: SimulationConfig) -> Calibration:
         with torch.inference_mode():
             return mean_loss(model, collate([pooled[i] for i in chosen], records.pad_id, model.device)).item()
 
-    return calibrate(bound, config.num_seeds, loss, generator(config.seed, "calibration directions"))
+    return calibrate(bound, loss, generator(config.seed, "calibration directions"))
 
 
 def show(found: Calibration) -> None:

@@ -186,7 +186,7 @@ class FedKSeed(Strategy):
         tokens = sum(e.num_tokens for e in found.values())
         loss = sum(found[name].loss * found[name].num_tokens for name in sorted(found)) / tokens
         return self._evaluated(
-            EvalLoss(loss, _exp(loss), sum(e.num_examples for e in found.values()), tokens),
+            EvalLoss.of(loss, sum(e.num_examples for e in found.values()), tokens),
             {name: {"loss": e.loss, "num_tokens": e.num_tokens} for name, e in sorted(found.items())},
         )
 
@@ -263,7 +263,3 @@ def _metrics(event: dict[str, Any]) -> MetricRecord:
         if isinstance(value, (int, float)):
             record[name.replace("_", "-")] = value
     return record
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf

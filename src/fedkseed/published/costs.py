@@ -29,7 +29,7 @@ class Cost:
 
 
 def estimate(simulation: Simulation, num_held_out: int) -> dict[str, Cost]:
-    """The costs by family, on the simulation's own model and a record of middling length."""
+    """The costs by family, on the simulation's own model and first records of its largest client."""
     config, model = simulation.config, simulation.model
     num_parameters = sum(p.numel() for p in model.parameters())
     name, largest = max(((name, p.numel()) for name, p in model.named_parameters()), key=lambda item: item[1])
