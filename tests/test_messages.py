@@ -198,7 +198,7 @@ def test_messages_are_frozen(cls: type[Message]) -> None:
 def test_bytes_are_frozen() -> None:
     """An old client must understand a new server of the same version: positional fields, raw little-endian arrays."""
     numbers = np.array([0.5, -2.0], "<f4").tobytes()
-    sent = TrainReply(b"12345678", 1, 0, "a", bytes(32), b"\1" * 32, 7, pack(np.array([0.5, -2.0]), "float32"), (), 1.5)
+    sent = TrainReply(b"12345678", 1, 0, "a", bytes(32), b"\1" * 32, 7, 1.5, pack(np.array([0.5, -2.0]), "float32"))
     head = b"\x9f" + b"\xa2k!" + b"\x01" + b"\x00" + b"\xc4\x0812345678" + b"\x01\x00\xa1a"
     tail = b"\x00\x00" + b"\xc4\x08" + numbers + b"\xc4\x00" + b"\xcb" + struct.pack(">d", 1.5)
     assert sent.encode() == head + b"\xc4\x20" + bytes(32) + b"\xc4\x20" + b"\1" * 32 + b"\x07" + tail

@@ -7,29 +7,31 @@ integers, floats, strings and bytes, nothing else, and any input that is not a m
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed.codec import (
+    MAX_STEPS,
+    Reply,
+    Request,
+    check_integer,
+    check_positive,
+    pack_fields,
+    read_array,
+    unpack_fields,
+)
 from fedkseed.errors import ProtocolError
 from fedkseed.pool import FAMILIES, MAX_SIZE, SeedPool
 from fedkseed.wire import DTYPES, MAX_EXPONENT, PRECISIONS, Packed
 
-VERSION = 1
 REQUEST, REPLY = "k?", "k!"
 """The first field of a message; two letters, since headers count in the budget."""
-NAMES = {REQUEST: "request", REPLY: "reply"}
-MAX_FIELDS = 64
 MAX_BYTES = 1 << 20
-MAX_STEPS = 65535
-MAX_NAME_BYTES = 64
-RUN_ID_BYTES, DIGEST_BYTES = 8, 32
 MAX_FLOAT16 = 65504.0
 INDEX: np.dtype[Any] = np.dtype("<u2")
 
@@ -40,52 +42,44 @@ def coefficients_digest(coefficients: NDArray[np.float32]) -> bytes:
 
 
 @dataclass(frozen=True)
-class TrainRequest:
+class TrainRequest(Request):
     """Server to client: be at these coefficients, take these steps, send back one scalar each.
 
     Attributes:
-        run_id: 8 bytes, the same for all messages of a run.
-        server_round: counts from 1.
-        attempt: counts from 0 within a round.
-        client: the addressee's stable name.
+        run_id, server_round, attempt, client, base, lr, batch_size: see `Request`.
+        digest: see `Request`; of the unpacked coefficients.
         pool: the pool of perturbations.
-        base: fingerprint of the base model, 32 bytes.
-        coefficients: float32[K] as packed; `digest` (32 bytes) is of the unpacked values.
+        coefficients: float32[K] as packed.
         indices: the seed of each local step, in order.
-        lr, eps, max_grad, loss_clip: see `fedkseed.zeroth_order.StepSettings`.
-        batch_size: records per step.
+        eps, max_grad, loss_clip: see `fedkseed.zeroth_order.StepSettings`.
     """
 
-    run_id: bytes
-    server_round: int
-    attempt: int
-    client: str
     pool: SeedPool
-    base: bytes
     coefficients: Packed
-    digest: bytes
     indices: tuple[int, ...]
-    lr: float
     eps: float
-    batch_size: int
     max_grad: float
     loss_clip: float | None = None
 
     def __post_init__(self) -> None:
-        _check_head(self)
+        super().__post_init__()
         digest = _checked_coefficients(self.coefficients, self.pool.size)
-        _integer("number of steps", len(self.indices), 1, MAX_STEPS)
-        _integer("largest index", max(self.indices), 0, self.pool.size - 1)
-        _integer("smallest index", min(self.indices), 0, self.pool.size - 1)
-        for name in ("lr", "eps", "max_grad"):
-            _positive(name, getattr(self, name))
+        check_integer("number of steps", len(self.indices), 1, MAX_STEPS)
+        check_integer("largest index", max(self.indices), 0, self.pool.size - 1)
+        check_integer("smallest index", min(self.indices), 0, self.pool.size - 1)
+        for name in ("eps", "max_grad"):
+            check_positive(name, getattr(self, name))
         if self.loss_clip is not None:
-            _positive("loss_clip", self.loss_clip)
-        _integer("batch_size", self.batch_size, 1, MAX_STEPS)
+            check_positive("loss_clip", self.loss_clip)
         if self.coefficients.precision == "float16" and self.max_grad > MAX_FLOAT16:
             raise ProtocolError(f"max_grad is {self.max_grad}; expected at most {MAX_FLOAT16}, which float16 can hold")
         if digest != self.digest:
             raise ProtocolError("the coefficients do not have the digest that came with them; expected what was sent")
+
+    @property
+    def num_steps(self) -> int:
+        """How many local steps are asked for."""
+        return len(self.indices)
 
     def encode(self) -> bytes:
         """The message's bytes."""
@@ -93,7 +87,7 @@ class TrainRequest:
         indices = np.array(self.indices, INDEX).tobytes()
         numbers = [float(self.lr), float(self.eps), self.batch_size, float(self.max_grad), self.loss_clip]
         head = [self.run_id, self.server_round, self.attempt, self.client]
-        return _pack(REQUEST, [*head, *pool, self.base, *_flat(self.coefficients), self.digest, indices, *numbers])
+        return pack_fields(REQUEST, [*head, *pool, self.base, *_flat(self.coefficients), self.digest, indices, *numbers])
 
     @classmethod
     def decode(cls, data: bytes) -> TrainRequest:
@@ -102,62 +96,53 @@ class TrainRequest:
         Raises:
             ProtocolError: they are not a request of this version, or a field is out of its range.
         """
-        fields = _unpack(data, REQUEST, 18)
+        fields = unpack_fields(data, REQUEST, "request", 18, MAX_BYTES)
         run_id, server_round, attempt, client, key, size, family, base = fields[:8]
         precision, exponent, numbers, digest, indices, lr, eps, batch_size, max_grad, loss_clip = fields[8:]
-        _integer("pool key", key, 0, 2**64 - 1)
-        _integer("pool size", size, 1, MAX_SIZE)
-        _integer("family", family, 0, len(FAMILIES) - 1)
+        check_integer("pool key", key, 0, 2**64 - 1)
+        check_integer("pool size", size, 1, MAX_SIZE)
+        check_integer("family", family, 0, len(FAMILIES) - 1)
         pool = SeedPool(key, size, FAMILIES[family])
         packed = _unflat(precision, exponent, numbers)
-        steps = tuple(_array("indices", indices, INDEX).tolist())
-        return cls(
-            run_id, server_round, attempt, client, pool, base, packed, digest, steps, lr, eps, batch_size, max_grad, loss_clip
-        )
+        steps = tuple(read_array("indices", indices, INDEX).tolist())
+        head = (run_id, server_round, attempt, client, base, digest)
+        return cls(*head, lr, batch_size, pool, packed, steps, eps, max_grad, loss_clip)
 
 
 @dataclass(frozen=True)
-class TrainReply:
+class TrainReply(Reply):
     """Client to server: one scalar per local step, in the order of the request's indices.
 
     Attributes:
-        run_id, server_round, attempt, client, base, digest: as in the request that is answered.
-        num_examples: how many records the client holds.
+        run_id, server_round, attempt, client, base, digest, num_examples, loss: see `Reply`.
         projected_grads: one number per step, as packed; 0 where dropped.
         dropped: positions of dropped steps, ascending.
-        loss: mean of the steps' losses, None if all were dropped.
     """
 
-    run_id: bytes
-    server_round: int
-    attempt: int
-    client: str
-    base: bytes
-    digest: bytes
-    num_examples: int
     projected_grads: Packed
     dropped: tuple[int, ...] = ()
-    loss: float | None = None
 
     def __post_init__(self) -> None:
-        _check_head(self)
-        _integer("num_examples", self.num_examples, 1, 2**53)
+        super().__post_init__()
         _packed("projected_grads", self.projected_grads, 1, MAX_STEPS)
         steps = len(self.projected_grads.numbers) // DTYPES[self.projected_grads.precision].itemsize
         for position, following in pairwise((*self.dropped, steps)):
-            _integer("dropped step", position, 0, steps - 1)
+            check_integer("dropped step", position, 0, steps - 1)
             if not position < following:
                 raise ProtocolError(
                     f"dropped step {position} is followed by {following}; expected ascending positions in the reply"
                 )
-        if self.loss is not None:
-            _number("loss", self.loss)
+
+    @property
+    def num_dropped(self) -> int:
+        """How many steps were dropped."""
+        return len(self.dropped)
 
     def encode(self) -> bytes:
         """The message's bytes."""
         head = [SCALARS, self.run_id, self.server_round, self.attempt, self.client, self.base, self.digest, self.num_examples]
         dropped = np.array(self.dropped, INDEX).tobytes()
-        return _pack(REPLY, [*head, *_flat(self.projected_grads), dropped, self.loss])
+        return pack_fields(REPLY, [*head, *_flat(self.projected_grads), dropped, self.loss])
 
     @classmethod
     def decode(cls, data: bytes) -> TrainReply:
@@ -166,42 +151,18 @@ class TrainReply:
         Raises:
             ProtocolError: they are not a reply of this version, or a field is out of its range.
         """
-        fields = _unpack(data, REPLY, 13)
+        fields = unpack_fields(data, REPLY, "reply", 13, MAX_BYTES)
         kind, run_id, server_round, attempt, client, base, digest, num_examples = fields[:8]
         precision, exponent, numbers, dropped, loss = fields[8:]
-        _integer("update kind", kind, SCALARS, SCALARS)
+        check_integer("update kind", kind, SCALARS, SCALARS)
         packed = _unflat(precision, exponent, numbers)
-        positions = tuple(_array("dropped", dropped, INDEX).tolist())
-        return cls(run_id, server_round, attempt, client, base, digest, num_examples, packed, positions, loss)
+        positions = tuple(read_array("dropped", dropped, INDEX).tolist())
+        head = (run_id, server_round, attempt, client, base, digest)
+        return cls(*head, num_examples, loss, packed, positions)
 
 
 SCALARS = 0
 """The kind of an update: one scalar per prescribed seed. Another number is for another way to change K coefficients."""
-
-
-def _pack(kind: str, fields: list[Any]) -> bytes:
-    packed: bytes = msgpack.packb([kind, VERSION, *fields], use_bin_type=True)
-    return packed
-
-
-def _unpack(data: bytes, kind: str, count: int) -> list[Any]:
-    if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise ProtocolError(f"message is {type(data).__name__}; expected bytes")
-    if len(data) > MAX_BYTES:
-        raise ProtocolError(f"message has {len(data)} bytes; at most {MAX_BYTES} are accepted")
-    try:
-        fields = msgpack.unpackb(data, raw=False, use_list=True, max_array_len=MAX_FIELDS, max_map_len=0, max_ext_len=0)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
-        raise ProtocolError(
-            f"message is not msgpack ({type(error).__name__}); expected the bytes of a {NAMES[kind]}"
-        ) from error
-    if not isinstance(fields, list) or len(fields) < 2 or fields[0] != kind:
-        raise ProtocolError(f"message is not a {NAMES[kind]}; expected its kind as first field")
-    if type(fields[1]) is not int or fields[1] != VERSION:
-        raise ProtocolError(f"protocol version is {_shown(fields[1])}; this is version {VERSION}: update the older side")
-    if len(fields) != count + 2:
-        raise ProtocolError(f"{NAMES[kind]} has {len(fields)} fields; expected {count + 2}")
-    return fields[2:]
 
 
 def _flat(packed: Packed) -> list[Any]:
@@ -209,57 +170,15 @@ def _flat(packed: Packed) -> list[Any]:
 
 
 def _unflat(precision: Any, exponent: Any, numbers: Any) -> Packed:
-    _integer("precision", precision, 0, len(PRECISIONS) - 1)
+    check_integer("precision", precision, 0, len(PRECISIONS) - 1)
     return Packed(PRECISIONS[precision], exponent, numbers)
-
-
-def _array(name: str, raw: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if not isinstance(raw, bytes) or len(raw) % dtype.itemsize:
-        raise ProtocolError(f"{name} is not a whole number of {dtype.itemsize}-byte elements")
-    return np.frombuffer(raw, dtype)
-
-
-def _shown(value: Any) -> str:
-    """A value for a message to a person: short, whatever was sent."""
-    return f"{value!r:.80}" if isinstance(value, (int, float, str, bytes, type(None))) else f"of type {type(value).__name__}"
-
-
-def _check_head(message: TrainRequest | TrainReply) -> None:
-    """What both messages say of the round that they belong to."""
-    _bytes("run_id", message.run_id, RUN_ID_BYTES)
-    _integer("server_round", message.server_round, 1, 2**31)
-    _integer("attempt", message.attempt, 0, 255)
-    check_name(message.client)
-    _bytes("base", message.base, DIGEST_BYTES)
-    _bytes("digest", message.digest, DIGEST_BYTES)
-
-
-def _bytes(name: str, value: Any, size: int) -> None:
-    if not isinstance(value, bytes) or len(value) != size:
-        raise ProtocolError(f"{name} is {_shown(value)}; expected {size} bytes")
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ProtocolError(f"{name} is {_shown(value)}; expected an integer from {low} to {high}")
-
-
-def _number(name: str, value: Any) -> None:
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise ProtocolError(f"{name} is {_shown(value)}; expected a finite float")
-
-
-def _positive(name: str, value: Any) -> None:
-    _number(name, value)
-    if value <= 0:
-        raise ProtocolError(f"{name} is {value!r}; expected a positive number")
 
 
 def _packed(name: str, packed: Packed, low: int, high: int) -> None:
     if packed.precision not in PRECISIONS:
         raise ProtocolError(f"{name} have precision {packed.precision!r}; expected one of {PRECISIONS}")
-    _integer(f"{name}' exponent", packed.exponent, -MAX_EXPONENT, MAX_EXPONENT)
-    numbers = _array(name, packed.numbers, DTYPES[packed.precision])
+    check_integer(f"{name}' exponent", packed.exponent, -MAX_EXPONENT, MAX_EXPONENT)
+    numbers = read_array(name, packed.numbers, DTYPES[packed.precision])
     if not low <= len(numbers) <= high:
         raise ProtocolError(f"{len(numbers)} {name} came; expected {low if low == high else f'{low} to {high}'}")
     if not np.isfinite(numbers).all() or not np.isfinite(packed.unpack()).all():
@@ -277,13 +196,3 @@ def _checked_coefficients(packed: Packed, size: int) -> bytes:
 def _known_coefficients(packed: Packed, size: int) -> bytes:
     _packed("coefficients", packed, size, size)
     return coefficients_digest(packed.unpack())
-
-
-def check_name(name: Any) -> None:
-    """Refuse a client's name that is not 1 to 64 bytes of printable UTF-8.
-
-    Raises:
-        ProtocolError: it is not.
-    """
-    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.encode(errors="replace")) <= MAX_NAME_BYTES:
-        raise ProtocolError(f"client name is {_shown(name)}; expected 1 to {MAX_NAME_BYTES} bytes of printable text")

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.binding import Binding, bind
+from fedkseed.codec import check_name
 from fedkseed.data import (
     COLUMNS,
     EncodedData,
@@ -39,7 +40,7 @@ from fedkseed.evaluation import evaluate_loss, mean_loss
 from fedkseed.events import evaluation_event, round_event
 from fedkseed.federation import Client, Server, seed_pool, start
 from fedkseed.ledger import Ledger
-from fedkseed.messages import TrainRequest, check_name
+from fedkseed.messages import TrainRequest
 from fedkseed.models import base_path, context_length, load_model, load_tokenizer, require_device
 from fedkseed.noise import get_backend
 from fedkseed.randomness import generator

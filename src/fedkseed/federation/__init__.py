@@ -2,9 +2,11 @@
 
 from fedkseed.federation.client import Client, Model, Task
 from fedkseed.federation.config import FederationConfig, Limits
-from fedkseed.federation.server import Contribution, Outcome, Refusal, Server, count_steps, seed_pool, start
+from fedkseed.federation.rounds import Checkpoint, Contribution, Outcome, Refusal, Rounds, count_steps
+from fedkseed.federation.server import Server, seed_pool, start
 
 __all__ = [
+    "Checkpoint",
     "Client",
     "Contribution",
     "FederationConfig",
@@ -12,6 +14,7 @@ __all__ = [
     "Model",
     "Outcome",
     "Refusal",
+    "Rounds",
     "Server",
     "Task",
     "count_steps",

@@ -1,0 +1,190 @@
+"""The envelope of every message, one msgpack array of positional fields, and the checks of single fields.
+
+Decoding builds integers, floats, strings and bytes, nothing else; whatever is not a message raises `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.errors import ProtocolError
+
+VERSION = 1
+MAX_FIELDS = 64
+MAX_STEPS = 65535
+MAX_NAME_BYTES = 64
+RUN_ID_BYTES, DIGEST_BYTES = 8, 32
+
+
+def pack_fields(kind: str, fields: list[Any]) -> bytes:
+    """A message's bytes: its kind, the protocol's version, its fields."""
+    packed: bytes = msgpack.packb([kind, VERSION, *fields], use_bin_type=True)
+    return packed
+
+
+def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int) -> list[Any]:
+    """The fields of a message of a kind.
+
+    Args:
+        data: its bytes.
+        kind: what its first field must be.
+        what: what such a message is called, for errors.
+        count: how many fields it must have.
+        max_bytes: more bytes are refused unread.
+
+    Raises:
+        ProtocolError: they are not such a message.
+    """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise ProtocolError(f"message is {type(data).__name__}; expected bytes")
+    if len(data) > max_bytes:
+        raise ProtocolError(f"message has {len(data)} bytes; at most {max_bytes} are accepted")
+    try:
+        fields = msgpack.unpackb(data, raw=False, use_list=True, max_array_len=MAX_FIELDS, max_map_len=0, max_ext_len=0)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise ProtocolError(f"message is not msgpack ({type(error).__name__}); expected the bytes of a {what}") from error
+    if not isinstance(fields, list) or len(fields) < 2 or fields[0] != kind:
+        raise ProtocolError(f"message is not a {what}; expected its kind as first field")
+    if type(fields[1]) is not int or fields[1] != VERSION:
+        raise ProtocolError(f"protocol version is {shown(fields[1])}; this is version {VERSION}: update the older side")
+    if len(fields) != count + 2:
+        raise ProtocolError(f"{what} has {len(fields)} fields; expected {count + 2}")
+    return fields[2:]
+
+
+def read_array(name: str, raw: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Raw bytes as an array."""
+    if not isinstance(raw, bytes) or len(raw) % dtype.itemsize:
+        raise ProtocolError(f"{name} is not a whole number of {dtype.itemsize}-byte elements")
+    return np.frombuffer(raw, dtype)
+
+
+def shown(value: Any) -> str:
+    """A value for a message to a person: short, whatever was sent."""
+    return f"{value!r:.80}" if isinstance(value, (int, float, str, bytes, type(None))) else f"of type {type(value).__name__}"
+
+
+def check_bytes(name: str, value: Any, size: int) -> None:
+    """Refuse what is not bytes of that length."""
+    if not isinstance(value, bytes) or len(value) != size:
+        raise ProtocolError(f"{name} is {shown(value)}; expected {size} bytes")
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> None:
+    """Refuse what is not an integer from low to high."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ProtocolError(f"{name} is {shown(value)}; expected an integer from {low} to {high}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is not a finite float."""
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise ProtocolError(f"{name} is {shown(value)}; expected a finite float")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is not a positive finite float."""
+    check_number(name, value)
+    if value <= 0:
+        raise ProtocolError(f"{name} is {value!r}; expected a positive number")
+
+
+def check_name(name: Any) -> None:
+    """Refuse a client's name that is not 1 to 64 bytes of printable UTF-8.
+
+    Raises:
+        ProtocolError: it is not.
+    """
+    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.encode(errors="replace")) <= MAX_NAME_BYTES:
+        raise ProtocolError(f"client name is {shown(name)}; expected 1 to {MAX_NAME_BYTES} bytes of printable text")
+
+
+@dataclass(frozen=True)
+class Head(ABC):
+    """What every message says of the round that it belongs to.
+
+    Attributes:
+        run_id: 8 bytes, the same for all messages of a run.
+        server_round: counts from 1.
+        attempt: counts from 0 within a round.
+        client: the stable name of the client that is asked, or answers.
+        base: fingerprint of the base model, 32 bytes.
+        digest: SHA-256 of what the server sends to train from, 32 bytes.
+    """
+
+    run_id: bytes
+    server_round: int
+    attempt: int
+    client: str
+    base: bytes
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        check_bytes("run_id", self.run_id, RUN_ID_BYTES)
+        check_integer("server_round", self.server_round, 1, 2**31)
+        check_integer("attempt", self.attempt, 0, 255)
+        check_name(self.client)
+        check_bytes("base", self.base, DIGEST_BYTES)
+        check_bytes("digest", self.digest, DIGEST_BYTES)
+
+
+@dataclass(frozen=True)
+class Request(Head):
+    """Server to client: train from here.
+
+    Attributes:
+        lr: learning rate.
+        batch_size: records per step.
+    """
+
+    lr: float
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("lr", self.lr)
+        check_integer("batch_size", self.batch_size, 1, MAX_STEPS)
+
+    @property
+    @abstractmethod
+    def num_steps(self) -> int:
+        """How many local steps are asked for."""
+
+    @abstractmethod
+    def encode(self) -> bytes:
+        """The message's bytes."""
+
+
+@dataclass(frozen=True)
+class Reply(Head):
+    """Client to server: what came of it; the head is that of the request.
+
+    Attributes:
+        num_examples: how many records the client holds.
+        loss: mean of the losses that it measured, None if every step was dropped.
+    """
+
+    num_examples: int
+    loss: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("num_examples", self.num_examples, 1, 2**53)
+        if self.loss is not None:
+            check_number("loss", self.loss)
+
+    @property
+    @abstractmethod
+    def num_dropped(self) -> int:
+        """How many steps the client dropped."""
+
+    @abstractmethod
+    def encode(self) -> bytes:
+        """The message's bytes."""

@@ -1,0 +1,265 @@
+"""What the servers of all algorithms have in common: who is asked, whose reply counts, and for how much of a round."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, Protocol, TypeVar
+
+from fedkseed.codec import MAX_STEPS, Reply, Request, check_name
+from fedkseed.errors import ProtocolError, RunError
+from fedkseed.federation.config import FederationConfig, Limits
+from fedkseed.federation.schedule import learning_rate
+from fedkseed.randomness import generator
+
+MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An accepted reply: whose it is, its weight in the round, what the client reported."""
+
+    client: str
+    weight: float
+    num_examples: int
+    num_steps: int
+    dropped_steps: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reply that was not used, and why."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a round's replies.
+
+    Attributes:
+        server_round: the round, counted from 1.
+        status: `closed` (the checkpoint has moved on), `repeat` (too few replies: plan again) or `failed` (no attempt is left).
+        contributions: the accepted replies, sorted by client.
+        refusals: the others that came.
+        missing: clients that were asked and sent nothing.
+    """
+
+    server_round: int
+    status: Literal["closed", "repeat", "failed"]
+    contributions: tuple[Contribution, ...]
+    refusals: tuple[Refusal, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def dropped_steps(self) -> int:
+        """Steps that the accepted clients dropped."""
+        return sum(contribution.dropped_steps for contribution in self.contributions)
+
+
+class Checkpoint(Protocol):
+    """Everything that a run needs to go on, beside its settings; `fedkseed.Ledger` is one."""
+
+    @property
+    def round(self) -> int:
+        """How many rounds have gone in."""
+        ...
+
+    def digest(self) -> str:
+        """Equal digests mean equal checkpoints."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, atomically."""
+        ...
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+ReplyT = TypeVar("ReplyT", bound=Reply)
+
+
+class Rounds(ABC, Generic[RequestT, ReplyT]):
+    """A server as a state machine: `plan` a round's requests, `absorb` what came back. It never loops, sends or logs.
+
+    What is sent, and what becomes of accepted replies, is the algorithm's: the abstract methods.
+
+    Args:
+        config: the settings.
+        run_id: 8 bytes, the same for all messages of the run.
+        clients: the stable names of all clients; `admit` changes them between rounds.
+        limits: what a reply must keep to.
+        num_examples: how many records each client has, by its name; needed where `local_unit` is epochs.
+
+    Raises:
+        RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
+    """
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        run_id: bytes,
+        clients: Sequence[str],
+        limits: Limits | None = None,
+        num_examples: Mapping[str, int] | None = None,
+    ) -> None:
+        self.config, self.run_id, self.limits = config, run_id, limits or Limits()
+        self._attempt = 0
+        self._pending: dict[str, RequestT] = {}
+        self.admit(clients, num_examples)
+
+    @property
+    @abstractmethod
+    def checkpoint(self) -> Checkpoint:
+        """Where the federation is after the last closed round."""
+
+    @abstractmethod
+    def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> Mapping[str, RequestT]:
+        """What to ask of each client of a cohort."""
+
+    @abstractmethod
+    def _decode(self, data: bytes) -> ReplyT:
+        """The reply of these bytes, or a ProtocolError."""
+
+    @abstractmethod
+    def _check(self, request: RequestT, reply: ReplyT) -> None:
+        """Raise a ProtocolError if what the reply holds, beside its head, is not an answer to the request."""
+
+    @abstractmethod
+    def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> None:
+        """Move the checkpoint on by the accepted replies, in the order of the clients' names."""
+
+    def admit(self, clients: Sequence[str], num_examples: Mapping[str, int] | None = None) -> None:
+        """Set whom the next rounds may ask, by their stable names; `num_examples` as above.
+
+        Raises:
+            ProtocolError: a name is not 1 to 64 bytes of printable text.
+            RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
+        """
+        for name in clients:
+            check_name(name)
+        if len(set(clients)) != len(clients):
+            raise RunError("two clients have the same name; names must be distinct")
+        cohort_size = self.config.cohort_size(len(clients))
+        if cohort_size < self.config.min_replies or not clients:
+            raise RunError(
+                f"a round asks {cohort_size} of {len(clients)} clients, too few for min_replies = {self.config.min_replies}; "
+                "raise --fraction-train or --num-clients, or lower --min-replies"
+            )
+        self.steps = {name: count_steps(self.config, (num_examples or {}).get(name), name) for name in clients}
+        self.clients, self.cohort_size = tuple(sorted(clients)), cohort_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self.checkpoint.round >= self.config.num_rounds
+
+    def plan(self) -> tuple[RequestT, ...]:
+        """The requests of the next round, or of the next attempt at it, sorted by client.
+
+        Raises:
+            RunError: all rounds are done, or the last attempt at this one has failed.
+        """
+        if self.finished:
+            raise RunError(f"all {self.config.num_rounds} rounds are done; raise --num-rounds to go on")
+        if self._attempt >= MAX_ATTEMPTS:
+            raise RunError(f"round {self.checkpoint.round + 1} failed {MAX_ATTEMPTS} times; see the refusals, then resume")
+        server_round = self.checkpoint.round + 1
+        draw = generator(self.config.seed, server_round, self._attempt, "cohort")
+        cohort = sorted(draw.choice(self.clients, self.cohort_size, replace=False).tolist())
+        lr = learning_rate(self.config.schedule, self.config.lr, server_round - 1, self.config.num_rounds)
+        self._pending = dict(self._requests(server_round, self._attempt, cohort, lr))
+        return tuple(self._pending.values())
+
+    def absorb(self, replies: Iterable[tuple[str, bytes]]) -> Outcome:
+        """Close the round with the replies that came, as (sender, bytes) in any order, or ask for another attempt.
+
+        Nothing that a client sends raises: a reply that is malformed, is not an answer to this round's request, or
+        breaks a limit is refused, and the rest goes on without it.
+
+        Raises:
+            RunError: no round is planned.
+        """
+        if not self._pending:
+            raise RunError("no round is planned; call plan() before absorb()")
+        accepted: dict[str, ReplyT] = {}
+        refusals: list[Refusal] = []
+        answered: set[str] = set()
+        for sender, data in sorted(replies):
+            answered.add(sender)
+            try:
+                if sender in accepted:
+                    raise ProtocolError("a second reply to one request")
+                accepted[sender] = self._checked(sender, data)
+            except ProtocolError as error:
+                refusals.append(Refusal(sender, str(error)))
+        weights = self._weights(accepted, refusals)
+        server_round = self.checkpoint.round + 1
+        missing = tuple(sorted(set(self._pending) - answered))
+        if len(weights) < self.config.min_replies:
+            self._attempt += 1
+            status: Literal["closed", "repeat", "failed"] = "failed" if self._attempt >= MAX_ATTEMPTS else "repeat"
+        else:
+            self._close({name: accepted[name] for name in weights}, weights)
+            self._attempt, status = 0, "closed"
+        contributions = tuple(_contribution(self._pending[name], accepted[name], weights[name]) for name in weights)
+        self._pending = {}
+        return Outcome(server_round, status, contributions, tuple(refusals), missing)
+
+    def _checked(self, sender: str, data: bytes) -> ReplyT:
+        reply, request = self._decode(data), self._pending.get(sender)
+        if request is None:
+            raise ProtocolError(f"{sender!r} was not asked in this round")
+        for name in ("client", "run_id", "server_round", "attempt", "base", "digest"):
+            found, expected = getattr(reply, name), getattr(request, name)
+            if found != expected:
+                shown = [value.hex()[:16] if isinstance(value, bytes) else value for value in (found, expected)]
+                raise ProtocolError(f"reply to another request: {name} is {shown[0]!r}, expected {shown[1]!r}")
+        if reply.num_examples > self.limits.max_examples:
+            raise ProtocolError(f"num_examples is {reply.num_examples}; at most {self.limits.max_examples} are accepted")
+        self._check(request, reply)
+        return reply
+
+    def _weights(self, accepted: dict[str, ReplyT], refusals: list[Refusal]) -> dict[str, float]:
+        """p_i by client, in the order of the names; replies with too large a share are refused, the largest first."""
+        sizes = {name: accepted[name].num_examples if self.config.weighting == "examples" else 1 for name in sorted(accepted)}
+        while sizes:
+            total, largest = sum(sizes.values()), max(sizes, key=lambda name: sizes[name])
+            if sizes[largest] <= self.limits.max_share * total:
+                return {name: size / total for name, size in sizes.items()}
+            share = sizes.pop(largest) / total
+            refusals.append(
+                Refusal(largest, f"its share of the round is {share:.3f}; at most {self.limits.max_share} is accepted")
+            )
+        return {}
+
+
+def _contribution(request: Request, reply: Reply, weight: float) -> Contribution:
+    return Contribution(request.client, weight, reply.num_examples, request.num_steps, reply.num_dropped, reply.loss)
+
+
+def count_steps(config: FederationConfig, num_examples: int | None, client: str) -> int:
+    """How many steps a client does in a round.
+
+    Args:
+        config: the settings.
+        num_examples: the client's records, as far as they are known; only epochs need them.
+        client: its name, for messages.
+
+    Raises:
+        RunError: they are not known, or the client's epochs are too many steps for a request.
+    """
+    if config.local_unit == "steps":
+        return config.local_steps
+    if num_examples is None:
+        raise RunError(f"local_unit is epochs and client {client!r} has not said how many records it has; use steps")
+    steps = config.local_steps * -(-num_examples // config.batch_size)
+    if not 1 <= steps <= MAX_STEPS:
+        raise RunError(
+            f"{config.local_steps} epochs of client {client!r} are {steps} steps; expected 1 to {MAX_STEPS}, "
+            "so lower --local-steps or raise --batch-size"
+        )
+    return steps
