@@ -39,7 +39,8 @@ import fedkseed.simulation, fedkseed.cli.display, fedkseed.noise.cpu, fedkseed.t
 from pathlib import Path
 from fedkseed.cli import main
 from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation, prepare
+from fedkseed.records import prepare
+from fedkseed.simulation import Simulation
 from fedkseed.simulation_config import build
 
 
@@ -838,13 +839,13 @@ def test_export_onto_another_model_is_refused(fedkseed: CommandLine, finished: P
 def test_an_interrupt_while_reading_data_exits_130_with_a_line(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import fedkseed.simulation
+    import fedkseed.records
     from fedkseed.cli import main
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fedkseed.simulation, "prepare", interrupt)
+    monkeypatch.setattr(fedkseed.records, "prepare", interrupt)
     monkeypatch.setattr(sys, "argv", ["fedkseed", "simulate", *flags(tiny_settings(tiny)), "--run", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -14,7 +14,7 @@ from fedkseed.demo.lexicon import ADJECTIVES, CATEGORIES, IRREGULAR, NAMES, NOUN
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.models import base_path, load_model, load_tokenizer
 from fedkseed.randomness import generator
-from fedkseed.simulation import client_names
+from fedkseed.records import client_names
 
 SEEDS = (0, 1, 2)
 NEEDED = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -445,7 +445,7 @@ def test_too_few_replies_repeat_the_round_and_then_end_the_run_with_its_ledger_s
 
     for node_id in (101, 102):
         grid.answers[node_id] = silent_from_round_2
-    with pytest.raises(RunError, match=r"round 2 ended three times with fewer than 2 accepted replies; the ledger of round 1"):
+    with pytest.raises(RunError, match=r"round 2 ended three times with fewer than 2 accepted replies; .*round 1 is"):
         started(config, grid)
     attempts = [m for m in grid.sent if m.metadata.message_type == "train" and m.metadata.group_id == "2"]
     assert len(attempts) == 9

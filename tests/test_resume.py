@@ -229,7 +229,7 @@ def test_an_interrupt_exits_130_with_the_hint_and_a_whole_ledger(fedkseed: Comma
         when = (str(run / "metrics.jsonl"), 4, 0.013 * moment, signal.SIGINT)
         result = fedkseed("simulate", *flags(settings), "--run", run, send=when)
         rounds = Ledger.load(run / "ledger.safetensors").round
-        hint = f"interrupted; the ledger of round {rounds} is safe. Go on with: fedkseed simulate --resume {run}"
+        hint = f"interrupted; round {rounds} is safe. Go on with: fedkseed simulate --resume {run}"
         assert hint in result.stdout + result.stderr
         assert "Traceback" not in result.stdout + result.stderr
         assert result.code == 130

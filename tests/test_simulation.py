@@ -18,8 +18,10 @@ from fedkseed.data import Example, read_jsonl
 from fedkseed.errors import DataError, LedgerError, RunError
 from fedkseed.ledger import Ledger
 from fedkseed.messages import TrainReply, TrainRequest
+from fedkseed.observer import Probe
+from fedkseed.records import client_names, prepare
 from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Probe, Simulation, client_names, prepare
+from fedkseed.simulation import Simulation
 from fedkseed.simulation_config import SimulationConfig, build
 
 TEXT = "name the animal colour fruit red blue dog cat apple pear a big small and or of Instruction Input Response :"
@@ -394,7 +396,7 @@ def test_three_failed_attempts_end_the_run_with_the_ledger_safe(tiny: Path, tmp_
         return b"junk" if request.server_round == 2 else honest(data, *rest)
 
     run.clients[liar].answer = answer  # type: ignore[method-assign]
-    with pytest.raises(RunError, match=r"round 2 ended three times with fewer than 4 accepted replies; .*ledger of round 1 is"):
+    with pytest.raises(RunError, match=r"round 2 ended three times with fewer than 4 accepted replies; round 1 is"):
         run.train()
     assert asked == [(1, 0), (2, 0), (2, 1), (2, 2)]
     assert Ledger.load(tmp_path / "run" / "ledger.safetensors").round == 1

@@ -12,7 +12,7 @@ from test_simulation import Watcher, read_metrics, simulation, tiny_settings
 
 from fedkseed.data import Example
 from fedkseed.errors import ConfigError, DataError
-from fedkseed.simulation import Records, deal, load_examples, prepare, sample
+from fedkseed.records import Records, deal, load_examples, prepare, sample
 from fedkseed.simulation_config import build
 
 

@@ -26,9 +26,11 @@ from fedkseed.data import EncodedExample, Example, collate, encode, pad_token_id
 from fedkseed.demo.tasks import HELD_OUT_KIND, TRAINED_KINDS
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.models import load_tokenizer
+from fedkseed.observer import Probe
 from fedkseed.randomness import generator
+from fedkseed.records import Records
 from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Probe, Records, Simulation
+from fedkseed.simulation import Simulation
 from fedkseed.simulation_config import build
 
 HERE = Path(__file__).resolve().parent

@@ -14,6 +14,7 @@ def round_event(outcome: Outcome, lr: float) -> dict[str, Any]:
         "server_round": outcome.server_round,
         "lr": lr,
         "num_replies": len(outcome.contributions),
+        "num_steps": sum(c.num_steps for c in outcome.contributions),
         "dropped_steps": outcome.dropped_steps,
         "train_loss": sum(losses) / len(losses) if losses else None,
         "clients": {c.client: {"weight": c.weight, "loss": c.loss} for c in outcome.contributions},

@@ -1,4 +1,7 @@
-"""A run on disk: `config.toml`, `metrics.jsonl` and `ledger.safetensors`. The last ledger plus the config is everything."""
+"""A run on disk: `config.toml`, `metrics.jsonl` and `ledger.safetensors` (of a baseline `tensors.safetensors`).
+
+The last of these plus the config is everything.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from typing import Any
 
 import tomli_w
 
+from fedkseed.baselines import TunedTensors
 from fedkseed.errors import RunError, RunFolderError
+from fedkseed.federation import Checkpoint
+from fedkseed.federation.algorithms import SEEDS, takes
 from fedkseed.files import write_atomically
 from fedkseed.ledger import Ledger
 from fedkseed.simulation_config import SimulationConfig, build
 
-CONFIG, METRICS, LEDGER = "config.toml", "metrics.jsonl", "ledger.safetensors"
+CONFIG, METRICS, LEDGER, TENSORS = "config.toml", "metrics.jsonl", "ledger.safetensors", "tensors.safetensors"
 DRIVER = "driver"
 """The table of the settings that only the driver of the rounds knows, such as Flower's deadline."""
 
@@ -45,7 +51,7 @@ class RunFolder:
         Raises:
             RunFolderError: it does.
         """
-        for name in (CONFIG, METRICS, LEDGER):
+        for name in (CONFIG, METRICS, LEDGER, TENSORS):
             if (path / name).exists():
                 raise RunFolderError(
                     f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
@@ -75,9 +81,20 @@ class RunFolder:
         """Where the ledger is."""
         return self.path / LEDGER
 
+    @property
+    def tensors_path(self) -> Path:
+        """Where a baseline's tensors are."""
+        return self.path / TENSORS
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the algorithm's checkpoint is, whichever it is."""
+        return self.ledger_path if self.config.algorithm in SEEDS else self.tensors_path
+
     def write_config(self, config: SimulationConfig) -> None:
         """Replace the settings, such as after more rounds were asked for."""
-        settings = {name: value for name, value in config.model_dump(mode="json").items() if value is not None}
+        dumped = config.model_dump(mode="json").items()
+        settings = {name: value for name, value in dumped if value is not None and takes(config.algorithm, name)}
         driver = {name: settings.pop(name) for name in sorted(settings.keys() - SimulationConfig.model_fields.keys())}
         if driver:
             settings[DRIVER] = driver
@@ -91,6 +108,14 @@ class RunFolder:
     def load_ledger(self) -> Ledger | None:
         """The last ledger; None before the first round is done."""
         return Ledger.load(self.ledger_path) if self.ledger_path.exists() else None
+
+    def load_tensors(self) -> TunedTensors | None:
+        """A baseline's last tensors; None before the first round is done."""
+        return TunedTensors.load(self.tensors_path) if self.tensors_path.exists() else None
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Where the run is, whichever its algorithm; None before the first round is done."""
+        return self.load_ledger() if self.config.algorithm in SEEDS else self.load_tensors()
 
     def metrics(self) -> list[dict[str, Any]]:
         """All events so far; a line that a kill left unfinished is left out."""

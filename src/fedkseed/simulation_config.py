@@ -38,6 +38,9 @@ class SimulationConfig(FederationConfig):
     alpha: Positive = Field(0.5, description="of the Dirichlet partition over categories: small is unlike, large is alike")
     min_partition_size: Count = Field(1, description="records that each client of a Dirichlet partition gets at least")
     template: str = Field("plain", description=f"prompt template: {', '.join(TEMPLATES)} (the tokenizer's own), or a TOML file")
+    responses: Literal["own", "shuffled"] = Field(
+        "own", description="shuffled is the control: each training record gets another one's response of its category"
+    )
     eval_every: Count = Field(1, description="evaluate every so many rounds, and after the last")
     eval_limit: Count | None = Field(None, description="evaluate on a seeded draw of so many held-out records")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -101,6 +104,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flags(config: SimulationConfig) -> list[str]:
+    """The command line's words for settings; those at their defaults are left out."""
+    chosen = config.model_dump(mode="json", exclude_defaults=True).items()
+    return [word for name, value in chosen if value is not None for word in (flag(name), str(value))]
+
+
 def build(settings: dict[str, Any]) -> SimulationConfig:
     """Validate settings.
 
@@ -111,7 +120,9 @@ def build(settings: dict[str, Any]) -> SimulationConfig:
         return SimulationConfig(**settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = str(problem["loc"][0]) if problem["loc"] else "settings"
+        if not problem["loc"]:  # settings that contradict each other; the message names them
+            raise ConfigError(problem["msg"].removeprefix("Value error, ")) from error
+        name = str(problem["loc"][0])
         if problem["type"] == "missing":
             raise ConfigError(
                 f"{flag(name)} is missing; give it on the command line or as {name} in the --config file"

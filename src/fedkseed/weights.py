@@ -85,3 +85,10 @@ def value_digest(name: str, shape: torch.Size, dtype: torch.dtype, stretches: It
     if dtype.is_floating_point:
         return tensor_digest(name, shape, torch.float32, (stretch.detach().float() for stretch in stretches))
     return tensor_digest(name, shape, dtype, stretches)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """The fingerprint (hex) of a bare model's current values, as in `BaseIdentity`."""
+    entries = named_parameters(model)
+    digests = (value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries)
+    return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -87,6 +87,21 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder", metavar="RUN
 
 
 @app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="TOML file of a comparison", metavar="FILE", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="folder of its runs [default: comparisons/ and the file's name]")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time; give each its cores, as with OMP_NUM_THREADS=1")] = 1,
+) -> None:
+    """Compare methods over seeds: learning rates from equal grids, controls, one table and curves.
+
+    Started again, it goes on with what is not done; finished runs are not repeated.
+    """
+    from fedkseed.cli.compare import compare as carry_out
+
+    carry_out(file, output, jobs)
+
+
+@app.command()
 def demo(
     run: Annotated[Path | None, typer.Option(help="folder of the run (default: runs/ and the time)")] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of the tasks and of the run")] = 42,

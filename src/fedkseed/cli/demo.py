@@ -18,9 +18,10 @@ from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
 from fedkseed.ledger import Ledger
 from fedkseed.models import load_tokenizer
+from fedkseed.records import prepare
 from fedkseed.report import report
 from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation, prepare
+from fedkseed.simulation import Simulation
 from fedkseed.simulation_config import SimulationConfig, build
 
 PAPER_BYTES = 17_988
@@ -46,14 +47,15 @@ def demo(run: Path | None, seed: int) -> None:
         observer.note(
             "20 clients hold instruction tasks of seven kinds; one kind is held out. FedKSeed-Pro tunes all parameters."
         )
-        simulation = Simulation(RunFolder.create(folder, config), prepare(config, observer), observer)
+        kept = RunFolder.create(folder, config)
+        simulation = Simulation(kept, prepare(config, observer), observer)
         before = _answers(simulation, records)
-        ledger = simulation.train()
-        simulation.bound.rebuild(ledger.coefficients)
+        simulation.train()
+        simulation.restore()
         after = _answers(simulation, records)
     seconds = time.perf_counter() - begin
     page = report(folder)
-    _show(simulation, ledger, records, before, after)
+    _show(simulation, kept.ledger_path, records, before, after)
     print(f"\n{seconds:.0f} seconds. Charts and everything else about the run: {page}")
     print(
         f"\nGo on:\n"
@@ -88,7 +90,7 @@ def _answers(simulation: Simulation, records: list[Example]) -> list[str]:
     return generate(simulation.model, tokenizer, prompts, batch_size=64, max_new_tokens=MAX_ANSWER)
 
 
-def _show(simulation: Simulation, ledger: Ledger, records: list[Example], before: list[str], after: list[str]) -> None:
+def _show(simulation: Simulation, ledger: Path, records: list[Example], before: list[str], after: list[str]) -> None:
     events = simulation.run.metrics()
     losses = [event["eval_loss"] for event in events if event["event"] == "evaluation"]
     traffic = [event["bytes_down"] + event["bytes_up"] for event in events if event["event"] == "round"]
@@ -111,7 +113,7 @@ def _show(simulation: Simulation, ledger: Ledger, records: list[Example], before
     print(
         f"\nbytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}, with 200 steps; "
         f"sending the weights both ways: {weights:,})\n"
-        f"the tuned model as a published ledger: {len(ledger.published().encode()):,} bytes"
+        f"the tuned model as a published ledger: {len(Ledger.load(ledger).published().encode()):,} bytes"
     )
 
 

@@ -13,16 +13,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedkseed.baselines import TunedTensors, restore
 from fedkseed.cli.display import Notes
 from fedkseed.cli.inspect import ledger_path
 from fedkseed.data import Example, encode, get_template
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import AllScores, Scores, score
+from fedkseed.federation import Checkpoint
+from fedkseed.federation.algorithms import SEEDS
 from fedkseed.files import write_atomically
 from fedkseed.ledger import Ledger
 from fedkseed.models import load_model, load_tokenizer
+from fedkseed.records import check_context, describe, load_examples, read_source, sample
 from fedkseed.run_folder import CONFIG, RunFolder
-from fedkseed.simulation import check_context, describe, load_examples, read_source, sample
 from fedkseed.simulation_config import SimulationConfig
 from fedkseed.tuned_model import apply
 
@@ -73,8 +76,9 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
         raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
     if choices.output is not None and not choices.output.parent.is_dir():
         raise ConfigError(f"--output {choices.output}: there is no such folder; give a file in a folder that exists")
-    tuning = Ledger.load(ledger_path(where))
     config = _run_config(run or where)
+    baseline = config is not None and config.algorithm not in SEEDS and ledger is None
+    tuning = TunedTensors.load(ledger_path(where)) if baseline else Ledger.load(ledger_path(where))
     source, records = _source(config, choices, where), _records(config, choices, where)
     tokenizer = load_tokenizer(source)
     template = get_template(choices.template or (config.template if config else "plain"))
@@ -88,7 +92,10 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
     model = load_model(source, config.dtype if config else "auto", "cpu")
     base = score(model, tokenizer, examples, kept, answered, notes.progress)
-    apply(model, tuning)
+    if isinstance(tuning, Ledger):
+        apply(model, tuning)
+    elif config is not None:
+        model = restore(model, config, tuning)
     tuned = score(model, tokenizer, examples, kept, answered, notes.progress)
     _show(base, tuned, tuning.round, choices.by_category)
     if choices.output is not None:
@@ -153,11 +160,12 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.2f} %"
 
 
-def _write(path: Path, base: AllScores, tuned: AllScores, ledger: Ledger) -> None:
+def _write(path: Path, base: AllScores, tuned: AllScores, tuning: Checkpoint) -> None:
     def plain(scores: AllScores) -> dict[str, Any]:
         return {"overall": _json(scores.overall), "categories": {name: _json(s) for name, s in scores.categories.items()}}
 
-    content = {"ledger": ledger.digest(), "rounds": ledger.round, "base": plain(base), "tuned": plain(tuned)}
+    kind = "ledger" if isinstance(tuning, Ledger) else "tensors"
+    content = {kind: tuning.digest(), "rounds": tuning.round, "base": plain(base), "tuned": plain(tuned)}
     try:
         write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
     except OSError as error:

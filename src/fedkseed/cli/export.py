@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from fedkseed.cli.inspect import ledger_path
 from fedkseed.errors import ConfigError, RunFolderError
 from fedkseed.ledger import Ledger
+from fedkseed.run_folder import CONFIG, TENSORS
 
 if TYPE_CHECKING:
     from fedkseed.report.reading import RunRecord
@@ -25,6 +26,8 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         RunError: a file of the run is damaged.
         LedgerError: the ledger cannot be read, or the model is not its base.
     """
+    if ledger_path(path).name == TENSORS:
+        raise ConfigError(f"{path} is the run of a baseline, which has no ledger; its tensors are {path / TENSORS}")
     ledger = Ledger.load(ledger_path(path))
     if output.exists():
         raise RunFolderError(f"{output} exists; give an output that does not")
@@ -35,7 +38,6 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
     from fedkseed.model_card import model_card
     from fedkseed.models import load_model, load_tokenizer, save_model
     from fedkseed.report.reading import read
-    from fedkseed.run_folder import CONFIG
     from fedkseed.tuned_model import apply
 
     folder = path if path.is_dir() else path.parent

@@ -4,22 +4,28 @@ from pathlib import Path
 
 import numpy as np
 
+from fedkseed.baselines import TunedTensors
 from fedkseed.ledger import Ledger
-from fedkseed.run_folder import LEDGER
+from fedkseed.run_folder import LEDGER, TENSORS
 
 
 def ledger_path(path: Path) -> Path:
-    """The ledger's file, of a run folder or itself."""
-    return path / LEDGER if path.is_dir() else path
+    """The ledger's file, of a run folder or itself; in the run of a baseline, its tensors'."""
+    if not path.is_dir():
+        return path
+    return path / TENSORS if (path / TENSORS).exists() else path / LEDGER
 
 
 def inspect(path: Path) -> None:
-    """Print a ledger's identity and the distribution of its coefficients.
+    """Print a ledger's identity and the distribution of its coefficients, or what a baseline's tensors are.
 
     Raises:
-        LedgerError: it cannot be read.
+        FedKSeedError: it cannot be read.
     """
     file = ledger_path(path)
+    if file.name == TENSORS:
+        _inspect_tensors(file)
+        return
     ledger = Ledger.load(file)
     a = np.abs(ledger.coefficients)
     rows = {
@@ -35,5 +41,23 @@ def inspect(path: Path) -> None:
     if ledger.history is not None:
         counts = ledger.history.grad_counts
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
+    _show(rows)
+
+
+def _inspect_tensors(file: Path) -> None:
+    tuned = TunedTensors.load(file)
+    count = sum(x.numel() for x in tuned.tensors.values())
+    rows = {
+        "file": f"{file}, {file.stat().st_size:,} bytes, checkpoint of a run",
+        "digest": tuned.digest(),
+        "rounds": f"{tuned.round}",
+        "algorithm": tuned.algorithm,
+        "base": tuned.base,
+        "tensors": f"{len(tuned.tensors)} with {count:,} numbers",
+    }
+    _show(rows)
+
+
+def _show(rows: dict[str, str]) -> None:
     for name, value in rows.items():
         print(f"{name:<14}{value}")

@@ -16,13 +16,15 @@ import typer
 from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
-from fedkseed.simulation_config import SimulationConfig, build, flag
+from fedkseed.simulation_config import SimulationConfig, build, flag, flags
 
 AUTO = "auto"
 
 if TYPE_CHECKING:
+    from fedkseed.observer import Observer
+    from fedkseed.records import Records
     from fedkseed.run_folder import RunFolder
-    from fedkseed.simulation import Observer, Records, Simulation
+    from fedkseed.simulation import Simulation
 
 
 def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorboard: bool, **flags: str | None) -> None:
@@ -39,8 +41,8 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
     # checked before the rate is looked for, which takes long
     settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
     from fedkseed.cli.display import watching
+    from fedkseed.records import prepare
     from fedkseed.run_folder import RunFolder
-    from fedkseed.simulation import prepare
 
     RunFolder.check_free(folder)
     if chosen.get("lr") == AUTO:
@@ -73,8 +75,8 @@ def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
 
 def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], tensorboard: bool) -> None:
     from fedkseed.cli.display import watching
+    from fedkseed.records import prepare
     from fedkseed.run_folder import RunFolder
-    from fedkseed.simulation import prepare
 
     others = [flag(name) for name in given if name != "num_rounds"]
     others += [name for name, value in (("--run", run), ("--config", config)) if value is not None]
@@ -128,20 +130,20 @@ def train(
     try:
         simulation = Simulation(folder, records, observer)
         before(simulation)
-        ledger = simulation.train()
+        checkpoint = simulation.train()
     except KeyboardInterrupt:
-        saved = folder.load_ledger()
-        where = f"the ledger of round {saved.round} is safe" if saved else "no round was done yet"
+        saved = folder.load_checkpoint()
+        where = f"round {saved.round} is safe" if saved else "no round was done yet"
         observer.note(f"interrupted; {where}. Go on with: {resume}")
         raise typer.Exit(130) from None
-    observer.note(f"done: {folder.ledger_path}, {folder.ledger_path.stat().st_size:,} bytes, digest {ledger.digest()}")
+    file = folder.checkpoint_path
+    observer.note(f"done: {file}, {file.stat().st_size:,} bytes, digest {checkpoint.digest()}")
     return simulation
 
 
 def command_line(config: SimulationConfig) -> str:
     """The `fedkseed simulate` command with these settings; those at their defaults are left out."""
-    chosen = {name: value for name, value in config.model_dump(mode="json", exclude_defaults=True).items() if value is not None}
-    return shlex.join(["fedkseed", "simulate", *(word for name, value in chosen.items() for word in (flag(name), str(value)))])
+    return shlex.join(["fedkseed", "simulate", *flags(config)])
 
 
 def _read(path: Path) -> dict[str, Any]:

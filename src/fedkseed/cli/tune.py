@@ -7,7 +7,9 @@ from rich.table import Table
 
 from fedkseed.calibration import Calibration, calibrate
 from fedkseed.cli.display import PlainDisplay
+from fedkseed.errors import ConfigError
 from fedkseed.evaluation import mean_loss
+from fedkseed.federation.algorithms import ZEROTH_ORDER
 from fedkseed.simulation_config import SimulationConfig
 
 
@@ -24,8 +26,13 @@ def find(config: SimulationConfig) -> Calibration:
     from fedkseed.federation import seed_pool
     from fedkseed.models import base_path, load_model
     from fedkseed.randomness import generator
-    from fedkseed.simulation import prepare
+    from fedkseed.records import prepare
 
+    if config.algorithm not in ZEROTH_ORDER:
+        raise ConfigError(
+            f"--algorithm {config.algorithm} has no calibration, which is of zeroth-order steps; give --lr, "
+            "or find it by a grid with fedkseed compare"
+        )
     notes = PlainDisplay(config, Console())
     records = prepare(config, notes)
     pooled = [example for examples in records.clients.values() for example in examples]

@@ -7,7 +7,7 @@ from fedkseed.data.jsonl import read_jsonl
 from fedkseed.data.natural_instructions import is_natural_instructions, read_tasks
 from fedkseed.data.partition import dirichlet, iid, split_off
 from fedkseed.data.record import COLUMNS, Columns, parse_columns
-from fedkseed.data.shuffle import shuffle_responses
+from fedkseed.data.shuffle import shuffle_responses, shuffle_within_categories
 from fedkseed.data.source import is_hub_id, read_examples
 from fedkseed.data.table import read_csv, read_hub, read_parquet
 from fedkseed.data.template import TEMPLATES, Template, get_template
@@ -39,5 +39,6 @@ __all__ = [
     "read_parquet",
     "read_tasks",
     "shuffle_responses",
+    "shuffle_within_categories",
     "split_off",
 ]

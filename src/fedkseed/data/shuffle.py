@@ -19,3 +19,13 @@ def shuffle_responses(examples: Sequence[Example], rng: np.random.Generator) -> 
     for receiver, giver in zip(order, np.roll(order, 1), strict=True):
         shuffled[receiver] = replace(examples[receiver], output=examples[giver].output)
     return shuffled
+
+
+def shuffle_within_categories(examples: Sequence[Example], rng: np.random.Generator) -> list[Example]:
+    """`shuffle_responses` of each category by itself: what answers look like can still be learnt, what they answer cannot."""
+    shuffled = list(examples)
+    for category in sorted({example.category for example in examples}):
+        places = [i for i, example in enumerate(examples) if example.category == category]
+        for place, example in zip(places, shuffle_responses([examples[i] for i in places], rng), strict=True):
+            shuffled[place] = example
+    return shuffled

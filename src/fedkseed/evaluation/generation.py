@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def generate(
     """Greedy answers to the prompts of examples, in their order; each ends at EOS, after max_new_tokens or where the model's
     context does.
 
-    Prompts of similar length share a batch, padded on the left, with a key-value cache.
+    Prompts of similar length share a batch, padded on the left, with a key-value cache. Behind a soft prompt each is alone.
 
     Args:
         model: a Hugging Face causal LM in eval mode.
@@ -37,8 +38,11 @@ def generate(
     """
     pad, device = pad_token_id(tokenizer), next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: -examples[i].prompt_length)
-    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    soft_prompt = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - soft_prompt
     answers = [""] * len(examples)
+    if soft_prompt:  # peft counts positions through the padding between its prompt and the text's; so there is none
+        batch_size = 1
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         prompts = [examples[i].input_ids[: examples[i].prompt_length] for i in chosen]
@@ -50,10 +54,10 @@ def generate(
             mask[row, width - len(prompt) :] = 1
         longest = int(max(1, min(max_new_tokens, room - width)))
         limits: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": pad}
-        with torch.inference_mode():
-            output = model.generate(
-                ids.to(device), attention_mask=mask.to(device), eos_token_id=tokenizer.eos_token_id, **limits
-            )
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
+            inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+            output = model.generate(**inputs, eos_token_id=tokenizer.eos_token_id, **limits)
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text

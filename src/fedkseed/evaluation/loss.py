@@ -55,7 +55,7 @@ def response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, i
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, logits_to_keep=keep).logits
     else:
-        logits = model(**inputs).logits[:, keep]
+        logits = model(**inputs).logits[:, -batch.input_ids.shape[1] :][:, keep]  # a soft prompt has logits too, in front
     logits = logits[scored[:, keep]]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.nn.functional.cross_entropy(wide, targets[scored], reduction="sum"), len(logits)

@@ -1,6 +1,6 @@
 """The federation's rules as state machines: a server and clients that exchange bytes, without a transport."""
 
-from fedkseed.federation.client import Client, Model, Task
+from fedkseed.federation.client import Client, Model, Task, batches
 from fedkseed.federation.config import FederationConfig, Limits
 from fedkseed.federation.rounds import Checkpoint, Contribution, Outcome, Refusal, Rounds, count_steps
 from fedkseed.federation.server import Server, seed_pool, start
@@ -17,6 +17,7 @@ __all__ = [
     "Rounds",
     "Server",
     "Task",
+    "batches",
     "count_steps",
     "seed_pool",
     "start",

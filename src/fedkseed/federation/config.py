@@ -1,8 +1,10 @@
 """The settings of a federation: frozen, validated, the same words as flags, TOML keys and attributes."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedkseed.federation.algorithms import TAKEN_BY, Algorithm
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[float, Field(ge=1e-37, le=1e37)]
@@ -15,8 +17,11 @@ class FederationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    algorithm: Literal["fedkseed", "fedkseed-pro"] = Field(
-        "fedkseed", description="fedkseed draws seeds uniformly, fedkseed-pro prefers those whose gradients were large"
+    algorithm: Algorithm = Field(
+        "fedkseed",
+        description="fedkseed draws seeds uniformly, fedkseed-pro prefers those whose gradients were large; baselines that "
+        "send tensors: fedavg (all parameters, SGD), fedit and fedit-sgd (LoRA, by Adam and by SGD), fedprompt and fedptuning "
+        "(soft prompts, Adam), fedzo (all parameters, zeroth-order)",
     )
     num_rounds: Count = Field(40, description="rounds of federated training")
     fraction_train: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="m: fraction of the clients in a round")
@@ -42,6 +47,11 @@ class FederationConfig(BaseModel):
     importance_start: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="fedkseed-pro: the first entry of every seed's history"
     )
+    lora_rank: Count = Field(8, description="fedit, fedit-sgd: rank of the adapters")
+    lora_alpha: Positive = Field(16.0, description="fedit, fedit-sgd: the adapters count alpha / rank times")
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(
+        20, description="fedprompt, fedptuning: length of the soft prompt"
+    )
     min_replies: Count = Field(1, description="a round with fewer accepted replies is repeated, three times at most")
     wire: Literal["float16", "float32"] = Field("float16", description="precision of coefficients and scalars as they travel")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="seed of everything random in the run")
@@ -52,6 +62,17 @@ class FederationConfig(BaseModel):
         if isinstance(value, bool):  # which Python would take for a number
             raise ValueError("expected a number or a text, no truth value")
         return value
+
+    @model_validator(mode="after")
+    def _only_what_the_algorithm_takes(self) -> Self:
+        for name, algorithms in TAKEN_BY.items():
+            field = type(self).model_fields.get(name)
+            if field is not None and self.algorithm not in algorithms and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
+                    f"leave it out, or choose one of {', '.join(algorithms)}"
+                )
+        return self
 
     def cohort_size(self, num_clients: int) -> int:
         """How many of the clients take part in a round: max(1, int(m N))."""
@@ -65,6 +86,7 @@ class Limits(BaseModel):
         max_grad: largest magnitude of a projected gradient.
         max_examples: largest number of records that a client may claim.
         max_share: largest weight of one reply in a round.
+        max_value: largest magnitude in a tensor of a baseline.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,3 +94,4 @@ class Limits(BaseModel):
     max_grad: Annotated[float, Field(gt=0, le=60000)] = 1e4
     max_examples: Count = 10_000_000
     max_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_value: Positive = 1e4

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from fedkseed.errors import ConfigError
+from fedkseed.federation.algorithms import SEEDS
 from fedkseed.federation.config import Count, Positive
 from fedkseed.run_folder import CONFIG, DRIVER, RunFolder
 from fedkseed.simulation_config import SimulationConfig
@@ -30,6 +31,13 @@ class FlowerConfig(SimulationConfig):
     run: Path = Field(description="run folder on the server; a run that it holds is gone on with")
     min_clients: Count = Field(1, description="a round waits until so many clients are there")
     deadline: Positive = Field(3600.0, description="seconds that a round waits for replies")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _runs_on_flower(cls, value: str) -> str:
+        if value not in SEEDS:
+            raise ValueError(f"on Flower only {' and '.join(SEEDS)} run; the baselines run in fedkseed simulate")
+        return value
 
     @property
     def expected_clients(self) -> int:

@@ -23,8 +23,10 @@ from fedkseed.identity import BaseIdentity
 from fedkseed.ledger import Ledger
 from fedkseed.messages import TrainRequest
 from fedkseed.models import Dtype, base_path, load_model, load_tokenizer
+from fedkseed.observer import Probe
 from fedkseed.pool import SeedPool
-from fedkseed.simulation import EVAL_BATCH, Probe, Records, Stopwatch, TextTask, TimedModel, check_context, prepare, read_source
+from fedkseed.records import Records, check_context, prepare, read_source
+from fedkseed.simulation import EVAL_BATCH, Stopwatch, TextTask, TimedModel
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,14 @@ class _Log:
     """An observer for `prepare`: notes go to Flower's log."""
 
     def note(self, text: str) -> None:
-        """See `fedkseed.simulation.Observer`."""
+        """See `fedkseed.observer.Observer`."""
         log(DEBUG, text)
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """See `fedkseed.simulation.Observer`."""
+        """See `fedkseed.observer.Observer`."""
 
     def probe(self, probe: Probe) -> None:
-        """See `fedkseed.simulation.Observer`; not called by `prepare`."""
+        """See `fedkseed.observer.Observer`; not called by `prepare`."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.simulation.Observer`; not called by `prepare`."""
+        """See `fedkseed.observer.Observer`; not called by `prepare`."""

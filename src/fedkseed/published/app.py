@@ -18,8 +18,10 @@ from fedkseed.simulation_config import SimulationConfig
 
 if TYPE_CHECKING:
     from fedkseed.evaluation import Scores
+    from fedkseed.observer import Observer
+    from fedkseed.records import Records
     from fedkseed.run_folder import RunFolder
-    from fedkseed.simulation import Observer, Records, Simulation
+    from fedkseed.simulation import Simulation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from fedkseed.cli.display import watching
     from fedkseed.cli.simulate import command_line
     from fedkseed.published.outputs import ResultsWriter, write_flags
+    from fedkseed.records import prepare
     from fedkseed.run_folder import RunFolder
-    from fedkseed.simulation import prepare
 
     config, args, folder = _settings(args)
     with watching(config, folder, tensorboard=False) as display:
@@ -88,7 +90,7 @@ def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Re
             observer.note(line)
 
     simulation = train(folder, records, observer, f"python main.py --resume {folder.path}", say_costs)
-    simulation.bound.rebuild(simulation.server.ledger.coefficients)
+    simulation.restore()
     tokenizer = load_tokenizer(folder.config.model)
     scores = _final_scores(simulation, records, tokenizer, answered=args.eval_metric == "rouge", observer=observer)
     if args.eval_metric == "rouge":

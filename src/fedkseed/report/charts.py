@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedkseed.federation.algorithms import SEEDS
 from fedkseed.federation.pro import importances, probabilities
 from fedkseed.report import drawing, units
 from fedkseed.report.drawing import Draw
@@ -113,8 +114,10 @@ def _bytes(record: RunRecord) -> Chart:
     return Chart(name, title, alt, caption, draw)
 
 
-def _seed_use(record: RunRecord) -> Chart:
+def _seed_use(record: RunRecord) -> Chart | None:
     name, title = "seed_use", "How often seeds were used"
+    if record.config.algorithm not in SEEDS:
+        return None
     history = record.ledger.history if record.ledger else None
     if history is None:
         return _absent(name, title, "There is no ledger that remembers its steps yet.")
@@ -173,8 +176,10 @@ def _participation(record: RunRecord) -> Chart:
     return Chart(name, title, alt, caption, draw)
 
 
-def _coefficients(record: RunRecord) -> Chart:
+def _coefficients(record: RunRecord) -> Chart | None:
     name, title = "coefficients", "Distribution of the coefficients"
+    if record.config.algorithm not in SEEDS:
+        return None
     if record.ledger is None:
         return _absent(name, title, "There is no ledger yet.")
     values = record.ledger.coefficients.astype(np.float64)
@@ -200,7 +205,11 @@ def _time(record: RunRecord) -> Chart:
     total = sum(map(sum, split.values()))
     shares = ", ".join(f"{activity} {sum(values) / total:.0%}" for activity, values in split.items())
     alt = f"Stacked columns of seconds by round, {units.duration(total)} in all: {shares}."
-    caption = "Forward passes should dominate: noise and rebuild are what FedKSeed adds to them."
+    caption = (
+        "Forward passes should dominate: noise and rebuild are what FedKSeed adds to them."
+        if record.config.algorithm in SEEDS
+        else 'Backpropagation and the optimiser\'s steps, of which FedKSeed has none, are in "other".'
+    )
     return Chart(name, title, alt, caption, drawing.time_split(list(table), split))
 
 

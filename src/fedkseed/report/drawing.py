@@ -372,3 +372,32 @@ def time_split(rounds: Sequence[int], seconds: Mapping[str, Sequence[float]]) ->
         _legend(figure, 3)
 
     return draw
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line of losses."""
+
+    name: str
+    x: Sequence[float]
+    loss: Sequence[float]
+
+
+def curves(shown: Sequence[Curve], label: str, logarithmic: bool) -> Draw:
+    """Held-out losses of several methods against what they spent; on a logarithmic axis what cost nothing is left out."""
+
+    def draw(figure: FigureBase, palette: Palette) -> None:
+        axes = _axes(figure, label, "held-out loss")
+        colours = (palette.blue, palette.orange, palette.green, palette.purple, palette.grey)
+        for i, curve in enumerate(shown):
+            style = ("-", "--", ":")[i // len(colours) % 3]
+            points = [(x, loss) for x, loss in zip(curve.x, curve.loss, strict=True) if x > 0 or not logarithmic]
+            axes.plot(*zip(*points, strict=True), style, color=colours[i % len(colours)], label=curve.name)
+        if logarithmic:
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        _legend(figure, 3)
+
+    return draw

@@ -8,11 +8,13 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from fedkseed.federation.algorithms import SEEDS, takes
 from fedkseed.report import units
 from fedkseed.report.charts import Chart
 from fedkseed.report.drawing import DARK, LIGHT, css_variables
 from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
+from fedkseed.run_folder import TENSORS
 from fedkseed.simulation_config import SimulationConfig
 
 MAX_ROWS = 200
@@ -68,9 +70,10 @@ def _style() -> str:
 
 def _status(record: RunRecord) -> list[Html]:
     config = record.config
+    seeds = f"K = {config.num_seeds:,} {config.noise} seeds, " if config.algorithm in SEEDS else ""
     about = (
         f"{config.algorithm} on {config.model}: {units.counted(config.num_clients, 'client')}, "
-        f"K = {config.num_seeds:,} {config.noise} seeds, {units.counted(config.local_steps, 'step')} per client and round."
+        f"{seeds}{units.counted(config.local_steps, 'step')} per client and round."
     )
     lines = [_tag("p", about, class_="quiet")]
     if record.finished:
@@ -205,7 +208,8 @@ def _bytes_table(record: RunRecord, moved: Traffic) -> Html:
     caption = (
         f"Bytes per client and round as encoded, headers included, and in total for "
         f"{units.counted(moved.exchanges, 'request')}. The paper's number is for K = 4,096 and 200 steps; "
-        f"this run has K = {config.num_seeds:,} and {units.counted(config.local_steps, 'step')}."
+        f"this run has {f'K = {config.num_seeds:,} and ' if config.algorithm in SEEDS else ''}"
+        f"{units.counted(config.local_steps, 'step')}."
     )
     if config.min_replies > 1:
         caption += " Attempts at a round that were repeated for want of replies are not counted."
@@ -277,6 +281,9 @@ def _refusals(record: RunRecord) -> list[Html]:
 
 def _ledger(record: RunRecord) -> list[Html]:
     ledger = record.ledger
+    if record.config.algorithm not in SEEDS:
+        text = f"A run of {record.config.algorithm} has no ledger: its tuned model is the tensors in {TENSORS}."
+        return [_tag("h2", "Tensors"), _tag("div", _tag("p", text), class_="panel")]
     if ledger is None:
         text = "There is no ledger yet: it is written when the first round is done."
         return [_tag("h2", "Ledger"), _tag("div", _tag("p", text), class_="panel")]
@@ -302,6 +309,8 @@ def _ledger(record: RunRecord) -> list[Html]:
 def _settings(config: SimulationConfig) -> list[Html]:
     rows: list[list[Text]] = []
     for name, field in type(config).model_fields.items():
+        if not takes(config.algorithm, name):
+            continue
         value = getattr(config, name)
         label = Html(_tag("code", name).text + _quiet(field.description or "").text)
         rows.append([label, _tag("code", str(value)) if value is not None else _quiet("not set")])

@@ -31,7 +31,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Round:
-    """One closed round; bytes are means per client, seconds include the clients' work."""
+    """One closed round; bytes are means per client, seconds include the clients' work, steps are of the whole cohort."""
 
     server_round: int
     train_loss: float | None
@@ -43,6 +43,8 @@ class Round:
     bytes_up: float
     seconds: float
     seconds_by: Mapping[str, float]
+    num_steps: int | None
+    peak_bytes: int | None
 
     @property
     def num_asked(self) -> int:
@@ -178,6 +180,8 @@ def _round(event: dict[str, Any]) -> Round:
         bytes_up=_number(event, "bytes_up"),
         seconds=_number(event, "seconds"),
         seconds_by={str(activity): _number(by, activity) for activity in by},
+        num_steps=_count(event, "num_steps") if "num_steps" in event else None,
+        peak_bytes=_count(event, "peak_bytes") if "peak_bytes" in event else None,
     )
 
 

@@ -1,0 +1,13 @@
+"""The algorithms that FedKSeed is compared with: clients send back tensors, the server averages them.
+
+FedAvg (McMahan et al., 2017) over all parameters; FedIT (Zhang et al., 2024) over LoRA adapters; FedPrompt and FedPTuning
+(Kuang et al., FederatedScope-LLM, 2024) over soft prompts; FedZO (Fang et al., 2022), zeroth-order over all parameters.
+"""
+
+from fedkseed.baselines.attach import attach, require_peft, restore
+from fedkseed.baselines.checkpoint import TunedTensors
+from fedkseed.baselines.client import TensorClient, TensorTask
+from fedkseed.baselines.parameters import Parameters
+from fedkseed.baselines.server import TensorServer
+
+__all__ = ["Parameters", "TensorClient", "TensorServer", "TensorTask", "TunedTensors", "attach", "require_peft", "restore"]

@@ -1,0 +1,100 @@
+"""What a baseline tunes: all parameters, or adapters and soft prompts; the only module that imports peft."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from fedkseed.baselines.checkpoint import TunedTensors
+from fedkseed.baselines.parameters import Parameters
+from fedkseed.errors import ConfigError, ModelError, RunError
+from fedkseed.federation import FederationConfig
+from fedkseed.randomness import derive
+from fedkseed.weights import fingerprint
+
+WITH_PEFT = ("fedit", "fedit-sgd", "fedprompt", "fedptuning")
+SOFT_PROMPTS = ("fedprompt", "fedptuning")
+ENCODER_HIDDEN_SIZE = 128
+
+
+def require_peft(algorithm: str) -> None:
+    """Refuse an algorithm whose extra is not installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if algorithm not in WITH_PEFT:
+        return
+    if find_spec("peft") is None:
+        raise ConfigError(f"--algorithm {algorithm} needs an extra; install it with: pip install 'fedkseed[baselines]'")
+
+
+def attach(model: Any, config: FederationConfig) -> Any:
+    """Make the parameters that the algorithm tunes the ones that require a gradient, adding them where they are new.
+
+    LoRA goes where peft puts it for the model's architecture (for Llama the query and value projections). A soft prompt
+    starts at the embeddings of tokens drawn from the vocabulary; p-tuning's goes through peft's encoder of two layers.
+    New parameters are drawn from the run's seed; torch's own generator is left as it was.
+
+    Args:
+        model: a Hugging Face causal LM in eval mode.
+        config: the algorithm and its settings.
+
+    Returns:
+        The model to train and evaluate: `model` itself, or with a soft prompt in front of it.
+
+    Raises:
+        ConfigError: the extra is missing.
+        ModelError: peft cannot attach to this architecture.
+    """
+    model.requires_grad_(config.algorithm not in WITH_PEFT)
+    if config.algorithm not in WITH_PEFT:
+        return model
+    require_peft(config.algorithm)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derive(config.seed, "adapter"))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+                return _attach(model, config).eval()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{config.algorithm} cannot be attached to {type(model).__name__} ({' '.join(str(error).split())[:160]}); "
+                "choose another --algorithm, such as fedavg"
+            ) from error
+
+
+def restore(model: Any, config: FederationConfig, tuned: TunedTensors) -> Any:
+    """A base model with a baseline's tuned tensors; see `attach`.
+
+    Raises:
+        RunError: they are of another base model or algorithm.
+        FedKSeedError: see `attach`; or the tensors are not those that the settings attach.
+    """
+    if tuned.algorithm != config.algorithm or tuned.base != fingerprint(model):
+        raise RunError(f"the tensors are of {tuned.algorithm} on another base model; load the one that the run started from")
+    attached = attach(model, config)
+    Parameters(attached).write(tuned.tensors)
+    return attached
+
+
+def _attach(model: Any, config: FederationConfig) -> Any:
+    import peft
+
+    if config.algorithm not in SOFT_PROMPTS:
+        lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM")
+        return peft.inject_adapter_in_model(lora, model)
+    prompt: Any
+    if config.algorithm == "fedprompt":
+        prompt = peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+        )
+    else:
+        prompt = peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens, encoder_hidden_size=ENCODER_HIDDEN_SIZE
+        )
+    return peft.get_peft_model(model, prompt)

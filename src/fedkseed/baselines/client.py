@@ -1,0 +1,149 @@
+"""A client of a baseline: sets the tensors that it is sent, trains them on its records, sends them back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, unpack_tensors
+from fedkseed.baselines.parameters import Parameters
+from fedkseed.binding import bind
+from fedkseed.errors import ProtocolError
+from fedkseed.federation import FederationConfig, Limits, batches
+from fedkseed.federation.algorithms import ZEROTH_ORDER
+from fedkseed.pool import SeedPool
+from fedkseed.randomness import derive, generator
+from fedkseed.zeroth_order import StepSettings, local_steps
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "fedavg": torch.optim.SGD,
+    "fedit": torch.optim.Adam,
+    "fedit-sgd": torch.optim.SGD,
+    "fedprompt": torch.optim.Adam,
+    "fedptuning": torch.optim.Adam,
+}
+Heard = Callable[[int, float], None]
+
+
+class TensorTask(Protocol):
+    """A client's private records, and the loss of the model on some of them; see `fedkseed.federation.Task`."""
+
+    @property
+    def num_examples(self) -> int:
+        """How many records there are."""
+        ...
+
+    def loss(self, records: NDArray[np.int64]) -> float:
+        """Mean loss at the model's current weights on the records at these positions."""
+        ...
+
+    def differentiable_loss(self, records: NDArray[np.int64]) -> torch.Tensor:
+        """The same as a tensor to call `backward` on, 0-dim."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local steps came to: the loss of each that was kept, and how many were dropped."""
+
+    losses: Sequence[float]
+    dropped: int
+
+
+class TensorClient:
+    """One participant of a baseline.
+
+    Optimisers start anew in every round, so that a client keeps nothing between rounds.
+
+    Args:
+        name: its stable name.
+        config: the settings; of these, what the algorithm's steps need beside the request.
+        model: the model, whose parameters that require a gradient are tuned; shared with other clients or not.
+        base: fingerprint (hex) of the base model.
+        task: its records and their loss.
+    """
+
+    def __init__(self, name: str, config: FederationConfig, model: torch.nn.Module, base: str, task: TensorTask) -> None:
+        self.name, self.task = name, task
+        self._config, self._model, self._base = config, model, bytes.fromhex(base)
+        self._parameters = Parameters(model)
+
+    def answer(self, data: bytes, on_step: Heard | None = None) -> bytes:
+        """Train as a request says and give the reply's bytes; `on_step` hears each step's number and loss.
+
+        Raises:
+            ProtocolError: not a request, or one for another client, base model, algorithm or other tensors.
+        """
+        request = TensorRequest.decode(data, size_cap(self._parameters.shapes))
+        if request.client != self.name:
+            raise ProtocolError(f"request is for client {request.client!r}; this is {self.name!r}")
+        if request.base != self._base:
+            raise ProtocolError(
+                f"request is for base model {request.base.hex()[:16]}..., this client has {self._base.hex()[:16]}...; "
+                "load the same base weights as the server"
+            )
+        if request.algorithm != self._config.algorithm:
+            raise ProtocolError(f"request is for {request.algorithm!r:.40}; this client runs {self._config.algorithm}")
+        self._parameters.write(unpack_tensors(request.tensors))
+        heard = on_step or (lambda step, loss: None)
+        train = self._zeroth_order if request.algorithm in ZEROTH_ORDER else self._first_order
+        trained = train(request, heard)
+        reply = TensorReply(
+            run_id=request.run_id,
+            server_round=request.server_round,
+            attempt=request.attempt,
+            client=request.client,
+            base=request.base,
+            digest=request.digest,
+            num_examples=self.task.num_examples,
+            loss=math.fsum(trained.losses) / len(trained.losses) if trained.losses else None,
+            dropped=trained.dropped,
+            tensors=pack_tensors(self._parameters.read()),
+        )
+        return reply.encode()
+
+    def _batches(self, request: TensorRequest) -> Callable[[], NDArray[np.int64]]:
+        where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
+        order = batches(self.task.num_examples, request.batch_size, generator(*where, "batches"))
+        return lambda: next(order)
+
+    def _first_order(self, request: TensorRequest, heard: Heard) -> Trained:
+        """Steps of an optimiser along the gradient by backpropagation; one with a loss that is not finite is dropped."""
+        optimizer = OPTIMIZERS[request.algorithm](self._parameters, lr=request.lr)  # type: ignore[call-arg]
+        draw, losses = self._batches(request), []
+        for step in range(request.steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.task.differentiable_loss(draw())
+            value = loss.item()
+            heard(step, value)
+            if math.isfinite(value):
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                losses.append(value)
+        optimizer.zero_grad(set_to_none=True)
+        return Trained(losses, request.steps - len(losses))
+
+    def _zeroth_order(self, request: TensorRequest, heard: Heard) -> Trained:
+        """FedKSeed's steps along directions that are used once: every client and round has a pool of its own."""
+        key = derive(int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name, "pool")
+        config, draw = self._config, self._batches(request)
+        bound = bind(self._model, SeedPool(key, request.steps, config.noise))
+        current, at = draw(), 0
+
+        def loss(step: int) -> float:
+            nonlocal current, at
+            if step != at:
+                current, at = draw(), step
+            value = self.task.loss(current)
+            heard(step, value)
+            return value
+
+        settings = StepSettings(request.lr, config.eps, Limits().max_grad, config.loss_clip, "float32")
+        steps = local_steps(bound, range(request.steps), loss, settings)
+        return Trained(np.delete(steps.losses, steps.dropped).tolist(), len(steps.dropped))

@@ -1,0 +1,92 @@
+"""The server of a baseline: sends the averaged tensors, averages what comes back, weighted like FedKSeed's scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fedkseed.baselines.checkpoint import TunedTensors
+from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, tensors_digest, unpack_tensors
+from fedkseed.baselines.parameters import check_tensors
+from fedkseed.errors import ProtocolError, RunError
+from fedkseed.federation import FederationConfig, Limits, Rounds
+from fedkseed.randomness import derive
+
+
+class TensorServer(Rounds[TensorRequest, TensorReply]):
+    """One federation of a baseline.
+
+    Args:
+        config: the settings.
+        checkpoint: where to go on from.
+        clients, limits, num_examples: see `Rounds`.
+
+    Raises:
+        RunError: the checkpoint is of another algorithm, or see `Rounds`.
+    """
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        checkpoint: TunedTensors,
+        clients: Sequence[str],
+        limits: Limits | None = None,
+        num_examples: Mapping[str, int] | None = None,
+    ) -> None:
+        if checkpoint.algorithm != config.algorithm:
+            raise RunError(
+                f"the tensors are of {checkpoint.algorithm}, the settings say {config.algorithm}; "
+                "go on with the settings that the run was started with"
+            )
+        self._checkpoint = checkpoint
+        self._shapes = {name: x.shape for name, x in checkpoint.tensors.items()}
+        run_id = derive(config.seed, "run", config.algorithm, checkpoint.base).to_bytes(8, "little")
+        super().__init__(config, run_id, clients, limits, num_examples)
+
+    @property
+    def checkpoint(self) -> TunedTensors:
+        """The averaged tensors after the last closed round."""
+        return self._checkpoint
+
+    def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> dict[str, TensorRequest]:
+        packed = pack_tensors(self._checkpoint.tensors)
+        return {
+            client: TensorRequest(
+                run_id=self.run_id,
+                server_round=server_round,
+                attempt=attempt,
+                client=client,
+                base=bytes.fromhex(self._checkpoint.base),
+                digest=tensors_digest(packed),
+                lr=lr,
+                batch_size=self.config.batch_size,
+                algorithm=self.config.algorithm,
+                steps=self.steps[client],
+                tensors=packed,
+            )
+            for client in cohort
+        }
+
+    def _decode(self, data: bytes) -> TensorReply:
+        return TensorReply.decode(data, size_cap(self._shapes))
+
+    def _check(self, request: TensorRequest, reply: TensorReply) -> None:
+        tensors = unpack_tensors(reply.tensors)
+        check_tensors(tensors, self._shapes)
+        for name, x in tensors.items():
+            largest = x.abs().max().item() if x.numel() else 0.0
+            if largest > self.limits.max_value:
+                raise ProtocolError(f"{name} holds {largest:g}; at most {self.limits.max_value:g} is accepted")
+        if reply.dropped > request.steps:
+            raise ProtocolError(f"{reply.dropped} steps were dropped of {request.steps}; expected no more")
+
+    def _close(self, replies: Mapping[str, TensorReply], weights: Mapping[str, float]) -> None:
+        """x <- sum_i p_i x_i, in float64 and in the order of the clients' names."""
+        total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self._shapes.items()}
+        for client, reply in replies.items():
+            for name, x in unpack_tensors(reply.tensors).items():
+                total[name] += weights[client] * x.double()
+        tensors = {name: x.float() for name, x in total.items()}
+        before = self._checkpoint
+        self._checkpoint = TunedTensors(before.algorithm, before.base, before.round + 1, tensors)

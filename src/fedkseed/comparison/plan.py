@@ -1,0 +1,139 @@
+"""What a comparison consists of: a TOML file of settings, seeds and methods, checked before anything runs."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedkseed.errors import ConfigError
+from fedkseed.simulation_config import SimulationConfig, build
+
+OWN = ("seed", "responses", "lr")
+"""Settings that the comparison itself varies."""
+
+
+class Entry(BaseModel):
+    """One method: its name in the table, its learning rates to choose from, and the settings that are its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    lr: Annotated[list[float], Field(min_length=1)]
+    settings: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+class Comparison(BaseModel):
+    """A whole comparison.
+
+    Attributes:
+        settings: of every run.
+        seeds: each method runs once with each.
+        tuning_seed: the seed of the runs that choose a learning rate; not among the seeds.
+        tuning_rounds: rounds of those runs; None for as many as the others.
+        answers: held-out records that are answered, for Rouge-L.
+        control: whether each run is done on shuffled responses too.
+        methods: the rows of the table.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: dict[str, Any] = {}
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [1, 2, 3]
+    tuning_seed: Annotated[int, Field(ge=0)] = 0
+    tuning_rounds: Annotated[int, Field(ge=1)] | None = None
+    answers: Annotated[int, Field(ge=0)] = 0
+    control: bool = True
+    methods: Annotated[list[Entry], Field(min_length=1)]
+
+    def config(self, entry: Entry, seed: int, lr: float, responses: str = "own") -> SimulationConfig:
+        """The settings of one run of a method.
+
+        Raises:
+            ConfigError: they are not valid; the message names the method.
+        """
+        try:
+            return build({**self.settings, **entry.settings, "seed": seed, "lr": lr, "responses": responses})
+        except ConfigError as error:
+            raise ConfigError(f"method {entry.name!r}: {error}") from error
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read and check a comparison's file.
+
+    Raises:
+        ConfigError: it cannot be read; a key or a setting is unknown, missing or out of its range; methods share a name or
+            have grids of different sizes; the message names it and the fix.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read ({error.strerror}); give the TOML file of a comparison") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error}); expected [settings] and [[methods]]") from error
+    try:
+        comparison = _comparison(content)
+        _check(comparison)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return comparison
+
+
+def _comparison(content: dict[str, Any]) -> Comparison:
+    methods = content.get("methods")
+    if not isinstance(methods, list) or not all(isinstance(method, dict) for method in methods):
+        raise ConfigError("methods are missing; give each as a table [[methods]] with name, algorithm and lr")
+    entries = []
+    for method in methods:
+        own = {name: value for name, value in method.items() if name not in ("name", "lr")}
+        rates = method.get("lr")
+        entries.append({"name": method.get("name"), "lr": rates if isinstance(rates, list) else [rates], "settings": own})
+    try:
+        return Comparison(**{**content, "methods": entries})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = [str(part) for part in problem["loc"]]
+        if where[0] == "methods" and len(where) > 2:
+            name = entries[int(where[1])]["name"] or f"number {int(where[1]) + 1}"
+            raise ConfigError(f"method {name!r}: {where[2]} is {problem['input']!r}; expected {_expected(problem)}") from error
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(Comparison.model_fields))
+            raise ConfigError(f"key {where[0]!r} is unknown; expected one of: {known}") from error
+        raise ConfigError(f"{where[0]} is {problem['input']!r}; expected {_expected(problem)}") from error
+
+
+def _expected(problem: Any) -> str:
+    message: str = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _check(comparison: Comparison) -> None:
+    first = comparison.methods[0]
+    for name in OWN:
+        for where, settings in [("settings", comparison.settings)] + [(m.name, m.settings) for m in comparison.methods]:
+            if name in settings:
+                raise ConfigError(f"{where}: {name} is the comparison's to set; give seeds, control, or lr in a method")
+    if len(set(comparison.seeds)) < len(comparison.seeds):
+        raise ConfigError(f"seeds are {comparison.seeds}; expected distinct ones")
+    if comparison.tuning_seed in comparison.seeds:
+        raise ConfigError(
+            f"tuning_seed {comparison.tuning_seed} is one of the seeds; give another, so that no run judges its own rate"
+        )
+    for entry in comparison.methods:
+        if [method.slug for method in comparison.methods].count(entry.slug) > 1:
+            raise ConfigError(f"two methods are called {entry.name!r}, or nearly so; give each a name of its own")
+        if len(entry.lr) != len(first.lr):
+            raise ConfigError(
+                f"method {entry.name!r} has {len(entry.lr)} learning rates and {first.name!r} has {len(first.lr)}; "
+                "give each as many, so that none is tuned more than another"
+            )
+        for lr in entry.lr:
+            comparison.config(entry, comparison.tuning_seed, lr)

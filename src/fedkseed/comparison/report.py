@@ -1,0 +1,242 @@
+"""What a comparison came to: a table in Markdown, the same numbers as JSON, and curves of the held-out loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedkseed.comparison.plan import Comparison
+from fedkseed.comparison.trials import SCORES, Row, Trial
+from fedkseed.errors import RunError
+from fedkseed.federation.algorithms import ZEROTH_ORDER
+from fedkseed.files import write_atomically
+from fedkseed.report import units
+from fedkseed.report.drawing import Curve, curves, render
+from fedkseed.report.reading import RunRecord, read
+from fedkseed.report.summary import traffic
+
+TABLE, NUMBERS = "table.md", "comparison.json"
+ZEROTH_ORDER_PASSES, FIRST_ORDER_PASSES = 2, 3
+"""Forward passes a step: two measured losses; one loss and a backward pass, which costs as much as two."""
+
+HEADER = (
+    "method",
+    "lr",
+    "loss at equal examples",
+    "control",
+    "loss at equal passes",
+    "Rouge-L",
+    "bytes a client and round",
+    "bytes in all",
+    "peak memory",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A held-out loss, and what had been spent until then over all clients."""
+
+    examples: int
+    passes: int
+    num_bytes: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run's numbers; Rouge-L in percent, None where nothing was answered."""
+
+    points: tuple[Point, ...]
+    base_loss: float | None
+    base_rouge_l: float | None
+    rouge_l: float | None
+    bytes_per_round: float
+    peak_bytes: int
+    seconds: float
+
+
+def measure(trial: Trial) -> Measured:
+    """Read a run's folder.
+
+    Raises:
+        FedKSeedError: it is damaged.
+    """
+    record = read(trial.folder)
+    moved = traffic(record.rounds)
+    scores = _scores(trial.folder / SCORES)
+    return Measured(
+        points=tuple(_points(record)),
+        base_loss=scores.get("base", {}).get("loss"),
+        base_rouge_l=scores.get("base", {}).get("rouge_l"),
+        rouge_l=scores.get("tuned", {}).get("rouge_l"),
+        bytes_per_round=moved.both if moved else 0.0,
+        peak_bytes=max((r.peak_bytes or 0 for r in record.rounds), default=0),
+        seconds=sum(r.seconds for r in record.rounds),
+    )
+
+
+def _scores(path: Path) -> dict[str, dict[str, float]]:
+    """The overall scores of the base and of the tuned model, as far as they are there."""
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {which: content[which]["overall"] for which in ("base", "tuned")}
+
+
+def _points(record: RunRecord) -> Iterable[Point]:
+    rounds, config = {r.server_round: r for r in record.rounds}, record.config
+    passes = ZEROTH_ORDER_PASSES if config.algorithm in ZEROTH_ORDER else FIRST_ORDER_PASSES
+    for evaluation in record.evaluations:
+        done = [r for n, r in rounds.items() if n <= evaluation.server_round]
+        examples = sum(r.num_steps or 0 for r in done) * config.batch_size
+        moved = traffic(done)
+        yield Point(examples, examples * passes, moved.total if moved else 0.0, evaluation.loss)
+
+
+def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> str:
+    """Write `table.md`, `comparison.json` and the curves into a folder.
+
+    Returns:
+        The table.
+
+    Raises:
+        RunError: the folder cannot be written.
+        FedKSeedError: a run in it is damaged.
+    """
+    runs = {row.entry.name: [measure(trial) for trial in row.runs if _has_points(trial)] for row in rows}
+    controls = {row.entry.name: [measure(trial) for trial in row.controls if _has_points(trial)] for row in rows}
+    every = [m for ms in runs.values() for m in ms]
+    if not every:
+        raise RunError(f"every run in {output} failed before its first evaluation; see the logs in {output / 'runs'}")
+    equal_examples = min(m.points[-1].examples for m in every)
+    equal_passes = min(m.points[-1].passes for m in every)
+    table, numbers = [], []
+    for row in rows:
+        ms, cs = runs[row.entry.name], controls[row.entry.name]
+        at_examples = [_at(m, equal_examples, lambda point: point.examples) for m in ms]
+        at_passes = [_at(m, equal_passes, lambda point: point.passes) for m in ms]
+        of_control = [_at(m, equal_examples, lambda point: point.examples) for m in cs]
+        rouge = [m.rouge_l for m in ms if m.rouge_l is not None]
+        failed = len(row.runs) - len(ms)
+        table.append(
+            (
+                row.entry.name + (f" ({failed} of {len(row.runs)} failed)" if failed else ""),
+                f"{row.lr:g}",
+                spread(at_examples),
+                spread(of_control) if row.controls else units.NONE,
+                spread(at_passes),
+                spread([100 * x for x in rouge], 2),
+                units.amount(round(mean(m.bytes_per_round for m in ms))) if ms else units.NONE,
+                units.size(mean(m.points[-1].num_bytes for m in ms)) if ms else units.NONE,
+                units.size(max(m.peak_bytes for m in ms)) if ms else units.NONE,
+                f"{mean(m.seconds for m in ms):.0f}" if ms else units.NONE,
+            )
+        )
+        numbers.append(
+            {
+                "method": row.entry.name,
+                "lr": row.lr,
+                "grid": {f"{lr:g}": _json(t.final_loss()) for lr, t in zip(row.entry.lr, row.grid, strict=False)},
+                "at_equal_examples": [_json(x) for x in at_examples],
+                "at_equal_passes": [_json(x) for x in at_passes],
+                "control": [_json(x) for x in of_control],
+                "rouge_l": rouge,
+                "failed": failed,
+                "bytes_per_round": [m.bytes_per_round for m in ms],
+                "bytes": [m.points[-1].num_bytes for m in ms],
+                "peak_bytes": [m.peak_bytes for m in ms],
+                "seconds": [m.seconds for m in ms],
+            }
+        )
+    base = [m.base_loss for m in every if m.base_loss is not None]
+    base_rouge = [m.base_rouge_l for m in every if m.base_rouge_l is not None]
+    text = _markdown(comparison, table, (base, base_rouge), equal_examples, equal_passes)
+    summary = {"equal_examples": equal_examples, "equal_passes": equal_passes, "base": _json(_mean(base)), "methods": numbers}
+    pictures = _pictures(runs)
+    try:
+        write_atomically(output / TABLE, text.encode())
+        write_atomically(output / NUMBERS, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
+        for name, png in pictures.items():
+            write_atomically(output / f"{name}.png", png)
+    except OSError as error:
+        raise RunError(f"{output}: cannot write the report ({error.strerror}); make room, then compare again") from error
+    return text
+
+
+def _has_points(trial: Trial) -> bool:
+    return math.isfinite(trial.final_loss())
+
+
+def _at(measured: Measured, budget: int, spent: Callable[[Point], int]) -> float:
+    """The last loss within a budget."""
+    return [point.loss for point in measured.points if spent(point) <= budget][-1]
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and sample standard deviation."""
+    if not values:
+        return units.NONE
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def _mean(values: Sequence[float]) -> float:
+    return mean(values) if values else math.nan
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _markdown(
+    comparison: Comparison,
+    rows: Sequence[Sequence[str]],
+    base: tuple[Sequence[float], Sequence[float]],
+    equal_examples: int,
+    equal_passes: int,
+) -> str:
+    nothing = units.NONE
+    first = ("base model", nothing, spread([_mean(base[0])]) if base[0] else nothing, nothing, nothing)
+    rouge = f"{100 * _mean(base[1]):.2f}" if base[1] else nothing
+    lines = [HEADER, ["---"] * len(HEADER), (*first, rouge, *[nothing] * 4), *rows]
+    seeds = ", ".join(map(str, comparison.seeds))
+    notes = [
+        f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
+        f"Equal examples: {equal_examples:,} in all; equal passes: {equal_passes:,} forward passes "
+        "(a step costs 2 without backpropagation, 3 with it).",
+    ]
+    if comparison.control:
+        notes.append("Control: the loss at equal examples of runs whose training responses were shuffled within each category.")
+    if len(comparison.methods[0].lr) > 1:
+        notes.append(
+            f"Each learning rate is the best of {len(comparison.methods[0].lr)} by the held-out loss with seed "
+            f"{comparison.tuning_seed}."
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(notes) + "\n"
+
+
+AXES: dict[str, tuple[str, Callable[[Point], float], bool]] = {
+    "loss_by_examples": ("examples seen, all clients", lambda point: point.examples, False),
+    "loss_by_passes": ("forward passes, all clients (a backward pass counts as 2)", lambda point: point.passes, False),
+    "loss_by_bytes": ("bytes moved, all clients, both ways", lambda point: point.num_bytes, True),
+}
+
+
+def _pictures(runs: dict[str, list[Measured]]) -> dict[str, bytes]:
+    pictures = {}
+    for name, (label, spent, logarithmic) in AXES.items():
+        drawn = [_curve(method, ms, spent) for method, ms in runs.items() if ms]
+        pictures[name] = render(name, "Held-out loss by method", curves(drawn, label, logarithmic)).png
+    return pictures
+
+
+def _curve(name: str, measured: Sequence[Measured], spent: Callable[[Point], float]) -> Curve:
+    """The mean over seeds, point by point."""
+    columns = list(zip(*(m.points for m in measured), strict=False))
+    return Curve(name, [mean(map(spent, column)) for column in columns], [mean(p.loss for p in column) for column in columns])

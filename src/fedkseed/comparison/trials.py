@@ -1,0 +1,204 @@
+"""The runs of a comparison, each a process of its own: started, gone on with, or left alone because it is finished."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedkseed.comparison.plan import Comparison, Entry
+from fedkseed.errors import ConfigError, RunError
+from fedkseed.federation.algorithms import takes
+from fedkseed.files import write_atomically
+from fedkseed.run_folder import CONFIG, RunFolder
+from fedkseed.simulation_config import SimulationConfig, flags
+
+FAILED, SCORES = "failed.txt", "scores.json"
+"""What a run's folder holds if the run ended without an end, and what `fedkseed evaluate` made of it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a comparison."""
+
+    name: str
+    folder: Path
+    config: SimulationConfig
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended because no reply was usable any more."""
+        return (self.folder / FAILED).exists()
+
+    def final_loss(self) -> float:
+        """The last held-out loss; infinite for a run that failed or whose loss is not a number."""
+        if self.failed:
+            return math.inf
+        losses = [e["eval_loss"] for e in RunFolder(self.folder, self.config).metrics() if e["event"] == "evaluation"]
+        return losses[-1] if losses and math.isfinite(losses[-1]) else math.inf
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was run of one method: the learning rate that its grid led to, its runs and their controls."""
+
+    entry: Entry
+    lr: float
+    grid: tuple[Trial, ...]
+    runs: tuple[Trial, ...]
+    controls: tuple[Trial, ...]
+
+
+def carry_out(
+    comparison: Comparison, output: Path, jobs: int, command: Callable[[], None], note: Callable[[str], None]
+) -> list[Row]:
+    """Do what is not done yet: the grids, the runs, their controls, their scores.
+
+    Args:
+        comparison: what to do.
+        output: the folder of all runs.
+        jobs: how many processes at a time.
+        command: fedkseed's command line, called in these processes.
+        note: hears of each run that begins or ends.
+
+    Raises:
+        ConfigError: a run in the folder has other settings than the comparison.
+        RunError: a run cannot be started or gone on with; the message names its log.
+    """
+    grids = {entry.slug: _grid(comparison, entry, output) for entry in comparison.methods}
+    runner = _Runner(jobs, command, note)
+    runner.run([trial for trials in grids.values() for trial in trials])
+    rows = []
+    for entry in comparison.methods:
+        trials = grids[entry.slug]
+        best = min(range(len(trials)), key=lambda i: trials[i].final_loss()) if trials else 0
+        lr = entry.lr[best]
+        if trials:
+            note(f"{entry.name}: learning rate {lr:g} of {', '.join(f'{x:g}' for x in entry.lr)}")
+        runs = tuple(_trial(comparison, entry, output, seed, lr, "own") for seed in comparison.seeds)
+        controls = tuple(_trial(comparison, entry, output, seed, lr, "shuffled") for seed in comparison.seeds)
+        rows.append(Row(entry, lr, trials, runs, controls if comparison.control else ()))
+    # seed by seed, so that a comparison that is cut short has whole columns
+    runner.run([row.runs[i] for i in range(len(comparison.seeds)) for row in rows])
+    runner.run([row.controls[i] for i in range(len(comparison.seeds)) for row in rows if row.controls])
+    runner.score([trial for row in rows for trial in row.runs], comparison.answers)
+    return rows
+
+
+def _grid(comparison: Comparison, entry: Entry, output: Path) -> tuple[Trial, ...]:
+    if len(entry.lr) == 1:
+        return ()
+    trials = []
+    for lr in entry.lr:
+        config = comparison.config(entry, comparison.tuning_seed, lr)
+        if comparison.tuning_rounds is not None:
+            config = config.model_copy(update={"num_rounds": comparison.tuning_rounds})
+        trials.append(Trial(f"{entry.name}, lr {lr:g}", output / "grid" / f"{entry.slug}-lr{lr:g}", config))
+    return tuple(trials)
+
+
+def _trial(comparison: Comparison, entry: Entry, output: Path, seed: int, lr: float, responses: str) -> Trial:
+    control = responses == "shuffled"
+    folder = output / "runs" / f"{entry.slug}{'-control' if control else ''}-seed{seed}"
+    name = f"{entry.name}{', control' if control else ''}, seed {seed}"
+    return Trial(name, folder, comparison.config(entry, seed, lr, responses))
+
+
+class _Runner:
+    """Does trials in processes forked from one that has imported what takes long: a small run takes less than that."""
+
+    def __init__(self, jobs: int, command: Callable[[], None], note: Callable[[str], None]) -> None:
+        self._jobs, self._command, self._note = jobs, command, note
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["fedkseed.simulation", "fedkseed.cli.evaluate", "transformers.modeling_utils"])
+
+    def run(self, trials: Iterable[Trial]) -> None:
+        """Bring those that are not over to their end."""
+        waiting = [trial for trial in trials if not _is_over(trial)]
+        for trial in waiting:
+            _check_same(trial)
+        if waiting:
+            self._note(f"{len(waiting)} runs to do, the first is {waiting[0].name}")
+        self._each(self._run, waiting)
+
+    def score(self, trials: Iterable[Trial], answers: int) -> None:
+        """Evaluate those that have not been, by `fedkseed evaluate`."""
+
+        def one(trial: Trial) -> None:
+            what = ["evaluate", str(trial.folder), "--answers", str(answers), "--output", str(trial.folder / SCORES)]
+            code, last = self._process(what, trial.log)
+            if code:
+                raise RunError(f"{trial.name} could not be scored: {last}; see {trial.log}")
+            self._note(f"{trial.name}: scored")
+
+        self._each(one, [trial for trial in trials if not trial.failed and not (trial.folder / SCORES).exists()])
+
+    def _run(self, trial: Trial) -> None:
+        begun = (trial.folder / CONFIG).exists()
+        chosen = ["--resume", str(trial.folder)] if begun else [*flags(trial.config), "--run", str(trial.folder)]
+        code, last = self._process(["simulate", *chosen], trial.log)
+        if code == 1 and (trial.folder / CONFIG).exists():  # no reply was usable any more: a result, and a bad one
+            write_atomically(trial.folder / FAILED, f"{last}\n".encode())
+            self._note(f"{trial.name}: failed: {last}")
+        elif code:
+            raise RunError(f"{trial.name} ended with exit code {code}: {last}; see {trial.log}")
+        else:
+            self._note(f"{trial.name}: held-out loss {trial.final_loss():.4f}")
+
+    def _each(self, work: Callable[[Trial], None], trials: Iterable[Trial]) -> None:
+        pool = ThreadPoolExecutor(self._jobs)
+        try:
+            for _ in pool.map(work, trials):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _process(self, arguments: list[str], log: Path) -> tuple[int, str]:
+        """Run a command of ours; its exit code and the last line that it wrote to its log."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        process = self._context.Process(target=_call, args=(self._command, arguments, log))
+        process.start()
+        process.join()
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return process.exitcode or 0, lines[-1] if lines else ""
+
+
+def _call(command: Callable[[], None], arguments: list[str], log: Path) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["fedkseed", *arguments]
+    command()
+
+
+def _is_over(trial: Trial) -> bool:
+    if trial.failed:
+        return True
+    if not (trial.folder / CONFIG).exists():
+        return False
+    run = RunFolder(trial.folder, trial.config)
+    evaluated = [event["server_round"] for event in run.metrics() if event["event"] == "evaluation"]
+    return bool(evaluated) and evaluated[-1] >= trial.config.num_rounds
+
+
+def _check_same(trial: Trial) -> None:
+    """Refuse to go on with a run that was begun with other settings."""
+    if not (trial.folder / CONFIG).exists():
+        return
+    before, now = RunFolder.open(trial.folder).config.model_dump(), trial.config.model_dump()
+    for name in now:
+        if before[name] != now[name] and takes(trial.config.algorithm, name):
+            raise ConfigError(
+                f"{trial.folder} was begun with {name} = {before[name]!r}, the comparison says {now[name]!r}; "
+                "choose another --output, or move that folder away"
+            )

@@ -1,0 +1,234 @@
+"""A run's records: read, tokenised, dealt out and held out; what can go wrong before a model is loaded goes wrong here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fedkseed.baselines.attach import SOFT_PROMPTS, require_peft
+from fedkseed.codec import check_name
+from fedkseed.data import (
+    COLUMNS,
+    EncodedData,
+    EncodedExample,
+    Example,
+    dirichlet,
+    encode,
+    get_template,
+    iid,
+    is_natural_instructions,
+    pad_token_id,
+    parse_columns,
+    read_examples,
+    read_tasks,
+    shuffle_within_categories,
+    split_off,
+)
+from fedkseed.errors import ConfigError, DataError, ProtocolError
+from fedkseed.federation.algorithms import ZEROTH_ORDER
+from fedkseed.models import context_length, load_tokenizer, require_device
+from fedkseed.noise import get_backend
+from fedkseed.observer import Observer
+from fedkseed.randomness import generator
+from fedkseed.simulation_config import SimulationConfig
+
+EVAL_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class Records:
+    """Tokenised data, dealt out.
+
+    Attributes:
+        clients: each client's examples, by its name.
+        held_out: what is evaluated on.
+        references: the records that these were encoded from.
+        pad_id: what padding holds.
+    """
+
+    clients: dict[str, list[EncodedExample]]
+    held_out: list[EncodedExample]
+    references: list[Example]
+    pad_id: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many examples each client has, by its name."""
+        return {name: len(examples) for name, examples in self.clients.items()}
+
+
+def prepare(config: SimulationConfig, observer: Observer) -> Records:
+    """Read, tokenise and deal out the data: everything that can go wrong before the model is loaded.
+
+    Raises:
+        ConfigError: the algorithm's extra is missing, records are too long for the model, or a round asks too few clients.
+        InvalidValueError: torch cannot use the device here.
+        BackendError: no noise backend works on the device.
+        DataError: a file cannot be read or used, or cannot be dealt out as asked.
+        ModelError: the tokenizer is missing or lacks what is needed.
+    """
+    require_peft(config.algorithm)
+    require_device(config.device)
+    if config.algorithm in ZEROTH_ORDER:
+        get_backend("auto", torch.device(config.device).type)
+    tokenizer = load_tokenizer(config.model)
+    pad_id = pad_token_id(tokenizer)
+    train, held_out = load_examples(config, observer)
+    if config.responses == "shuffled":
+        train = shuffle_within_categories(train, generator(config.seed, "shuffled responses"))
+    template = get_template(config.template)
+    encoded = encode(train, tokenizer, config.max_length, template, partial(observer.progress, "tokenising training records"))
+    evaluation = encode(
+        held_out, tokenizer, config.max_length, template, partial(observer.progress, "tokenising held-out records")
+    )
+    observer.note(describe("training", encoded))
+    observer.note(describe("held-out", evaluation))
+    prompt = config.num_virtual_tokens if config.algorithm in SOFT_PROMPTS else 0
+    check_context(config.model, config.max_length, [*encoded.examples, *evaluation.examples], prompt)
+    parts = deal([train[i] for i in encoded.kept], config)
+    clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
+    cohort = config.cohort_size(len(clients))
+    if cohort < config.min_replies:
+        raise ConfigError(
+            f"--min-replies is {config.min_replies} and a round asks {cohort} of {len(clients)} clients; "
+            "lower it, or raise --fraction-train or --num-clients"
+        )
+    chosen = sample(len(evaluation.examples), config.eval_limit, config.seed)
+    references = [held_out[evaluation.kept[i]] for i in chosen]
+    return Records(clients, [evaluation.examples[i] for i in chosen], references, pad_id)
+
+
+def check_context(model: str, max_length: int, examples: Sequence[EncodedExample], soft_prompt: int = 0) -> None:
+    """Refuse records that are longer than what a model takes, beside so many tokens of a soft prompt.
+
+    Raises:
+        ConfigError: one of them is; the message names --max-length, which cuts them.
+    """
+    longest, room = max(len(example.input_ids) for example in examples), context_length(model)
+    if room is not None and longest + soft_prompt > room:
+        beside = f" and the soft prompt {soft_prompt}" if soft_prompt else ""
+        raise ConfigError(f"--max-length is {max_length} and a record has {longest} tokens{beside}; {model} takes {room}")
+
+
+def client_names(num_clients: int) -> list[str]:
+    """Stable names of simulated clients: client-000, client-001, ..."""
+    width = len(str(num_clients - 1))
+    return [f"client-{i:0{width}}" for i in range(num_clients)]
+
+
+def load_examples(config: SimulationConfig, observer: Observer | None = None) -> tuple[list[Example], list[Example]]:
+    """The clients' records and the held-out ones, before tokenising.
+
+    Held out is `--eval-data`; else the category of `--held-out-category`; else the test tasks of a Natural Instructions
+    folder; else a seeded share of the training records.
+
+    Raises:
+        DataError: a source cannot be read or used.
+    """
+    if config.data is None:
+        raise DataError("--data is missing; give it on the command line or as data in the --config file")
+    examples = read_source(config.data, "train", config.max_length, config.seed, config.columns, observer)
+    if config.subsample < 1:
+        size = max(1, int(config.subsample * len(examples)))
+        chosen = generator(config.seed, "subsample").choice(len(examples), size, replace=False)
+        examples = [examples[i] for i in sorted(chosen.tolist())]
+    if config.eval_data is not None:
+        return examples, read_source(config.eval_data, "test", config.max_length, config.seed, config.columns, observer)
+    if config.held_out_category is not None:
+        return _by_category(examples, config.held_out_category, config.data)
+    if is_natural_instructions(Path(config.data)):
+        return examples, read_source(config.data, "test", config.max_length, config.seed, None, observer)
+    if len(examples) < 2:
+        raise DataError(f"{config.data} has {len(examples)} record; expected enough to hold some out, or give --eval-data")
+    kept, held_out = split_off(len(examples), EVAL_FRACTION, generator(config.seed, "evaluation split"))
+    return [examples[i] for i in kept], [examples[i] for i in held_out]
+
+
+def sample(num_examples: int, limit: int | None, seed: int, purpose: str = "evaluation sample") -> list[int]:
+    """Positions of examples in their order: of all, or of a seeded draw of `limit`."""
+    if limit is None or limit >= num_examples:
+        return list(range(num_examples))
+    chosen: list[int] = generator(seed, purpose).choice(num_examples, limit, replace=False).tolist()
+    return sorted(chosen)
+
+
+def read_source(
+    source: str,
+    split: Literal["train", "test"],
+    max_length: int,
+    seed: int,
+    columns: str | None,
+    observer: Observer | None = None,
+) -> list[Example]:
+    """The records that `--data` or `--eval-data` names.
+
+    Args:
+        source: a file, a Natural Instructions folder or a hub id.
+        split: of Natural Instructions: which of the tasks.
+        max_length: of Natural Instructions: inputs have fewer characters, as the published code has it.
+        seed: of Natural Instructions: draws the instances.
+        columns: see `parse_columns`; None for the usual names.
+        observer: hears how far it is.
+
+    Raises:
+        DataError: the source cannot be read or used.
+    """
+    path = Path(source)
+    if is_natural_instructions(path):
+        heard = partial(observer.progress, f"reading {split} tasks") if observer else None
+        return read_tasks(path, split, max_length, seed, heard)
+    return read_examples(source, parse_columns(columns) if columns else COLUMNS)
+
+
+def _by_category(examples: Sequence[Example], category: str, source: str) -> tuple[list[Example], list[Example]]:
+    held_out = [example for example in examples if example.category == category]
+    train = [example for example in examples if example.category != category]
+    if not held_out or not train:
+        known = ", ".join(sorted({example.category for example in examples})[:20])
+        raise DataError(
+            f"--held-out-category is {category!r}; expected one of several categories of {source}, which has: {known}"
+        )
+    return train, held_out
+
+
+def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, list[int]]:
+    """Which records each client holds, as positions, by the client's name.
+
+    Raises:
+        DataError: the records cannot be dealt out as asked.
+    """
+    if config.partition == "client":
+        held: dict[str, list[int]] = {}
+        for i, example in enumerate(examples):
+            if not example.client:
+                raise DataError(
+                    f"{config.data}: a record has no field 'client'; --partition client needs it in every record, "
+                    "so say with --columns client=COLUMN which column tells who holds a record"
+                )
+            held.setdefault(example.client, []).append(i)
+        try:
+            for name in held:
+                check_name(name)
+        except ProtocolError as error:
+            raise DataError(f"{config.data}: {error} in every record's field 'client'") from None
+        return held
+    draw = generator(config.seed, "partition")
+    if config.partition == "iid":
+        parts = iid(len(examples), config.num_clients, draw)
+    else:
+        categories = [example.category for example in examples]
+        parts = dirichlet(categories, config.num_clients, config.alpha, draw, config.min_partition_size)
+    return dict(zip(client_names(config.num_clients), (part.tolist() for part in parts), strict=True))
+
+
+def describe(what: str, encoded: EncodedData) -> str:
+    """One line about how many records are used, and what was lost of the others."""
+    return (
+        f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped (no response token), "
+        f"{encoded.num_truncated:,} cut ({encoded.num_tokens_cut:,} tokens)"
+    )
