@@ -1,0 +1,91 @@
+"""The comparisons of docs/results.md: cut the data to files that are quick to read, then `fedkseed compare` each.
+
+    OMP_NUM_THREADS=1 python dev/experiments/comparisons.py --data SHARED --models MODELS --work WORK [NAME ...] [--jobs 2]
+
+SHARED holds databricks-dolly-15k.jsonl and natural-instructions-2.8, MODELS the folders stories260k and smollm2. WORK gets
+data/ and a folder for each comparison. NAMEs are of dev/experiments/comparisons/*.toml; all of them without. Started again,
+it goes on. The metrics, settings and scores of all runs, which are kilobytes, are copied to results/runs/NAME.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedkseed.data import Example, read_jsonl, read_tasks, split_off
+from fedkseed.randomness import generator
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANS = Path(__file__).with_suffix("")
+HELD_OUT = 200
+PER_TASK = {"train": 40, "test": 20}
+MAX_CHARS = 400
+
+
+def write(path: Path, examples: Sequence[Example]) -> None:
+    fields = ("instruction", "input", "output", "category", "client")
+    path.write_text("".join(json.dumps({name: getattr(e, name) for name in fields}) + "\n" for e in examples), encoding="utf-8")
+
+
+def cut_dolly(source: Path, out: Path) -> None:
+    examples = [e for e in read_jsonl(source) if len(e.instruction) + len(e.input) < MAX_CHARS]
+    train, held_out = split_off(len(examples), HELD_OUT / len(examples), generator(0, "comparison"))
+    write(out / "dolly-train.jsonl", [examples[i] for i in train])
+    write(out / "dolly-held-out.jsonl", [examples[i] for i in held_out])
+
+
+def cut_tasks(source: Path, out: Path) -> None:
+    for split, number in PER_TASK.items():
+        examples = read_tasks(source, split, MAX_CHARS, 0)
+        tasks: dict[str, list[Example]] = {}
+        for example in examples:
+            tasks.setdefault(example.category, []).append(example)
+        chosen = []
+        for name in sorted(tasks):
+            draw = generator(0, "comparison", name).choice(len(tasks[name]), min(number, len(tasks[name])), replace=False)
+            chosen += [tasks[name][i] for i in sorted(draw.tolist())]
+        write(out / f"tasks-{split}.jsonl", chosen)
+
+
+def keep(folder: Path, kept: Path, work: Path, models: Path) -> None:
+    """Copy what is small; this machine's folders are taken out of the settings."""
+    for file in sorted(folder.rglob("*")):
+        if file.name in ("config.toml", "metrics.jsonl", "scores.json", "comparison.json", "table.md", "failed.txt"):
+            target = kept / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            text = file.read_text(encoding="utf-8")
+            for place in (work / "data", models):
+                text = re.sub(re.escape(str(place.resolve())) + "/?", "", text)
+            target.write_text(text, encoding="utf-8")
+    for picture in folder.glob("*.png"):
+        shutil.copy(picture, kept / picture.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--jobs", default="2")
+    args = parser.parse_args()
+    data = args.work / "data"
+    if not (data / "tasks-test.jsonl").exists():
+        data.mkdir(parents=True, exist_ok=True)
+        cut_dolly(args.data / "databricks-dolly-15k.jsonl", data)
+        cut_tasks(args.data / "natural-instructions-2.8", data)
+        for model in ("stories260k", "smollm2"):
+            (data / model).symlink_to((args.models / model).resolve())
+    for name in args.names or sorted(path.stem for path in PLANS.glob("*.toml")):
+        folder = (args.work / name).resolve()
+        command = [sys.executable, "-m", "fedkseed", "compare", PLANS / f"{name}.toml", "--output", folder, "--jobs", args.jobs]
+        subprocess.run(command, cwd=data, check=True)
+        keep(folder, ROOT / "results" / "runs" / name, args.work, args.models)
+
+
+if __name__ == "__main__":
+    main()
