@@ -41,7 +41,8 @@ class Whole:
 
 
 def events(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in event.items() if not k.startswith("seconds")} for event in read_metrics(run)]
+    of_the_machine = ("seconds", "seconds_by", "peak_bytes")
+    return [{k: v for k, v in event.items() if k not in of_the_machine} for event in read_metrics(run)]
 
 
 def whole(fedkseed: CommandLine, folder: Path, settings: dict[str, Any]) -> Whole:

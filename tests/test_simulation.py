@@ -234,8 +234,10 @@ ROUND_FIELDS = {
     "bytes_down": float,
     "bytes_up": float,
     "num_replies": int,
+    "num_steps": int,
     "dropped_steps": int,
     "seconds": float,
+    "peak_bytes": int,
 }
 EVALUATION_FIELDS = {"event": str, "server_round": int, "eval_loss": float, "seconds": float}
 
@@ -313,8 +315,8 @@ def test_the_ledger_on_the_disk_is_the_tuned_model(tiny: Path, tmp_path: Path) -
     model = load_model(tiny / "model", "float32")
     assert fk.apply(model, tmp_path / "run" / "ledger.safetensors").digest() == ledger.digest()
     tuned = fk.bind(model, ledger.pool).digest()
-    run.bound.rebuild(ledger.coefficients)
-    assert run.bound.digest() == tuned
+    run.restore()
+    assert fk.bind(run.model, ledger.pool).digest() == tuned
     assert fk.bind(load_model(tiny / "model", "float32"), ledger.pool).digest() != tuned
 
 
@@ -418,7 +420,7 @@ def test_a_repeated_round_goes_on_where_the_next_attempt_succeeds(tiny: Path, tm
 
 def test_a_diverged_run_says_so(tiny: Path, tmp_path: Path) -> None:
     run, watcher = simulation(tmp_path / "run", tiny_settings(tiny, num_rounds=1))
-    run.bound.rebuild = lambda _: run.model.lm_head.weight.data.fill_(math.nan)  # type: ignore[method-assign, assignment]
+    run.restore = lambda: run.model.lm_head.weight.data.fill_(math.nan)
     run._evaluate()
     assert any("the run diverges. Start anew with a lower --lr" in note for note in watcher.notes)
 
