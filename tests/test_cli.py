@@ -383,7 +383,7 @@ BAD_SETTINGS = [
     ({"seed": -1}, ["--seed", "'-1'"]),
     ({"min_replies": 0}, ["--min-replies", "'0'"]),
     ({"noise": "uniform"}, ["--noise", "'uniform'", "hadamard", "gaussian"]),
-    ({"algorithm": "fedavg"}, ["--algorithm", "'fedavg'", "fedkseed"]),
+    ({"algorithm": "nosuch"}, ["--algorithm", "'nosuch'", "fedkseed"]),
     ({"dtype": "float64"}, ["--dtype", "'float64'", "bfloat16"]),
     ({"schedule": "step"}, ["--schedule", "'step'", "cosine"]),
     ({"partition": "random"}, ["--partition", "'random'", "dirichlet"]),
