@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from fedkseed.data import TEMPLATES, get_template, is_hub_id, is_natural_instructions, parse_columns
 from fedkseed.errors import ConfigError
 from fedkseed.federation.config import Count, FederationConfig, Positive
+from fedkseed.validation import first_problem
 
 
 class SimulationConfig(FederationConfig):
@@ -119,16 +120,15 @@ def build(settings: dict[str, Any]) -> SimulationConfig:
     try:
         return SimulationConfig(**settings)
     except ValidationError as error:
-        problem = error.errors()[0]
-        if not problem["loc"]:  # settings that contradict each other; the message names them
-            raise ConfigError(problem["msg"].removeprefix("Value error, ")) from error
-        name = str(problem["loc"][0])
-        if problem["type"] == "missing":
+        problem = first_problem(error)
+        if not problem.path:
+            raise ConfigError(problem.text) from error
+        name = problem.path[0]
+        if problem.kind == "missing":
             raise ConfigError(
                 f"{flag(name)} is missing; give it on the command line or as {name} in the --config file"
             ) from error
-        if problem["type"] == "extra_forbidden":
+        if problem.kind == "unknown":
             known = ", ".join(sorted(SimulationConfig.model_fields))
             raise ConfigError(f"setting {name!r} is unknown; expected one of: {known}") from error
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{flag(name)} is {str(problem['input'])!r}: {message[0].lower() + message[1:]}") from error
+        raise ConfigError(f"{flag(name)} is {str(problem.value)!r}: {problem.text}") from error

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkseed.errors import ConfigError
 from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.validation import first_problem
 
 OWN = ("seed", "responses", "lr")
 """Settings that the comparison itself varies."""
@@ -99,20 +100,15 @@ def _comparison(content: dict[str, Any]) -> Comparison:
     try:
         return Comparison(**{**content, "methods": entries})
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = [str(part) for part in problem["loc"]]
-        if where[0] == "methods" and len(where) > 2:
-            name = entries[int(where[1])]["name"] or f"number {int(where[1]) + 1}"
-            raise ConfigError(f"method {name!r}: {where[2]} is {problem['input']!r}; expected {_expected(problem)}") from error
-        if problem["type"] == "extra_forbidden":
+        problem = first_problem(error)
+        if problem.path[0] == "methods" and len(problem.path) > 2:
+            number, key = int(problem.path[1]), problem.path[2]
+            name = entries[number]["name"] or f"number {number + 1}"
+            raise ConfigError(f"method {name!r}: {key} is {problem.value!r}: {problem.text}") from error
+        if problem.kind == "unknown":
             known = ", ".join(sorted(Comparison.model_fields))
-            raise ConfigError(f"key {where[0]!r} is unknown; expected one of: {known}") from error
-        raise ConfigError(f"{where[0]} is {problem['input']!r}; expected {_expected(problem)}") from error
-
-
-def _expected(problem: Any) -> str:
-    message: str = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
+            raise ConfigError(f"key {problem.path[0]!r} is unknown; expected one of: {known}") from error
+        raise ConfigError(f"{problem.path[0]} is {problem.value!r}: {problem.text}") from error
 
 
 def _check(comparison: Comparison) -> None:

@@ -14,6 +14,7 @@ from fedkseed.federation.algorithms import SEEDS
 from fedkseed.federation.config import Count, Positive
 from fedkseed.run_folder import CONFIG, DRIVER, RunFolder
 from fedkseed.simulation_config import SimulationConfig
+from fedkseed.validation import first_problem
 
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns")
 SIMULATED_KEYS = ("partition-id", "num-partitions")
@@ -55,15 +56,16 @@ def read_config(run_config: Mapping[str, Any]) -> FlowerConfig:
     try:
         return FlowerConfig(**settings)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"]).replace("_", "-") or "run-config"
-        if problem["type"] == "missing":
+        problem = first_problem(error)
+        if not problem.path:
+            raise ConfigError(f"run-config: {problem.text}") from error
+        key = problem.path[0].replace("_", "-")
+        if problem.kind == "missing":
             raise ConfigError(f"run-config has no {key}; set it in pyproject.toml or with flwr run --run-config") from error
-        if problem["type"] == "extra_forbidden":
+        if problem.kind == "unknown":
             known = ", ".join(sorted(name.replace("_", "-") for name in FlowerConfig.model_fields))
             raise ConfigError(f"run-config key {key!r} is unknown; expected one of: {known}") from error
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"run-config {key} is {str(problem['input'])!r}: {message[0].lower() + message[1:]}") from error
+        raise ConfigError(f"run-config {key} is {str(problem.value)!r}: {problem.text}") from error
 
 
 def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[str | int, FlowerConfig]:
