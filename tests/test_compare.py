@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_simulation import Watcher, read_metrics, tiny_settings
 
-from fedkseed.cli.app import main
+from fedkseed.cli.app import app
 from fedkseed.comparison import Comparison, carry_out, read_comparison, write_report
 from fedkseed.comparison.report import Measured, Point, _at
-from fedkseed.comparison.trials import Row
+from fedkseed.comparison.trials import Row, _trial
 from fedkseed.errors import ConfigError, RunError
 from fedkseed.records import prepare
 from fedkseed.run_folder import RunFolder
@@ -137,12 +137,16 @@ def test_a_file_that_is_not_a_comparison_is_refused_in_one_line(
     assert "\n" not in str(told.value)
 
 
-def test_names_whose_folders_would_be_another_methods_controls_are_refused(tiny: Path, tmp_path: Path) -> None:
-    """The controls of `FedAvg` are in runs/fedavg-control-seed1, where the runs of a `FedAvg control` would be."""
+def test_a_method_may_be_called_another_ones_control(tiny: Path, tmp_path: Path) -> None:
     what = content(tiny)
-    what["methods"][1]["name"] = "FedAvg control"
-    with pytest.raises(ConfigError, match="FedAvg control"):
-        read_comparison(written(tmp_path, what))
+    what["methods"][1]["name"] = f"{what['methods'][0]['name']} control"
+    comparison = read_comparison(written(tmp_path, what))
+    trials = [
+        _trial(comparison, entry, tmp_path, 1, 0.1, responses)
+        for entry in comparison.methods
+        for responses in ("own", "shuffled")
+    ]
+    assert len({trial.folder for trial in trials}) == 4
 
 
 def test_a_learning_rate_twice_in_a_grid_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -231,7 +235,7 @@ class Finished:
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("compared")
     comparison, notes = read_comparison(written(folder, content(tiny))), []
-    rows = carry_out(comparison, folder / "out", 1, main, notes.append)
+    rows = carry_out(comparison, folder / "out", 1, app, notes.append)
     return Finished(comparison, folder / "out", rows, notes, write_report(comparison, rows, folder / "out"))
 
 
@@ -254,7 +258,7 @@ def states(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def run_folder(output: Path, slug: str, seed: int, control: bool = False) -> Path:
-    return output / "runs" / f"{slug}{'-control' if control else ''}-seed{seed}"
+    return output / ("controls" if control else "runs") / f"{slug}-seed{seed}"
 
 
 def test_every_run_is_there_with_its_settings(finished: Finished) -> None:
@@ -374,7 +378,7 @@ def test_the_numbers_are_those_of_the_runs(finished: Finished) -> None:
     # the two budgets are two questions: here each cuts another method short
     assert all(method["at_equal_examples"] != method["at_equal_passes"] for method in found["methods"])
     notes = finished.table.split("\n\n")[1]
-    assert "Equal examples: 32 in all; equal passes: 80 forward passes" in notes
+    assert "Equal examples: 32 in all (steps times batch size); equal passes: 80 forward passes" in notes
     assert "over seeds 1, 2" in notes
     assert "best of 2 by the held-out loss with seed 9" in notes
     for name in ("loss_by_examples", "loss_by_passes", "loss_by_bytes"):
@@ -428,7 +432,7 @@ def test_interrupted_it_goes_on_to_the_same_numbers(finished: Finished, copied: 
     with pytest.raises(RunError, match=r"FedAvg, seed 1 ended with exit code 3: .*; see .*fedavg-seed1\.log"):
         carry_out(finished.comparison, copied, 1, NOTHING, lambda _: None)
     before, notes = states(copied), []
-    rows = carry_out(finished.comparison, copied, 1, main, notes.append)
+    rows = carry_out(finished.comparison, copied, 1, app, notes.append)
     write_report(finished.comparison, rows, copied)
     assert numbers(copied) == numbers(finished.output)
     assert [note for note in notes if "runs to do" in note] == [
@@ -439,7 +443,7 @@ def test_interrupted_it_goes_on_to_the_same_numbers(finished: Finished, copied: 
     redone = {
         Path(name).parts[1].removesuffix(".log")
         for name in now
-        if name.startswith(("runs", "grid")) and now[name] != before.get(name)
+        if name.startswith(("runs", "controls", "grid")) and now[name] != before.get(name)
     }
     assert redone == {gone.name, cut.name, untried.name}
 
@@ -495,7 +499,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_an_error_and_no_result(finished: F
     RunFolder.open(run).cut_metrics(1)
     (run / "ledger.safetensors").write_bytes(b"junk")
     with pytest.raises(RunError, match=r"FedKSeed K64, seed 1 .*; see .*fedkseed-k64-seed1\.log"):
-        carry_out(finished.comparison, copied, 1, main, lambda _: None)
+        carry_out(finished.comparison, copied, 1, app, lambda _: None)
     assert not (run / "failed.txt").exists()
 
 
@@ -524,7 +528,7 @@ def test_a_method_whose_runs_all_failed_has_no_numbers(finished: Finished, copie
     for seed in SEEDS:
         (run_folder(copied, SLUGS[1], seed) / "failed.txt").write_text("no reply was usable\n")
     rows = carry_out(finished.comparison, copied, 1, NOTHING, lambda _: None)
-    with pytest.raises(RunError, match=r"every run in .* failed before its first evaluation; see the logs in .*runs"):
+    with pytest.raises(RunError, match=r"no run in .* has a held-out loss at its end; see the logs in .*runs"):
         write_report(finished.comparison, rows, copied)
 
 

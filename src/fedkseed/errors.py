@@ -59,6 +59,10 @@ class RunError(FedKSeedError):
     """A federation that cannot go on, or a run that cannot be written."""
 
 
+class TooFewRepliesError(RunError):
+    """A round that was asked for three times without enough replies that could be used."""
+
+
 class RunFolderError(RunError):
     """A folder that holds a run where none was expected, or none where one was."""
 

@@ -19,7 +19,7 @@ from fedkseed.baselines import Parameters, TensorClient, TensorServer, TunedTens
 from fedkseed.binding import Binding, bind
 from fedkseed.codec import Request
 from fedkseed.data import EncodedExample, collate
-from fedkseed.errors import LedgerError, RunError
+from fedkseed.errors import LedgerError, RunError, TooFewRepliesError
 from fedkseed.evaluation import evaluate_loss, mean_loss
 from fedkseed.events import evaluation_event, round_event
 from fedkseed.federation import Checkpoint, Client, Rounds, Server, Task, seed_pool, start
@@ -156,7 +156,8 @@ class Simulation:
         """Do all rounds that are left; after each the checkpoint is on the disk.
 
         Raises:
-            RunError: a round failed three times for want of replies, or a file cannot be written; the checkpoint is safe.
+            TooFewRepliesError: a round failed three times for want of replies; the checkpoint is safe.
+            RunError: a file cannot be written; the checkpoint is safe.
         """
         self.run.cut_metrics(self.server.checkpoint.round)
         evaluated = {event["server_round"] for event in self.run.metrics() if event["event"] == "evaluation"}
@@ -194,7 +195,7 @@ class Simulation:
                 self.server.checkpoint.save(self.run.checkpoint_path)
                 self.observer.event(event)
         if status == "failed":
-            raise RunError(
+            raise TooFewRepliesError(
                 f"round {outcome.server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
                 f"round {self.server.checkpoint.round} is safe in {self.run.path}: lower --min-replies, then --resume"
             )

@@ -54,8 +54,7 @@ def attach(model: Any, config: FederationConfig) -> Any:
     if config.algorithm not in WITH_PEFT:
         return model
     require_peft(config.algorithm)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(derive(config.seed, "adapter"))
         try:
             with warnings.catch_warnings():

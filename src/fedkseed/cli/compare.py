@@ -14,11 +14,11 @@ def compare(file: Path, output: Path | None, jobs: int) -> None:
     Raises:
         FedKSeedError: the file is not valid, a run cannot be done, or the folder cannot be written.
     """
-    from fedkseed.cli.app import main
+    from fedkseed.cli.app import app
 
     comparison = read_comparison(file)
     folder = output or Path("comparisons") / file.stem
     notes = Notes(Console())
-    rows = carry_out(comparison, folder, jobs, main, notes.note)
+    rows = carry_out(comparison, folder, jobs, app, notes.note)
     notes.note("\n" + write_report(comparison, rows, folder))
     notes.note(f"{folder}: table.md, comparison.json and the curves as PNG files")

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedkseed.baselines import TunedTensors, restore
+from fedkseed.baselines.attach import SOFT_PROMPTS
 from fedkseed.cli.display import Notes
 from fedkseed.cli.inspect import ledger_path
 from fedkseed.data import Example, encode, get_template
@@ -86,7 +87,8 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     notes = Notes(Console())
     encoded = encode(records, tokenizer, max_length, template, partial(notes.progress, "tokenising"))
     notes.note(describe("evaluation", encoded))
-    check_context(source, max_length, encoded.examples)
+    soft_prompt = config.num_virtual_tokens if baseline and config and config.algorithm in SOFT_PROMPTS else 0
+    check_context(source, max_length, encoded.examples, soft_prompt)
     chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
     examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
     answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []

@@ -131,5 +131,7 @@ def _check(comparison: Comparison) -> None:
                 f"method {entry.name!r} has {len(entry.lr)} learning rates and {first.name!r} has {len(first.lr)}; "
                 "give each as many, so that none is tuned more than another"
             )
+        if len({f"{lr:g}" for lr in entry.lr}) < len(entry.lr):
+            raise ConfigError(f"method {entry.name!r} has a learning rate twice in {entry.lr}; give different ones")
         for lr in entry.lr:
             comparison.config(entry, comparison.tuning_seed, lr)

@@ -113,7 +113,7 @@ def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> s
     controls = {row.entry.name: [measure(trial) for trial in row.controls if _has_points(trial)] for row in rows}
     every = [m for ms in runs.values() for m in ms]
     if not every:
-        raise RunError(f"every run in {output} failed before its first evaluation; see the logs in {output / 'runs'}")
+        raise RunError(f"no run in {output} has a held-out loss at its end; see the logs in {output / 'runs'}")
     equal_examples = min(m.points[-1].examples for m in every)
     equal_passes = min(m.points[-1].passes for m in every)
     table, numbers = [], []
@@ -208,7 +208,7 @@ def _markdown(
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
-        f"Equal examples: {equal_examples:,} in all; equal passes: {equal_passes:,} forward passes "
+        f"Equal examples: {equal_examples:,} in all (steps times batch size); equal passes: {equal_passes:,} forward passes "
         "(a step costs 2 without backpropagation, 3 with it).",
     ]
     if comparison.control:

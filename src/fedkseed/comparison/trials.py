@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -12,14 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedkseed.comparison.plan import Comparison, Entry
-from fedkseed.errors import ConfigError, RunError
+from fedkseed.errors import ConfigError, FedKSeedError, RunError, TooFewRepliesError
 from fedkseed.federation.algorithms import takes
 from fedkseed.files import write_atomically
 from fedkseed.run_folder import CONFIG, RunFolder
 from fedkseed.simulation_config import SimulationConfig, flags
 
+NO_REPLIES = 75
+"""The exit code by which a process of ours says that no reply could be used any more."""
 FAILED, SCORES = "failed.txt", "scores.json"
 """What a run's folder holds if the run ended without an end, and what `fedkseed evaluate` made of it."""
+PRELOADED = [
+    "fedkseed.simulation",
+    "fedkseed.cli.evaluate",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+]
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def carry_out(
         comparison: what to do.
         output: the folder of all runs.
         jobs: how many processes at a time.
-        command: fedkseed's command line, called in these processes.
+        command: fedkseed's command line, called in these processes; raises fedkseed's errors.
         note: hears of each run that begins or ends.
 
     Raises:
@@ -109,7 +119,7 @@ def _grid(comparison: Comparison, entry: Entry, output: Path) -> tuple[Trial, ..
 
 def _trial(comparison: Comparison, entry: Entry, output: Path, seed: int, lr: float, responses: str) -> Trial:
     control = responses == "shuffled"
-    folder = output / "runs" / f"{entry.slug}{'-control' if control else ''}-seed{seed}"
+    folder = output / ("controls" if control else "runs") / f"{entry.slug}-seed{seed}"
     name = f"{entry.name}{', control' if control else ''}, seed {seed}"
     return Trial(name, folder, comparison.config(entry, seed, lr, responses))
 
@@ -120,13 +130,15 @@ class _Runner:
     def __init__(self, jobs: int, command: Callable[[], None], note: Callable[[str], None]) -> None:
         self._jobs, self._command, self._note = jobs, command, note
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["fedkseed.simulation", "fedkseed.cli.evaluate", "transformers.modeling_utils"])
+        self._context.set_forkserver_preload(PRELOADED)
 
     def run(self, trials: Iterable[Trial]) -> None:
         """Bring those that are not over to their end."""
-        waiting = [trial for trial in trials if not _is_over(trial)]
-        for trial in waiting:
+        waiting = []
+        for trial in trials:
             _check_same(trial)
+            if not _is_over(trial):
+                waiting.append(trial)
         if waiting:
             self._note(f"{len(waiting)} runs to do, the first is {waiting[0].name}")
         self._each(self._run, waiting)
@@ -141,13 +153,13 @@ class _Runner:
                 raise RunError(f"{trial.name} could not be scored: {last}; see {trial.log}")
             self._note(f"{trial.name}: scored")
 
-        self._each(one, [trial for trial in trials if not trial.failed and not (trial.folder / SCORES).exists()])
+        self._each(one, [trial for trial in trials if not trial.failed and not _is_scored(trial, answers)])
 
     def _run(self, trial: Trial) -> None:
         begun = (trial.folder / CONFIG).exists()
         chosen = ["--resume", str(trial.folder)] if begun else [*flags(trial.config), "--run", str(trial.folder)]
         code, last = self._process(["simulate", *chosen], trial.log)
-        if code == 1 and (trial.folder / CONFIG).exists():  # no reply was usable any more: a result, and a bad one
+        if code == NO_REPLIES:  # no reply was usable any more: a result, and a bad one
             write_atomically(trial.folder / FAILED, f"{last}\n".encode())
             self._note(f"{trial.name}: failed: {last}")
         elif code:
@@ -178,7 +190,11 @@ def _call(command: Callable[[], None], arguments: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["fedkseed", *arguments]
-    command()
+    try:
+        command()
+    except FedKSeedError as error:
+        print(f"fedkseed: {error}", file=sys.stderr, flush=True)
+        sys.exit(NO_REPLIES if isinstance(error, TooFewRepliesError) else error.exit_code)
 
 
 def _is_over(trial: Trial) -> bool:
@@ -189,6 +205,15 @@ def _is_over(trial: Trial) -> bool:
     run = RunFolder(trial.folder, trial.config)
     evaluated = [event["server_round"] for event in run.metrics() if event["event"] == "evaluation"]
     return bool(evaluated) and evaluated[-1] >= trial.config.num_rounds
+
+
+def _is_scored(trial: Trial, answers: int) -> bool:
+    """Whether it was scored by so many answers, or by all the records that there are."""
+    scores = trial.folder / SCORES
+    if not scores.exists():
+        return False
+    overall = json.loads(scores.read_text(encoding="utf-8"))["tuned"]["overall"]
+    return bool(overall["num_answers"] >= min(answers, overall["num_examples"]))
 
 
 def _check_same(trial: Trial) -> None:
