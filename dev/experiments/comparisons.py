@@ -9,7 +9,6 @@ it goes on. The metrics, settings and scores of all runs, which are kilobytes, a
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ PLANS = Path(__file__).with_suffix("")
 HELD_OUT = 200
 PER_TASK = {"train": 40, "test": 20}
 MAX_CHARS = 400
+MODELS = ("stories260k", "smollm2")
 
 
 def write(path: Path, examples: Sequence[Example]) -> None:
@@ -51,15 +51,16 @@ def cut_tasks(source: Path, out: Path) -> None:
         write(out / f"tasks-{split}.jsonl", chosen)
 
 
-def keep(folder: Path, kept: Path, work: Path, models: Path) -> None:
+def keep(folder: Path, kept: Path, data: Path) -> None:
     """Copy what is small; this machine's folders are taken out of the settings."""
+    places = {str(data.resolve()) + "/": ""} | {str((data / model).resolve()): model for model in MODELS}
     for file in sorted(folder.rglob("*")):
         if file.name in ("config.toml", "metrics.jsonl", "scores.json", "comparison.json", "table.md", "failed.txt"):
             target = kept / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             text = file.read_text(encoding="utf-8")
-            for place in (work / "data", models):
-                text = re.sub(re.escape(str(place.resolve())) + "/?", "", text)
+            for place, name in places.items():
+                text = text.replace(place, name)
             target.write_text(text, encoding="utf-8")
     for picture in folder.glob("*.png"):
         shutil.copy(picture, kept / picture.name)
@@ -78,13 +79,13 @@ def main() -> None:
         data.mkdir(parents=True, exist_ok=True)
         cut_dolly(args.data / "databricks-dolly-15k.jsonl", data)
         cut_tasks(args.data / "natural-instructions-2.8", data)
-        for model in ("stories260k", "smollm2"):
+        for model in MODELS:
             (data / model).symlink_to((args.models / model).resolve())
     for name in args.names or sorted(path.stem for path in PLANS.glob("*.toml")):
         folder = (args.work / name).resolve()
         command = [sys.executable, "-m", "fedkseed", "compare", PLANS / f"{name}.toml", "--output", folder, "--jobs", args.jobs]
         subprocess.run(command, cwd=data, check=True)
-        keep(folder, ROOT / "results" / "runs" / name, args.work, args.models)
+        keep(folder, ROOT / "results" / "runs" / name, data)
 
 
 if __name__ == "__main__":
