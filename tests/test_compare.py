@@ -378,7 +378,7 @@ def test_the_numbers_are_those_of_the_runs(finished: Finished) -> None:
     # the two budgets are two questions: here each cuts another method short
     assert all(method["at_equal_examples"] != method["at_equal_passes"] for method in found["methods"])
     notes = finished.table.split("\n\n")[1]
-    assert "Equal examples: 32 in all (steps times batch size); equal passes: 80 forward passes" in notes
+    assert "Equal examples: 32 in all (steps times batch size); equal passes: 80 forward passes of a record" in notes
     assert "over seeds 1, 2" in notes
     assert "best of 2 by the held-out loss with seed 9" in notes
     for name in ("loss_by_examples", "loss_by_passes", "loss_by_bytes"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import msgpack
@@ -23,9 +23,9 @@ MAX_NAME_BYTES = 64
 RUN_ID_BYTES, DIGEST_BYTES = 8, 32
 
 
-def pack_fields(kind: str, fields: list[Any]) -> bytes:
+def pack_fields(kind: str, values: list[Any]) -> bytes:
     """A message's bytes: its kind, the protocol's version, its fields."""
-    packed: bytes = msgpack.packb([kind, VERSION, *fields], use_bin_type=True)
+    packed: bytes = msgpack.packb([kind, VERSION, *values], use_bin_type=True)
     return packed
 
 
@@ -47,16 +47,16 @@ def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int)
     if len(data) > max_bytes:
         raise ProtocolError(f"message has {len(data)} bytes; at most {max_bytes} are accepted")
     try:
-        fields = msgpack.unpackb(data, raw=False, use_list=True, max_array_len=MAX_FIELDS, max_map_len=0, max_ext_len=0)
+        values = msgpack.unpackb(data, raw=False, use_list=True, max_array_len=MAX_FIELDS, max_map_len=0, max_ext_len=0)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise ProtocolError(f"message is not msgpack ({type(error).__name__}); expected the bytes of a {what}") from error
-    if not isinstance(fields, list) or len(fields) < 2 or fields[0] != kind:
+    if not isinstance(values, list) or len(values) < 2 or values[0] != kind:
         raise ProtocolError(f"message is not a {what}; expected its kind as first field")
-    if type(fields[1]) is not int or fields[1] != VERSION:
-        raise ProtocolError(f"protocol version is {shown(fields[1])}; this is version {VERSION}: update the older side")
-    if len(fields) != count + 2:
-        raise ProtocolError(f"{what} has {len(fields)} fields; expected {count + 2}")
-    return fields[2:]
+    if type(values[1]) is not int or values[1] != VERSION:
+        raise ProtocolError(f"protocol version is {shown(values[1])}; this is version {VERSION}: update the older side")
+    if len(values) != count + 2:
+        raise ProtocolError(f"{what} has {len(values)} fields; expected {count + 2}")
+    return values[2:]
 
 
 def read_array(name: str, raw: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -133,6 +133,10 @@ class Head(ABC):
         check_name(self.client)
         check_bytes("base", self.base, DIGEST_BYTES)
         check_bytes("digest", self.digest, DIGEST_BYTES)
+
+    def head(self) -> dict[str, Any]:
+        """These fields by name: what a reply repeats of its request."""
+        return {field.name: getattr(self, field.name) for field in fields(Head)}
 
 
 @dataclass(frozen=True)

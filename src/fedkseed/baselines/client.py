@@ -15,7 +15,7 @@ from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors
 from fedkseed.baselines.parameters import Parameters
 from fedkseed.binding import bind
 from fedkseed.errors import ProtocolError
-from fedkseed.federation import FederationConfig, Limits, batches
+from fedkseed.federation import FederationConfig, Limits, batches, by_step, check_addressee
 from fedkseed.federation.algorithms import ZEROTH_ORDER
 from fedkseed.pool import SeedPool
 from fedkseed.randomness import derive, generator
@@ -81,13 +81,7 @@ class TensorClient:
             ProtocolError: not a request, or one for another client, base model, algorithm or other tensors.
         """
         request = TensorRequest.decode(data, size_cap(self._parameters.shapes))
-        if request.client != self.name:
-            raise ProtocolError(f"request is for client {request.client!r}; this is {self.name!r}")
-        if request.base != self._base:
-            raise ProtocolError(
-                f"request is for base model {request.base.hex()[:16]}..., this client has {self._base.hex()[:16]}...; "
-                "load the same base weights as the server"
-            )
+        check_addressee(request, self.name, self._base)
         if request.algorithm != self._config.algorithm:
             raise ProtocolError(f"request is for {request.algorithm!r:.40}; this client runs {self._config.algorithm}")
         self._parameters.write(unpack_tensors(request.tensors))
@@ -95,12 +89,7 @@ class TensorClient:
         train = self._zeroth_order if request.algorithm in ZEROTH_ORDER else self._first_order
         trained = train(request, heard)
         reply = TensorReply(
-            run_id=request.run_id,
-            server_round=request.server_round,
-            attempt=request.attempt,
-            client=request.client,
-            base=request.base,
-            digest=request.digest,
+            **request.head(),
             num_examples=self.task.num_examples,
             loss=math.fsum(trained.losses) / len(trained.losses) if trained.losses else None,
             dropped=trained.dropped,
@@ -108,18 +97,17 @@ class TensorClient:
         )
         return reply.encode()
 
-    def _batches(self, request: TensorRequest) -> Callable[[], NDArray[np.int64]]:
+    def _batches(self, request: TensorRequest) -> Callable[[int], NDArray[np.int64]]:
         where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
-        order = batches(self.task.num_examples, request.batch_size, generator(*where, "batches"))
-        return lambda: next(order)
+        return by_step(batches(self.task.num_examples, request.batch_size, generator(*where, "batches")))
 
     def _first_order(self, request: TensorRequest, heard: Heard) -> Trained:
         """Steps of an optimiser along the gradient by backpropagation; one with a loss that is not finite is dropped."""
         optimizer = OPTIMIZERS[request.algorithm](self._parameters, lr=request.lr)  # type: ignore[call-arg]
-        draw, losses = self._batches(request), []
+        batch, losses = self._batches(request), []
         for step in range(request.steps):
             optimizer.zero_grad(set_to_none=True)
-            loss = self.task.differentiable_loss(draw())
+            loss = self.task.differentiable_loss(batch(step))
             value = loss.item()
             heard(step, value)
             if math.isfinite(value):
@@ -132,15 +120,11 @@ class TensorClient:
     def _zeroth_order(self, request: TensorRequest, heard: Heard) -> Trained:
         """FedKSeed's steps along directions that are used once: every client and round has a pool of its own."""
         key = derive(int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name, "pool")
-        config, draw = self._config, self._batches(request)
+        config, batch = self._config, self._batches(request)
         bound = bind(self._model, SeedPool(key, request.steps, config.noise))
-        current, at = draw(), 0
 
         def loss(step: int) -> float:
-            nonlocal current, at
-            if step != at:
-                current, at = draw(), step
-            value = self.task.loss(current)
+            value = self.task.loss(batch(step))
             heard(step, value)
             return value
 

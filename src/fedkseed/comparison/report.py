@@ -208,8 +208,8 @@ def _markdown(
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
-        f"Equal examples: {equal_examples:,} in all (steps times batch size); equal passes: {equal_passes:,} forward passes of a record "
-        "(a step costs 2 without backpropagation, 3 with it).",
+        f"Equal examples: {equal_examples:,} in all (steps times batch size); equal passes: {equal_passes:,} forward "
+        "passes of a record (a step costs 2 without backpropagation, 3 with it).",
     ]
     if comparison.control:
         notes.append("Control: the loss at equal examples of runs whose training responses were shuffled within each category.")
@@ -223,7 +223,11 @@ def _markdown(
 
 AXES: dict[str, tuple[str, Callable[[Point], float], bool]] = {
     "loss_by_examples": ("examples seen, all clients", lambda point: point.examples, False),
-    "loss_by_passes": ("forward passes of a record, all clients (a backward pass counts as 2)", lambda point: point.passes, False),
+    "loss_by_passes": (
+        "forward passes of a record, all clients (backward: 2)",
+        lambda point: point.passes,
+        False,
+    ),
     "loss_by_bytes": ("bytes moved, all clients, both ways", lambda point: point.num_bytes, True),
 }
 

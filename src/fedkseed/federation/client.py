@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed.codec import Request
 from fedkseed.errors import ProtocolError
 from fedkseed.identity import BaseIdentity
 from fedkseed.messages import TrainReply, TrainRequest
@@ -61,25 +62,14 @@ class Client:
             ProtocolError: not a request, or one for another client, base model or pool.
         """
         request = TrainRequest.decode(data)
-        if request.client != self.name:
-            raise ProtocolError(f"request is for client {request.client!r}; this is {self.name!r}")
-        if request.base != self._base:
-            raise ProtocolError(
-                f"request is for base model {request.base.hex()[:16]}..., this client has {self._base.hex()[:16]}...; "
-                "load the same base weights as the server"
-            )
+        check_addressee(request, self.name, self._base)
         if request.pool != self.model.pool:
             raise ProtocolError(f"request is for {request.pool}; this client's model is bound to {self.model.pool}")
         draw = generator(int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name, "batches")
-        order = batches(self.task.num_examples, request.batch_size, draw)
-        current: NDArray[np.int64] = np.empty(0, np.int64)
-        at = -1
+        batch = by_step(batches(self.task.num_examples, request.batch_size, draw))
 
         def loss(step: int) -> float:
-            nonlocal current, at
-            if step != at:
-                current, at = next(order), step
-            value = self.task.loss(current)
+            value = self.task.loss(batch(step))
             if on_step is not None:
                 on_step(step, value)
             return value
@@ -90,18 +80,42 @@ class Client:
         steps = local_steps(self.model, request.indices, loss, settings)
         kept = np.delete(steps.losses, steps.dropped)
         reply = TrainReply(
-            run_id=request.run_id,
-            server_round=request.server_round,
-            attempt=request.attempt,
-            client=self.name,
-            base=request.base,
-            digest=request.digest,
+            **request.head(),
             num_examples=self.task.num_examples,
             projected_grads=pack(steps.projected_grads, precision, GRAD_EXPONENT),
             dropped=steps.dropped,
             loss=float(kept.mean()) if kept.size else None,
         )
         return reply.encode()
+
+
+def check_addressee(request: Request, name: str, base: bytes) -> None:
+    """Refuse a request for another client or base model.
+
+    Raises:
+        ProtocolError: it is.
+    """
+    if request.client != name:
+        raise ProtocolError(f"request is for client {request.client!r}; this is {name!r}")
+    if request.base != base:
+        raise ProtocolError(
+            f"request is for base model {request.base.hex()[:16]}..., this client has {base.hex()[:16]}...; "
+            "load the same base weights as the server"
+        )
+
+
+def by_step(order: Iterator[NDArray[np.int64]]) -> Callable[[int], NDArray[np.int64]]:
+    """The batch of a step, the same one as often as the step is asked for; steps come in their order."""
+    current: NDArray[np.int64] = np.empty(0, np.int64)
+    at = -1
+
+    def batch(step: int) -> NDArray[np.int64]:
+        nonlocal current, at
+        if step != at:
+            current, at = next(order), step
+        return current
+
+    return batch
 
 
 def batches(num_examples: int, batch_size: int, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:
