@@ -89,14 +89,17 @@ class TextTask:
 
     def loss(self, records: NDArray[np.int64]) -> float:
         """Mean loss over the response tokens of some records."""
-        with torch.inference_mode():
-            return self.differentiable_loss(records).item()
+        with self._watch("forward"), torch.inference_mode():
+            return self._loss(records).item()
 
     def differentiable_loss(self, records: NDArray[np.int64]) -> torch.Tensor:
         """The same, 0-dim, for backpropagation."""
         with self._watch("forward"):
-            batch = collate([self._examples[i] for i in records], self._pad_id, self._device)
-            return mean_loss(self._model, batch)
+            return self._loss(records)
+
+    def _loss(self, records: NDArray[np.int64]) -> torch.Tensor:
+        batch = collate([self._examples[i] for i in records], self._pad_id, self._device)
+        return mean_loss(self._model, batch)
 
 
 class Participant(Protocol):
@@ -146,8 +149,8 @@ class Simulation:
         self.run, self.config, self.observer = run, config, observer
         self._records, self._watch = records, Stopwatch()
         model = load_model(config.model, config.dtype, config.device)
-        self.num_parameters, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
-        observer.note(f"model: {config.model}, {self.num_parameters:,} parameters in {dtype}")
+        d, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
+        observer.note(f"model: {config.model}, {d:,} parameters in {dtype}")
         federation = (over_seeds if config.algorithm in SEEDS else over_tensors)(run, model, records, self._watch)
         self.model, self.server, self.clients = federation.model, federation.server, federation.clients
         self.restore = federation.restore
