@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from fedkseed.errors import ConfigError
-from fedkseed.federation.algorithms import SEEDS
+from fedkseed.federation.algorithms import SEEDS, takes
 from fedkseed.federation.config import Count, Positive
 from fedkseed.run_folder import CONFIG, DRIVER, RunFolder
 from fedkseed.simulation_config import SimulationConfig
@@ -122,7 +122,7 @@ def open_run(config: FlowerConfig) -> RunFolder:
             raise ConfigError(f"{file} is not TOML ({error}); restore it from a copy") from error
         now = {name: value for name, value in config.model_dump(mode="json").items() if value is not None}
         for name in sorted((before.keys() | now.keys()) - set(CHANGEABLE)):
-            if before.get(name) != now.get(name):
+            if takes(config.algorithm, name) and before.get(name) != now.get(name):
                 raise ConfigError(
                     f"run-config {name.replace('_', '-')} is {now.get(name)!r}, the run in {config.run} was started with "
                     f"{before.get(name)!r}; go on with the run's own settings, or choose another run folder"
