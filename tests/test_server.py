@@ -725,7 +725,7 @@ def test_names_that_do_not_travel(name: str) -> None:
 
 
 BAD_SETTINGS: list[tuple[str, list[Any]]] = [
-    ("algorithm", ["fedavg", "", None]),
+    ("algorithm", ["nosuch", "", None]),
     ("num_rounds", [0, -1, 1.5, "many"]),
     ("fraction_train", [0, -0.1, 1.0001, math.nan, math.inf]),
     ("local_steps", [0, 65536]),
