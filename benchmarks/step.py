@@ -23,10 +23,11 @@ from .harness import Row, absolute, measure, ratio, report
 TOKENS = 128
 STEPS = 4
 PROBE = r"""
-import json, re, sys
+import sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM
 import fedkseed as fk
+from fedkseed.memory import peak_memory
 from fedkseed.zeroth_order import StepSettings, local_steps
 folder, mode = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -42,8 +43,7 @@ else:
     bound.rebuild(np.full(4096, 1e-6, np.float32))
     local_steps(bound, [1, 2, 3], loss, StepSettings(lr=1e-6, eps=1e-3))
     bound.rebuild(np.zeros(4096, np.float32))
-# not ru_maxrss, which a process inherits from the one that started it
-print(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read()).group(1))
+print(peak_memory("cpu") // 1024)
 """
 
 

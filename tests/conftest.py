@@ -44,3 +44,13 @@ def torch_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model and records that `tiny_settings` names; tests write nothing into it."""
+    from test_simulation import tiny_settings
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_settings(folder)
+    return folder

@@ -21,7 +21,7 @@ from test_cli import CommandLine, assert_one_line, command_line, contents, flags
 from test_simulation import Watcher, held_out, read_metrics, simulation, tiny_model, tiny_settings, write_records
 
 import fedkseed as fk
-from fedkseed.baselines import Parameters, TensorServer, TunedTensors, attach, require_peft, restore
+from fedkseed.baselines import Parameters, TensorServer, TunedTensors, attach, fingerprint, require_peft, restore
 from fedkseed.baselines.messages import pack_tensors, size_cap
 from fedkseed.data import EncodedExample, Example, collate
 from fedkseed.errors import ConfigError, ModelError, RunError
@@ -35,7 +35,6 @@ from fedkseed.records import Records, prepare
 from fedkseed.run_folder import RunFolder
 from fedkseed.simulation import Simulation
 from fedkseed.simulation_config import build
-from fedkseed.weights import fingerprint
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -81,13 +80,6 @@ def row_settings(folder: Path, algorithm: str, **changes: Any) -> dict[str, Any]
     own = tiny_settings(folder, algorithm=algorithm, lr=ROWS[algorithm].lr, local_steps=10, fraction_train=0.75)
     del own["num_seeds"], own["eps"]
     return own | ROWS[algorithm].settings | changes
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,7 @@ def reply_to(request: TensorRequest, tensors: Tensors | None = None, **changes: 
     """An honest answer with tensors that depend on client and round, or one with some fields changed."""
     own = some_tensors(*request.client.encode(), request.server_round)
     answer = TensorReply(
-        run_id=request.run_id,
-        server_round=request.server_round,
-        attempt=request.attempt,
-        client=request.client,
-        base=request.base,
-        digest=request.digest,
+        **request.head(),
         num_examples=SIZES[request.client],
         loss=2.0,
         dropped=0,

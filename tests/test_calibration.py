@@ -21,13 +21,6 @@ SIZE, NUM_SEEDS = 2048, 256
 fedkseed = pytest.fixture(scope="module")(command_line)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
 class Quadratic:
     """L_b(w) = 10 + sum_i h w_i^2 / 2 + s n_b w: along signs z its curvature is h SIZE, at any weights and for any batch."""
 

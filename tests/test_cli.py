@@ -243,13 +243,6 @@ def fedkseed() -> CommandLine:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def finished(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is done; tests leave it as it is."""
     run = tmp_path_factory.mktemp("finished") / "run"

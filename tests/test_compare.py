@@ -69,13 +69,6 @@ def written(folder: Path, what: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
 # --- Reading ---
 
 

@@ -21,13 +21,6 @@ def fedkseed() -> CommandLine:
     return command_line()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
 @pytest.fixture
 def needed(tmp_path: Path) -> dict[str, Any]:
     """What has no default."""

@@ -24,13 +24,6 @@ def fedkseed() -> CommandLine:
     return command_line()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
 @dataclass(frozen=True)
 class Whole:
     """An uninterrupted run: its settings, its ledger's bytes, its events without what a clock says."""

@@ -54,12 +54,7 @@ def reply_to(request: TrainRequest, grads: Sequence[float] | None = None, num_ex
     """An honest answer, or one with some fields changed."""
     values = grads_of(request) if grads is None else np.array(grads)
     answer = TrainReply(
-        run_id=request.run_id,
-        server_round=request.server_round,
-        attempt=request.attempt,
-        client=request.client,
-        base=request.base,
-        digest=request.digest,
+        **request.head(),
         num_examples=num_examples,
         projected_grads=pack(values, request.coefficients.precision, GRAD_EXPONENT),
         loss=2.0,

@@ -106,13 +106,6 @@ def tiny_settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
 class Watcher:
     """An observer that remembers."""
 

@@ -1,8 +1,10 @@
 """Files that are either the old ones or the new ones, whatever happens in between."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,3 +25,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def safetensors_metadata(data: bytes, name: str) -> Any:
+    """The JSON that a safetensors file's bytes hold as the metadata entry of that name.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: there is none, or the bytes are damaged.
+    """
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][name])

@@ -20,7 +20,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedkseed.errors import FedKSeedError, LedgerError
-from fedkseed.files import write_atomically
+from fedkseed.files import safetensors_metadata, write_atomically
 from fedkseed.identity import BaseIdentity
 from fedkseed.pool import SeedPool
 from fedkseed.wire import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
@@ -130,8 +130,7 @@ class Ledger:
     def decode(cls, data: bytes) -> Ledger:
         """The ledger of a file's bytes; see `load`."""
         try:
-            size = int.from_bytes(data[:8], "little")
-            metadata = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][METADATA])
+            metadata = safetensors_metadata(data, METADATA)
             tensors = load_tensors(data)
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise LedgerError("not a ledger, or damaged; expected a file that fedkseed wrote") from error

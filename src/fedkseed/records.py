@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from fedkseed.baselines.attach import SOFT_PROMPTS, require_peft
+from fedkseed.baselines import require_peft
 from fedkseed.codec import check_name
 from fedkseed.data import (
     COLUMNS,
@@ -88,8 +88,7 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     )
     observer.note(describe("training", encoded))
     observer.note(describe("held-out", evaluation))
-    prompt = config.num_virtual_tokens if config.algorithm in SOFT_PROMPTS else 0
-    check_context(config.model, config.max_length, [*encoded.examples, *evaluation.examples], prompt)
+    check_context(config.model, config.max_length, [*encoded.examples, *evaluation.examples], config.soft_prompt)
     parts = deal([train[i] for i in encoded.kept], config)
     clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
     cohort = config.cohort_size(len(clients))

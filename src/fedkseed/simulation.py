@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkseed.baselines import Parameters, TensorClient, TensorServer, TunedTensors, attach
+from fedkseed.baselines import Parameters, TensorClient, TensorServer, TunedTensors, attach, fingerprint
 from fedkseed.binding import Binding, bind
 from fedkseed.codec import Request
 from fedkseed.data import EncodedExample, collate
@@ -29,7 +29,6 @@ from fedkseed.models import base_path, load_model
 from fedkseed.observer import Observer, Probe
 from fedkseed.records import Records
 from fedkseed.run_folder import RunFolder
-from fedkseed.weights import fingerprint
 
 EVAL_BATCH = 8
 DIVERGED = 1.1

@@ -10,7 +10,7 @@ from fedkseed.binding import add_in_place, backends_for, check_apart, check_tuna
 from fedkseed.errors import LedgerError
 from fedkseed.identity import BaseIdentity
 from fedkseed.ledger import Ledger
-from fedkseed.weights import named_parameters, value_digest
+from fedkseed.weights import named_parameters, value_digests
 
 
 def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "auto") -> Ledger:
@@ -36,7 +36,7 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     check_tunable(tuned)
     check_apart(entries)
     backends = backends_for(tuned, backend)
-    digests = {e.name: value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries}
+    digests = value_digests(entries)
     found = BaseIdentity.of(digests, ledger.base.frozen)
     difference = ledger.base.difference(found, list(digests))
     if difference:

@@ -87,8 +87,6 @@ def value_digest(name: str, shape: torch.Size, dtype: torch.dtype, stretches: It
     return tensor_digest(name, shape, dtype, stretches)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """The fingerprint (hex) of a bare model's current values, as in `BaseIdentity`."""
-    entries = named_parameters(model)
-    digests = (value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+def value_digests(entries: Iterable[NamedParameter]) -> dict[str, bytes]:
+    """`value_digest` of the current values of each, by canonical name: what `BaseIdentity.of` takes."""
+    return {e.name: value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries}

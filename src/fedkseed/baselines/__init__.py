@@ -7,7 +7,17 @@ FedAvg (McMahan et al., 2017) over all parameters; FedIT (Zhang et al., 2024) ov
 from fedkseed.baselines.attach import attach, require_peft, restore
 from fedkseed.baselines.checkpoint import TunedTensors
 from fedkseed.baselines.client import TensorClient, TensorTask
-from fedkseed.baselines.parameters import Parameters
+from fedkseed.baselines.parameters import Parameters, fingerprint
 from fedkseed.baselines.server import TensorServer
 
-__all__ = ["Parameters", "TensorClient", "TensorServer", "TensorTask", "TunedTensors", "attach", "require_peft", "restore"]
+__all__ = [
+    "Parameters",
+    "TensorClient",
+    "TensorServer",
+    "TensorTask",
+    "TunedTensors",
+    "attach",
+    "fingerprint",
+    "require_peft",
+    "restore",
+]

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from fedkseed.baselines.checkpoint import TunedTensors
-from fedkseed.baselines.parameters import Parameters
+from fedkseed.baselines.parameters import Parameters, fingerprint
 from fedkseed.errors import ConfigError, ModelError, RunError
 from fedkseed.federation import FederationConfig
+from fedkseed.federation.algorithms import LORA, SOFT_PROMPTS
 from fedkseed.randomness import derive
-from fedkseed.weights import fingerprint
 
-WITH_PEFT = ("fedit", "fedit-sgd", "fedprompt", "fedptuning")
-SOFT_PROMPTS = ("fedprompt", "fedptuning")
+WITH_PEFT = (*LORA, *SOFT_PROMPTS)
 ENCODER_HIDDEN_SIZE = 128
 
 
@@ -84,7 +83,7 @@ def restore(model: Any, config: FederationConfig, tuned: TunedTensors) -> Any:
 def _attach(model: Any, config: FederationConfig) -> Any:
     import peft
 
-    if config.algorithm not in SOFT_PROMPTS:
+    if config.algorithm in LORA:
         lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM")
         return peft.inject_adapter_in_model(lora, model)
     prompt: Any

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from fedkseed.baselines.parameters import Tensors
 from fedkseed.errors import RunError
-from fedkseed.files import write_atomically
+from fedkseed.files import safetensors_metadata, write_atomically
 
 FORMAT = 1
 METADATA = "fedkseed_baseline"
@@ -69,13 +69,12 @@ class TunedTensors:
         """
         try:
             data = Path(path).read_bytes()
-            size = int.from_bytes(data[:8], "little")
-            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][METADATA])
+            about = safetensors_metadata(data, METADATA)
             tensors: dict[str, torch.Tensor] = load(data)
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}")
             return cls(str(about["algorithm"]), str(about["base"]), int(about["round"]), tensors)
         except OSError as error:
             raise RunError(f"{path}: cannot read the run's tensors ({error.strerror}); restore them from a copy") from error
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise RunError(f"{path}: not a baseline's tensors, or damaged ({error!s:.80}); restore them from a copy") from error

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from fedkseed.errors import BindingError, ProtocolError
-from fedkseed.weights import named_parameters
+from fedkseed.identity import BaseIdentity
+from fedkseed.weights import named_parameters, value_digests
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -51,6 +52,11 @@ class Parameters:
         check_tensors(tensors, self.shapes)
         for name, parameter in self._parameters.items():
             parameter.detach().copy_(tensors[name])
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Which base model this is, hex; see `BaseIdentity`."""
+    return BaseIdentity.of(value_digests(named_parameters(model))).fingerprint
 
 
 def check_tensors(tensors: Tensors, shapes: Mapping[str, torch.Size]) -> None:

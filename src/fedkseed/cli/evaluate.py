@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedkseed.baselines import TunedTensors, restore
-from fedkseed.baselines.attach import SOFT_PROMPTS
 from fedkseed.cli.display import Notes
 from fedkseed.cli.inspect import ledger_path
 from fedkseed.data import Example, encode, get_template
@@ -78,7 +77,7 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     if choices.output is not None and not choices.output.parent.is_dir():
         raise ConfigError(f"--output {choices.output}: there is no such folder; give a file in a folder that exists")
     config = _run_config(run or where)
-    baseline = config is not None and config.algorithm not in SEEDS and ledger is None
+    baseline = config if config is not None and config.algorithm not in SEEDS and ledger is None else None
     tuning = TunedTensors.load(ledger_path(where)) if baseline else Ledger.load(ledger_path(where))
     source, records = _source(config, choices, where), _records(config, choices, where)
     tokenizer = load_tokenizer(source)
@@ -87,8 +86,7 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     notes = Notes(Console())
     encoded = encode(records, tokenizer, max_length, template, partial(notes.progress, "tokenising"))
     notes.note(describe("evaluation", encoded))
-    soft_prompt = config.num_virtual_tokens if baseline and config and config.algorithm in SOFT_PROMPTS else 0
-    check_context(source, max_length, encoded.examples, soft_prompt)
+    check_context(source, max_length, encoded.examples, baseline.soft_prompt if baseline else 0)
     chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
     examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
     answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
@@ -96,8 +94,8 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     base = score(model, tokenizer, examples, kept, answered, notes.progress)
     if isinstance(tuning, Ledger):
         apply(model, tuning)
-    elif config is not None:
-        model = restore(model, config, tuning)
+    elif baseline is not None:
+        model = restore(model, baseline, tuning)
     tuned = score(model, tokenizer, examples, kept, answered, notes.progress)
     _show(base, tuned, tuning.round, choices.by_category)
     if choices.output is not None:

@@ -50,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run's numbers; Rouge-L in percent, None where nothing was answered."""
+    """One run's numbers; Rouge-L from 0 to 1, None where nothing was answered."""
 
     points: tuple[Point, ...]
     base_loss: float | None

@@ -11,6 +11,8 @@ SEEDS = ("fedkseed", "fedkseed-pro")
 """Those whose clients send scalars; the others send tensors."""
 ZEROTH_ORDER = (*SEEDS, "fedzo")
 """Those that need no backpropagation: two forward passes a step."""
+LORA = ("fedit", "fedit-sgd")
+SOFT_PROMPTS = ("fedprompt", "fedptuning")
 
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     "eps": ZEROTH_ORDER,
@@ -21,9 +23,9 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "dtype": SEEDS,
     "importance_clip": SEEDS,
     "importance_start": SEEDS,
-    "lora_rank": ("fedit", "fedit-sgd"),
-    "lora_alpha": ("fedit", "fedit-sgd"),
-    "num_virtual_tokens": ("fedprompt", "fedptuning"),
+    "lora_rank": LORA,
+    "lora_alpha": LORA,
+    "num_virtual_tokens": SOFT_PROMPTS,
 }
 """The settings that not every algorithm takes."""
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedkseed.federation.algorithms import TAKEN_BY, Algorithm
+from fedkseed.federation.algorithms import SOFT_PROMPTS, TAKEN_BY, Algorithm
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[float, Field(ge=1e-37, le=1e37)]
@@ -73,6 +73,11 @@ class FederationConfig(BaseModel):
                     f"leave it out, or choose one of {', '.join(algorithms)}"
                 )
         return self
+
+    @property
+    def soft_prompt(self) -> int:
+        """How many tokens of the model's context a soft prompt takes."""
+        return self.num_virtual_tokens if self.algorithm in SOFT_PROMPTS else 0
 
     def cohort_size(self, num_clients: int) -> int:
         """How many of the clients take part in a round: max(1, int(m N))."""

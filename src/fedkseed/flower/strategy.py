@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
-from fedkseed.errors import ProtocolError, RunError
+from fedkseed.errors import ProtocolError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.events import evaluation_event, round_event
 from fedkseed.federation import Limits, Outcome, Server, count_steps, start
@@ -75,7 +75,8 @@ class FedKSeed(Strategy):
         """Do all rounds that are left; after each the ledger is on the disk.
 
         Raises:
-            RunError: a round failed three times for want of replies, or a file cannot be written; the ledger is safe.
+            TooFewRepliesError: a round failed three times for want of replies; the ledger is safe.
+            RunError: a file cannot be written; the ledger is safe.
         """
         self.summary()
         roll = Roll(grid, self._base.fingerprint, self._check_hello)
@@ -113,7 +114,8 @@ class FedKSeed(Strategy):
             None, since the model is the ledger; the round's numbers, or None if it has to be repeated.
 
         Raises:
-            RunError: it was the last attempt at this round, or the ledger cannot be written.
+            TooFewRepliesError: it was the last attempt at this round.
+            RunError: the ledger cannot be written.
         """
         clients = {message.metadata.message_id: client for client, (_, message) in self._asked.items()}
         arrived: list[tuple[str, bytes]] = []
@@ -139,7 +141,7 @@ class FedKSeed(Strategy):
         if event["missing"]:
             log(WARNING, "round %s: no reply of %s in time", server_round, ", ".join(event["missing"]))
         if outcome.status == "failed":
-            raise RunError(
+            raise TooFewRepliesError(
                 f"round {server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
                 f"the ledger of round {self.ledger.round} is safe in {self.run.path}: "
                 "lower min-replies or raise deadline, then start the app again"
