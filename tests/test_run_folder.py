@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from fedkseed import files
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
 from fedkseed.files import write_atomically
-from fedkseed.run_folder import RunFolder
+from fedkseed.run_folder import RunFolder, new_folder
 from fedkseed.simulation_config import SimulationConfig, build
 
 
@@ -186,3 +187,10 @@ def test_a_write_replaces_and_syncs_file_and_folder(tmp_path: Path, monkeypatch:
 def test_a_write_into_no_folder_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "none" / "file", b"x")
+
+
+def test_runs_that_start_in_one_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "20261122-120000")
+    names = {new_folder(Path("runs"), "demo-").name for _ in range(8)}
+    assert len(names) > 1  # four random digits: all eight alike is one in 2^112
+    assert all(re.fullmatch("demo-20261122-120000-[0-9a-f]{4}", name) for name in names)

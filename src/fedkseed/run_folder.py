@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from fedkseed.simulation_config import SimulationConfig, build
 CONFIG, METRICS, LEDGER, TENSORS = "config.toml", "metrics.jsonl", "ledger.safetensors", "tensors.safetensors"
 DRIVER = "driver"
 """The table of the settings that only the driver of the rounds knows, such as Flower's deadline."""
+
+
+def new_folder(root: Path, prefix: str = "") -> Path:
+    """Where a run goes that was given no folder: the time, and random digits, since a grid may start many in one second."""
+    return root / f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 class RunFolder:

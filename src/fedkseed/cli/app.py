@@ -103,7 +103,7 @@ def compare(
 
 @app.command()
 def demo(
-    run: Annotated[Path | None, typer.Option(help="folder of the run (default: runs/ and the time)")] = None,
+    run: Annotated[Path | None, typer.Option(help="folder of the run (default: runs/, named by the time)")] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of the tasks and of the run")] = 42,
 ) -> None:
     """Tune a tiny built-in model over 20 simulated clients, in a few minutes and without a network."""

@@ -20,7 +20,7 @@ from fedkseed.ledger import Ledger
 from fedkseed.models import load_tokenizer
 from fedkseed.records import prepare
 from fedkseed.report import report
-from fedkseed.run_folder import RunFolder
+from fedkseed.run_folder import RunFolder, new_folder
 from fedkseed.simulation import Simulation
 from fedkseed.simulation_config import SimulationConfig, build
 
@@ -39,7 +39,7 @@ def demo(run: Path | None, seed: int) -> None:
     Raises:
         FedKSeedError: the folder holds a run, or cannot be written.
     """
-    folder = run or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = run or new_folder(Path("runs"), "demo-")
     RunFolder.check_free(folder)
     config, records = _write_data(folder, seed)
     begin = time.perf_counter()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -36,14 +35,14 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
     if resume is not None:
         _resume(resume, run, config, given, tensorboard)
         return
-    folder = run or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     chosen = {**(_read(config) if config else {}), **given}
     # checked before the rate is looked for, which takes long
     settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
     from fedkseed.cli.display import watching
     from fedkseed.records import prepare
-    from fedkseed.run_folder import RunFolder
+    from fedkseed.run_folder import RunFolder, new_folder
 
+    folder = run or new_folder(Path("runs"))
     RunFolder.check_free(folder)
     if chosen.get("lr") == AUTO:
         settings = build(chosen | _calibrated(settings, keep_eps="eps" in chosen))
@@ -187,7 +186,7 @@ def _give_signature(command: Any, options: dict[str, tuple[Any, Any]]) -> None:
 
 
 RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "run": (Annotated[Path | None, typer.Option(help="folder of the run [default: runs/ and the time]")], None),
+    "run": (Annotated[Path | None, typer.Option(help="folder of the run [default: runs/, named by the time]")], None),
     "resume": (Annotated[Path | None, typer.Option(help="go on with the run in this folder")], None),
     "tensorboard": (Annotated[bool, typer.Option("--tensorboard", help="write RUN/tensorboard too (extra)")], False),
 }

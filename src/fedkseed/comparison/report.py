@@ -99,6 +99,87 @@ def _points(record: RunRecord) -> Iterable[Point]:
         yield Point(examples, examples * passes, moved.total if moved else 0.0, evaluation.loss)
 
 
+@dataclass(frozen=True)
+class Equal:
+    """What every run had at its disposal: so many examples, and so many forward passes."""
+
+    examples: int
+    passes: int
+
+    def examples_of(self, measured: Sequence[Measured]) -> list[float]:
+        """The losses at equal examples."""
+        return [_at(m, self.examples, lambda point: point.examples) for m in measured]
+
+    def passes_of(self, measured: Sequence[Measured]) -> list[float]:
+        """The losses at equal passes."""
+        return [_at(m, self.passes, lambda point: point.passes) for m in measured]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method's runs and controls came to; a list has one entry for each run that ended with a loss."""
+
+    row: Row
+    runs: list[Measured]
+    controls: list[Measured]
+
+    @classmethod
+    def of(cls, row: Row) -> Result:
+        """Read the folders of a row."""
+        return cls(
+            row,
+            [measure(trial) for trial in row.runs if _has_points(trial)],
+            [measure(trial) for trial in row.controls if _has_points(trial)],
+        )
+
+    @property
+    def failed(self) -> int:
+        """How many runs ended without a loss."""
+        return len(self.row.runs) - len(self.runs)
+
+    @property
+    def rouge_l(self) -> list[float]:
+        """From 0 to 1, of the runs that were answered."""
+        return [m.rouge_l for m in self.runs if m.rouge_l is not None]
+
+    def cells(self, equal: Equal) -> tuple[str, ...]:
+        """The line of the table, under `HEADER`."""
+        name, lr = self.row.entry.name, f"{self.row.lr:g}"
+        if self.failed:
+            name += f" ({self.failed} of {len(self.row.runs)} failed)"
+        if not self.runs:
+            return (name, lr, *[units.NONE] * (len(HEADER) - 2))
+        return (
+            name,
+            lr,
+            spread(equal.examples_of(self.runs)),
+            spread(equal.examples_of(self.controls)),
+            spread(equal.passes_of(self.runs)),
+            spread([100 * x for x in self.rouge_l], 2),
+            units.amount(round(mean(m.bytes_per_round for m in self.runs))),
+            units.size(mean(m.points[-1].num_bytes for m in self.runs)),
+            units.size(max(m.peak_bytes for m in self.runs)),
+            f"{mean(m.seconds for m in self.runs):.0f}",
+        )
+
+    def numbers(self, equal: Equal) -> dict[str, Any]:
+        """The same for `comparison.json`, run by run."""
+        return {
+            "method": self.row.entry.name,
+            "lr": self.row.lr,
+            "grid": {f"{lr:g}": _json(t.final_loss()) for lr, t in zip(self.row.entry.lr, self.row.grid, strict=False)},
+            "at_equal_examples": [_json(x) for x in equal.examples_of(self.runs)],
+            "at_equal_passes": [_json(x) for x in equal.passes_of(self.runs)],
+            "control": [_json(x) for x in equal.examples_of(self.controls)],
+            "rouge_l": self.rouge_l,
+            "failed": self.failed,
+            "bytes_per_round": [m.bytes_per_round for m in self.runs],
+            "bytes": [m.points[-1].num_bytes for m in self.runs],
+            "peak_bytes": [m.peak_bytes for m in self.runs],
+            "seconds": [m.seconds for m in self.runs],
+        }
+
+
 def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> str:
     """Write `table.md`, `comparison.json` and the curves into a folder.
 
@@ -109,56 +190,17 @@ def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> s
         RunError: the folder cannot be written.
         FedKSeedError: a run in it is damaged.
     """
-    runs = {row.entry.name: [measure(trial) for trial in row.runs if _has_points(trial)] for row in rows}
-    controls = {row.entry.name: [measure(trial) for trial in row.controls if _has_points(trial)] for row in rows}
-    every = [m for ms in runs.values() for m in ms]
+    results = [Result.of(row) for row in rows]
+    every = [m for result in results for m in result.runs]
     if not every:
         raise RunError(f"no run in {output} has a held-out loss at its end; see the logs in {output / 'runs'}")
-    equal_examples = min(m.points[-1].examples for m in every)
-    equal_passes = min(m.points[-1].passes for m in every)
-    table, numbers = [], []
-    for row in rows:
-        ms, cs = runs[row.entry.name], controls[row.entry.name]
-        at_examples = [_at(m, equal_examples, lambda point: point.examples) for m in ms]
-        at_passes = [_at(m, equal_passes, lambda point: point.passes) for m in ms]
-        of_control = [_at(m, equal_examples, lambda point: point.examples) for m in cs]
-        rouge = [m.rouge_l for m in ms if m.rouge_l is not None]
-        failed = len(row.runs) - len(ms)
-        table.append(
-            (
-                row.entry.name + (f" ({failed} of {len(row.runs)} failed)" if failed else ""),
-                f"{row.lr:g}",
-                spread(at_examples),
-                spread(of_control) if row.controls else units.NONE,
-                spread(at_passes),
-                spread([100 * x for x in rouge], 2),
-                units.amount(round(mean(m.bytes_per_round for m in ms))) if ms else units.NONE,
-                units.size(mean(m.points[-1].num_bytes for m in ms)) if ms else units.NONE,
-                units.size(max(m.peak_bytes for m in ms)) if ms else units.NONE,
-                f"{mean(m.seconds for m in ms):.0f}" if ms else units.NONE,
-            )
-        )
-        numbers.append(
-            {
-                "method": row.entry.name,
-                "lr": row.lr,
-                "grid": {f"{lr:g}": _json(t.final_loss()) for lr, t in zip(row.entry.lr, row.grid, strict=False)},
-                "at_equal_examples": [_json(x) for x in at_examples],
-                "at_equal_passes": [_json(x) for x in at_passes],
-                "control": [_json(x) for x in of_control],
-                "rouge_l": rouge,
-                "failed": failed,
-                "bytes_per_round": [m.bytes_per_round for m in ms],
-                "bytes": [m.points[-1].num_bytes for m in ms],
-                "peak_bytes": [m.peak_bytes for m in ms],
-                "seconds": [m.seconds for m in ms],
-            }
-        )
-    base = [m.base_loss for m in every if m.base_loss is not None]
-    base_rouge = [m.base_rouge_l for m in every if m.base_rouge_l is not None]
-    text = _markdown(comparison, table, (base, base_rouge), equal_examples, equal_passes)
-    summary = {"equal_examples": equal_examples, "equal_passes": equal_passes, "base": _json(_mean(base)), "methods": numbers}
-    pictures = _pictures(runs)
+    equal = Equal(min(m.points[-1].examples for m in every), min(m.points[-1].passes for m in every))
+    base = _mean([m.base_loss for m in every if m.base_loss is not None])
+    base_rouge = _mean([m.base_rouge_l for m in every if m.base_rouge_l is not None])
+    text = _markdown(comparison, [result.cells(equal) for result in results], (base, base_rouge), equal)
+    numbers = [result.numbers(equal) for result in results]
+    summary = {"equal_examples": equal.examples, "equal_passes": equal.passes, "base": _json(base), "methods": numbers}
+    pictures = _pictures({result.row.entry.name: result.runs for result in results})
     try:
         write_atomically(output / TABLE, text.encode())
         write_atomically(output / NUMBERS, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
@@ -194,21 +236,16 @@ def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _markdown(
-    comparison: Comparison,
-    rows: Sequence[Sequence[str]],
-    base: tuple[Sequence[float], Sequence[float]],
-    equal_examples: int,
-    equal_passes: int,
-) -> str:
+def _markdown(comparison: Comparison, rows: Sequence[Sequence[str]], base: tuple[float, float], equal: Equal) -> str:
     nothing = units.NONE
-    first = ("base model", nothing, spread([_mean(base[0])]) if base[0] else nothing, nothing, nothing)
-    rouge = f"{100 * _mean(base[1]):.2f}" if base[1] else nothing
-    lines = [HEADER, ["---"] * len(HEADER), (*first, rouge, *[nothing] * 4), *rows]
+    loss = spread([base[0]]) if math.isfinite(base[0]) else nothing
+    rouge = f"{100 * base[1]:.2f}" if math.isfinite(base[1]) else nothing
+    first = ("base model", nothing, loss, nothing, nothing, rouge, *[nothing] * 4)
+    lines = [HEADER, ["---"] * len(HEADER), first, *rows]
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
-        f"Equal examples: {equal_examples:,} in all (steps times batch size); equal passes: {equal_passes:,} forward "
+        f"Equal examples: {equal.examples:,} in all (steps times batch size); equal passes: {equal.passes:,} forward "
         "passes of a record (a step costs 2 without backpropagation, 3 with it).",
     ]
     if comparison.control:

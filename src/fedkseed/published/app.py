@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,7 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
     """What to run, with which flags, and where."""
     from fedkseed.published.outputs import read_flags
     from fedkseed.published.translation import translate
-    from fedkseed.run_folder import RunFolder
+    from fedkseed.run_folder import RunFolder, new_folder
 
     if args.resume is not None:
         defaults = vars(parser().parse_args([]))
@@ -75,7 +74,7 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
             raise ConfigError(f"--{others[0]} can't be given with --resume, which keeps the run's flags; leave it out")
         flags = argparse.Namespace(**{**defaults, **vars(read_flags(args.resume)), "resume": args.resume})
         return RunFolder.open(args.resume).config, flags, args.resume
-    return translate(args), args, (args.log_root if args.log else Path("runs")) / time.strftime("%Y%m%d-%H%M%S")
+    return translate(args), args, new_folder(args.log_root if args.log else Path("runs"))
 
 
 def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Records, observer: Observer) -> None:
