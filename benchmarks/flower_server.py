@@ -6,7 +6,6 @@ One process for each number, so that memory is its own. K = 4096, 200 steps, flo
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import numpy as np
 
 from fedkseed.federation import FederationConfig, Server, start
 from fedkseed.identity import BaseIdentity
+from fedkseed.memory import peak_memory
 from fedkseed.messages import TrainReply, TrainRequest
 from fedkseed.wire import pack
 from fedkseed.zeroth_order import GRAD_EXPONENT
@@ -26,14 +26,13 @@ def replies(requests: tuple[TrainRequest, ...]) -> list[tuple[str, bytes]]:
     numbers = pack(np.random.default_rng(1).standard_normal(STEPS), "float16", GRAD_EXPONENT)
     made = []
     for r in requests:
-        head = (r.run_id, r.server_round, r.attempt, r.client, r.base, r.digest)
-        made.append((r.client, TrainReply(*head, num_examples=50, projected_grads=numbers, loss=2.0).encode()))
+        made.append((r.client, TrainReply(**r.head(), num_examples=50, projected_grads=numbers, loss=2.0).encode()))
     return made
 
 
 def peak() -> float:
     """Gibibytes so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory("cpu") / 2**30
 
 
 def measure(count: int) -> dict[str, float]:

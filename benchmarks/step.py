@@ -139,9 +139,8 @@ def bytes_of_a_round(num_seeds: int, algorithm: str, wire: str) -> int:
         request, replies = server.plan()[0], []
         for one in server.plan():
             grads = rng.standard_normal(200) * 3
-            fields = {name: getattr(one, name) for name in ("run_id", "server_round", "attempt", "client", "base", "digest")}
             packed = pack(grads, wire, GRAD_EXPONENT)
-            replies.append((one.client, TrainReply(**fields, num_examples=70, projected_grads=packed, loss=2.0).encode()))
+            replies.append((one.client, TrainReply(**one.head(), num_examples=70, projected_grads=packed, loss=2.0).encode()))
         total = len(request.encode()) + len(dict(replies)[request.client])
         server.absorb(replies)
     return total

@@ -172,7 +172,7 @@ def with_field(at: int, value: Any) -> Callable[[TensorReply], bytes]:
 
 def seed_reply(reply: TensorReply) -> bytes:
     """What a client of FedKSeed would send."""
-    head = {name: getattr(reply, name) for name in ("run_id", "server_round", "attempt", "client", "base", "digest")}
+    head = reply.head()
     grads = pack(np.ones(6), "float16", 0)
     return TrainReply(**head, num_examples=3, projected_grads=grads, dropped=(), loss=2.0).encode()
 

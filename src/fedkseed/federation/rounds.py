@@ -213,8 +213,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         reply, request = self._decode(data), self._pending.get(sender)
         if request is None:
             raise ProtocolError(f"{sender!r} was not asked in this round")
-        for name in ("client", "run_id", "server_round", "attempt", "base", "digest"):
-            found, expected = getattr(reply, name), getattr(request, name)
+        for name, expected in request.head().items():
+            found = getattr(reply, name)
             if found != expected:
                 shown = [value.hex()[:16] if isinstance(value, bytes) else value for value in (found, expected)]
                 raise ProtocolError(f"reply to another request: {name} is {shown[0]!r}, expected {shown[1]!r}")
