@@ -91,9 +91,9 @@ def check_bits(n: int) -> None:
                 for offset in (0, 1)[: 1 if INTERPRETED else 2]:
                     base = None if base_type is None else noise.to(base_type)[offset : n + offset]
                     right, out = torch.empty(n, dtype=out_type), torch.empty(n, dtype=out_type, device=DEVICE)
-                    get_backend("reference").sweep(mixture, [Slot(right, base, tensor_id("w"))])
+                    get_backend("reference").prepare([Slot(right, base, tensor_id("w"))])(mixture)
                     there = None if base_type is None else noise.to(base_type).to(DEVICE)[offset : n + offset]
-                    get_backend("gpu").sweep(mixture, [Slot(out, there, tensor_id("w"))])
+                    get_backend("gpu").prepare([Slot(out, there, tensor_id("w"))])(mixture)
                     if not torch.equal(out.cpu().view(torch.uint8), right.view(torch.uint8)):
                         raise RuntimeError(
                             f"{family}, {base_type} to {out_type}, offset {offset}: bits differ from the reference"

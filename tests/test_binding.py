@@ -1,7 +1,9 @@
 """A bound model: every weight has the bits that docs/noise.md gives it; what is refused changes nothing."""
 
+import gc
 import itertools
 import random
+import weakref
 from pathlib import Path
 
 import laws
@@ -345,17 +347,55 @@ def test_rebuild_does_not_depend_on_where_the_weights_are(precision, family):
 def test_local_steps_sweep_each_weight_twice_a_step(monkeypatch, precision, family):
     """Counted in the kernel layer: n steps are 2 n + 1 passes over the weights, whatever their precision."""
     swept = []
-    sweep = get_backend("cpu").sweep
+    prepare = get_backend("cpu").prepare
 
-    def counting(mixture, slots):
-        swept.extend(slot.out.data_ptr() for slot in slots)
-        sweep(mixture, slots)
+    def counting(slots):
+        sweep = prepare(slots)
 
+        def counted(mixture):
+            swept.extend(slot.out.data_ptr() for slot in slots)
+            sweep(mixture)
+
+        return counted
+
+    monkeypatch.setattr(get_backend("cpu"), "prepare", counting)
     model = laws.module_of(tensors_of(precision))
     bound = fk.bind(model, pool_of(family), backend="cpu")
-    monkeypatch.setattr(get_backend("cpu"), "sweep", counting)
     local_steps(bound, [0, 1, 2], lambda step: float(step), StepSettings(lr=1e-3, eps=2.0**-10))
     assert {address: swept.count(address) for address in swept} == {x.data_ptr(): 7 for x in model.parameters()}
+
+
+@families
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed"])
+def test_moves_follow_a_parameter_whose_memory_is_replaced(precision, family):
+    """`parameter.data = ...`, as `module.to` does it: the old memory stays as it is, the new one moves."""
+    tensors = tensors_of(precision)
+    model = laws.module_of(tensors)
+    bound, weights = fk.bind(model, pool_of(family)), weights_of(tensors, pool_of(family))
+    old = []
+    for step in range(3):
+        bound.move([step], [0.5])
+        for weight in weights:
+            weight.move([step], [0.5])
+        assert_follows(model, weights)
+        old += [(x.data, x.data.clone()) for x in model.parameters()]
+        for x in model.parameters():
+            x.data = x.data.clone()
+    assert all(torch.equal(x, kept) for x, kept in old)
+
+
+def test_a_binding_lets_go_of_its_memory_at_once():
+    """No cycle keeps a copy of the base until the garbage collector comes by."""
+    bound = fk.bind(laws.module_of(tensors_of("mixed")), pool_of("gaussian"))
+    bound.rebuild(coefficients_of(bound.pool.size))
+    bound.move([0], [0.5])
+    gone = weakref.ref(bound)
+    gc.disable()
+    try:
+        del bound
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_two_bindings_do_not_disturb_each_other():

@@ -72,10 +72,11 @@ def check_arithmetic(facts: dict, family: str, roots: dict) -> None:
         assert count(facts, "FMUL.FTZ", "FADD.FTZ") == count(roots, "FMUL.FTZ", "FADD.FTZ")
 
 
-def check_registers(facts: dict) -> None:
-    """Nothing is spilled to memory."""
+def check_registers(facts: dict, aligned: bool = True) -> None:
+    """Nothing is spilled to memory; where accesses are wide, enough programs run at a time."""
     assert facts["stack"] == count(facts, "STL", "LDL") == 0
-    assert facts["registers"] <= 128  # four programs or more on a multiprocessor
+    if aligned:
+        assert facts["registers"] <= 128  # four programs or more on a multiprocessor
 
 
 def wide_accesses(elements: int, kind: str) -> int:
@@ -117,11 +118,11 @@ def test_the_checks_of_machine_code_notice_what_they_look_for(machine_code):
 @families
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_pair_of_types_compiles_without_fused_operations_and_spills(family, arch, tmp_path):
-    variants = [f"{family},{out},{base},{arch},ALIGNED={aligned}" for out, base in ALL_PAIRS for aligned in (0, 1)]
+    variants = {f"{family},{o},{b},{arch},ALIGNED={aligned}": aligned for o, b in ALL_PAIRS for aligned in (0, 1)}
     found = compiled(tmp_path, f"roots,,,{arch}", *variants)
-    for variant in variants:
+    for variant, aligned in variants.items():
         check_arithmetic(found[variant], family, found[f"roots,,,{arch}"])
-        check_registers(found[variant])
+        check_registers(found[variant], bool(aligned))
 
 
 # --- launches ---
@@ -167,9 +168,9 @@ def test_many_small_tensors_are_one_launch(gpu, launches, family):
     sizes = [1, 5, 0, 128, 300, 1000] * 3
     tensors = {f"t{i}": laws.some_weights((n,), torch.bfloat16, i).to(device) for i, n in enumerate(sizes)}
     on_cpu = {name: x.cpu().clone() for name, x in tensors.items()}
-    gpu.BACKEND.sweep(mixture(family), [Slot(x, x, tensor_id(name)) for name, x in tensors.items()])
+    gpu.BACKEND.prepare([Slot(x, x, tensor_id(name)) for name, x in tensors.items()])(mixture(family))
     assert launches == [(15, 15)]
-    get_backend("cpu").sweep(mixture(family), [Slot(x, x, tensor_id(name)) for name, x in on_cpu.items()])
+    get_backend("cpu").prepare([Slot(x, x, tensor_id(name)) for name, x in on_cpu.items()])(mixture(family))
     for name, x in tensors.items():
         np.testing.assert_array_equal(laws.bits(x), laws.bits(on_cpu[name]))
 
@@ -181,7 +182,7 @@ def test_one_launch_for_each_pair_of_types(gpu, launches, family):
     for i, (out, base) in enumerate(pairs):
         source = None if base is None else torch.ones(100, dtype=base, device=laws.device_of("gpu"))
         slots.append(Slot(torch.zeros(100, dtype=out, device=laws.device_of("gpu")), source, i))
-    gpu.BACKEND.sweep(mixture(family), slots)
+    gpu.BACKEND.prepare(slots)(mixture(family))
     assert launches == [(2, 2), (1, 1), (1, 1)]
 
 

@@ -72,7 +72,7 @@ def swept(backend, mixture, base, kind, name=NAME, start=0, n=None):
     device = laws.device_of(backend)
     out = torch.full([len(base) if n is None else n], 7, dtype=kind, device=device)
     base = None if base is None else base.to(device)
-    get_backend(backend).sweep(mixture, [Slot(out, base, tensor_id(name), start)])
+    get_backend(backend).prepare([Slot(out, base, tensor_id(name), start)])(mixture)
     return out.cpu()
 
 
@@ -120,7 +120,7 @@ def test_a_sweep_without_base_keeps_the_mixtures_zeros_of_both_signs(backend, ki
 def test_a_sweep_in_place_equals_one_into_another_tensor(backend, family, kind):
     base = some_base(70_003, kind).to(laws.device_of(backend))
     expected = swept(backend, mixture_for(family), base, kind)
-    get_backend(backend).sweep(mixture_for(family), [Slot(base, base, tensor_id(NAME))])
+    get_backend(backend).prepare([Slot(base, base, tensor_id(NAME))])(mixture_for(family))
     np.testing.assert_array_equal(laws.bits(base), laws.bits(expected))
 
 
@@ -136,7 +136,7 @@ def test_a_sweep_writes_nothing_beside_its_slot(backend, family, kind):
             noise = torch.randn(n, generator=torch.Generator().manual_seed(n))
             source = torch.cat([torch.ones(offset + 1), noise]).to(device, kind)
             out, base = room[offset : offset + n], source[offset + 1 :]
-            get_backend(backend).sweep(mixture_for(family), [Slot(out, base, tensor_id(NAME))])
+            get_backend(backend).prepare([Slot(out, base, tensor_id(NAME))])(mixture_for(family))
             expected = swept("reference", mixture_for(family), base.clone(), kind)
             np.testing.assert_array_equal(laws.bits(out), laws.bits(expected))
             assert (room[:offset] == 3).all()
@@ -144,12 +144,22 @@ def test_a_sweep_writes_nothing_beside_its_slot(backend, family, kind):
 
 
 @backends
+def test_a_sweep_serves_any_mixture_as_often_as_wanted(backend):
+    device = laws.device_of(backend)
+    base, out = some_base(5000, torch.bfloat16).to(device), torch.empty(5000, device=device)
+    sweep = get_backend(backend).prepare([Slot(out, base, tensor_id(NAME))])
+    for mixture in (*map(mixture_for, laws.FAMILIES), mixture_for("hadamard", seed=1), mixture_for("gaussian", 5, seed=1)):
+        sweep(mixture)
+        np.testing.assert_array_equal(laws.bits(out), laws.bits(swept("reference", mixture, base, torch.float32)))
+
+
+@backends
 @families
 def test_a_sweep_of_no_slots_or_empty_ones_does_nothing(backend, family):
-    get_backend(backend).sweep(mixture_for(family), [])
+    get_backend(backend).prepare([])(mixture_for(family))
     device = laws.device_of(backend)
     empty, full = torch.empty(0, device=device), torch.zeros(5, device=device)
-    get_backend(backend).sweep(mixture_for(family), [Slot(empty, empty, 1), Slot(full, full, 2), Slot(empty, None, 3)])
+    get_backend(backend).prepare([Slot(empty, empty, 1), Slot(full, full, 2), Slot(empty, None, 3)])(mixture_for(family))
     assert (full != 0).all()
 
 
@@ -302,7 +312,7 @@ def check_cut(backend, family, data) -> None:
     slots = [Slot(pieces[a:b], base[a:b], tensor_id(NAME), a) for a, b in pairwise(edges)]
     slots.append(Slot(other, other, tensor_id("other")))
     random.Random(data.draw(st.integers(0, 99), label="order")).shuffle(slots)
-    get_backend(backend).sweep(mixture, slots)
+    get_backend(backend).prepare(slots)(mixture)
     np.testing.assert_array_equal(laws.bits(pieces), laws.bits(whole))
     np.testing.assert_array_equal(
         laws.bits(other), laws.bits(swept("reference", mixture, torch.zeros(1000), torch.float32, "other"))
@@ -339,7 +349,7 @@ def model_of_odd_sizes(kinds):
 def sweep_model(backend, mixture, tensors):
     tensors = {name: x.to(laws.device_of(backend)) for name, x in tensors.items()}
     outs = {name: torch.full_like(x, 7) for name, x in tensors.items()}
-    get_backend(backend).sweep(mixture, [Slot(outs[name], x, tensor_id(name)) for name, x in tensors.items()])
+    get_backend(backend).prepare([Slot(outs[name], x, tensor_id(name)) for name, x in tensors.items()])(mixture)
     return {name: laws.bits(x) for name, x in outs.items()}
 
 
@@ -388,7 +398,7 @@ def test_any_number_of_threads_covers_every_element_once(family, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "ELEMENTS_PER_THREAD", 1)
         torch.set_num_threads(data.draw(st.sampled_from([2, 3, 4, 7, 16])))
-        get_backend("cpu").sweep(mixture, [Slot(x, x, tensor_id(f"t{i}")) for i, x in enumerate(tensors)])
+        get_backend("cpu").prepare([Slot(x, x, tensor_id(f"t{i}")) for i, x in enumerate(tensors)])(mixture)
     for x, right in zip(tensors, expected, strict=True):
         np.testing.assert_array_equal(laws.bits(x), right)
 

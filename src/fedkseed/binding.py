@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.base import Base, FileBase, MemoryBase
-from fedkseed.errors import BackendError, BindingError, InvalidValueError
+from fedkseed.errors import BindingError, InvalidValueError
 from fedkseed.identity import BaseIdentity
-from fedkseed.noise import Backend, Mixture, Slot, get_backend, tensor_id
+from fedkseed.noise import Mixture, Sweep
 from fedkseed.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
+from fedkseed.sweeps import KeptSweep, backends_for, between, from_base, in_place
 from fedkseed.weights import NamedParameter, named_parameters, tensor_digest, value_digest
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,10 +46,15 @@ class Binding:
         check_apart(self._entries)
         self._backends = backends_for(self._tunable, backend)
         self._base: Base = MemoryBase(self._tunable) if base is None else FileBase(base, self._tunable)
-        self._full = [entry for entry in self._tunable if entry.parameter.dtype == torch.float32]
-        self._half = [entry for entry in self._tunable if entry.parameter.dtype != torch.float32]
+        parameters = {entry.name: entry.parameter for entry in self._tunable}
+        self._full = {name: x for name, x in parameters.items() if x.dtype == torch.float32}
+        self._half = {name: x for name, x in parameters.items() if x.dtype != torch.float32}
+        self._from_base = partial(from_base, self._backends, self._base)
+        self._rebuild_all = KeptSweep(parameters, self._from_base)
+        self._rebuild_half = KeptSweep(self._half, self._from_base)
+        self._add_full = KeptSweep(self._full, partial(in_place, self._backends))
         self._coefficients = np.zeros(pool.size, np.float64)  # where half-precision weights are
-        self._centre: dict[str, torch.Tensor] = {}
+        self._centre: _Centre | None = None
         self._rebuilt: tuple[bytes, dict[str, torch.Tensor]] | None = None
 
     def rebuild(self, coefficients: NDArray[np.float32]) -> None:
@@ -59,14 +67,14 @@ class Binding:
             InvalidValueError: another dtype, length or a non-finite coefficient; nothing has changed then.
         """
         mixture = self.pool.mixture_of(coefficients)
-        self._centre.clear()
+        self._centre = None
         self._coefficients = coefficients.astype(np.float64)
         if self._rebuilt is not None and self._rebuilt[0] == coefficients.tobytes():
             for entry in self._tunable:
                 entry.parameter.detach().copy_(self._rebuilt[1][entry.name])
             return
         self._rebuilt = None
-        self._from_base(mixture, {entry.name: entry.parameter for entry in self._tunable})
+        self._rebuild_all(mixture)
         if self.pool.family == "gaussian" and _fit_again(self._tunable):
             self._rebuilt = coefficients.tobytes(), {e.name: e.parameter.detach().clone() for e in self._tunable}
 
@@ -90,10 +98,9 @@ class Binding:
         if far.size:
             raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
         if self._full:
-            add_in_place(self._backends, self.pool.mixture(at, delta), {entry.name: entry.parameter for entry in self._full})
+            self._add_full(self.pool.mixture(at, delta))
         if self._half and self.pool.family == "hadamard":
-            whole = self.pool.mixture_of(moved.astype(np.float32))
-            self._from_base(whole, {entry.name: entry.parameter for entry in self._half})
+            self._rebuild_half(self.pool.mixture_of(moved.astype(np.float32)))
         elif self._half:
             self._follow_centre(self.pool.mixture(at, delta))
         self._coefficients = moved
@@ -129,25 +136,23 @@ class Binding:
         for batch in self._base.batches([name]):
             yield from (stretch.values for stretch in batch)
 
-    def _from_base(self, mixture: Mixture, outputs: dict[str, torch.Tensor]) -> None:
-        for batch in self._base.batches(list(outputs)):
-            slots = []
-            for s in batch:
-                out = outputs[s.name].detach().reshape(-1)[s.start : s.start + s.values.numel()]
-                slots.append(Slot(out, s.values.to(out.device), tensor_id(s.name), s.start))
-            _sweep(self._backends, mixture, slots)
-
     def _follow_centre(self, mixture: Mixture) -> None:
-        if not self._centre:
-            self._centre = {entry.name: torch.empty_like(entry.parameter, dtype=torch.float32) for entry in self._half}
-            self._from_base(self.pool.mixture_of(self._coefficients.astype(np.float32)), self._centre)
-        add_in_place(self._backends, mixture, self._centre)
-        still = self.pool.mixture([], [])
-        _sweep(
-            self._backends,
-            still,
-            [Slot(e.parameter.detach().reshape(-1), self._centre[e.name].reshape(-1), tensor_id(e.name)) for e in self._half],
-        )
+        if self._centre is None:
+            values = {name: torch.empty_like(x, dtype=torch.float32) for name, x in self._half.items()}
+            self._from_base(values)(self.pool.mixture_of(self._coefficients.astype(np.float32)))
+            self._centre = _Centre(
+                in_place(self._backends, values), KeptSweep(self._half, partial(between, self._backends, values))
+            )
+        self._centre.move(mixture)
+        self._centre.cast(self.pool.mixture([], []))
+
+
+@dataclass(frozen=True)
+class _Centre:
+    """The float32 copy that half-precision weights follow under gaussian noise: what moves it, and what casts it to them."""
+
+    move: Sweep
+    cast: Sweep
 
 
 def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None, backend: str = "auto") -> Binding:
@@ -169,45 +174,6 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
         BackendError: no backend works on the parameters' device, or the named one cannot run here.
     """
     return Binding(model, pool, base, backend)
-
-
-Backends = Mapping[str, Backend]
-"""The backend for each type of device that parameters are on."""
-
-
-def backends_for(entries: Sequence[NamedParameter], name: str) -> Backends:
-    """Which backend sweeps which parameters.
-
-    Args:
-        entries: the tunable parameters.
-        name: `auto`, or the name of a noise backend, which must then work on all of them.
-
-    Raises:
-        InvalidValueError: there is no backend of that name.
-        BackendError: it cannot run here, or a parameter is on a device that it, or any, does not work on.
-    """
-    found: dict[str, Backend] = {}
-    for entry in entries:
-        device = entry.parameter.device
-        if device.type not in found:
-            found[device.type] = get_backend(name, device.type)
-        if found[device.type].device != device.type:
-            raise BackendError(
-                f"{entry.name} is on {device}, where backend {name!r} does not work; "
-                f"move the model to {found[device.type].device!r}, or choose backend 'auto'"
-            )
-    return found
-
-
-def add_in_place(backends: Backends, mixture: Mixture, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Add a mixture to tensors where they lie, by canonical name: `x <- cast(widen(x) + sum_k a_k z_k)`."""
-    flat = {name: x.detach().reshape(-1) for name, x in tensors.items()}
-    _sweep(backends, mixture, [Slot(x, x, tensor_id(name)) for name, x in flat.items()])
-
-
-def _sweep(backends: Backends, mixture: Mixture, slots: Sequence[Slot]) -> None:
-    for device, backend in backends.items():
-        backend.sweep(mixture, [slot for slot in slots if slot.out.device.type == device])
 
 
 def _fit_again(entries: Sequence[NamedParameter]) -> bool:

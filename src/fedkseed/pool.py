@@ -143,19 +143,22 @@ class SeedPool:
 
         chosen = get_backend(backend)
         out = torch.empty(_integer("n", n, 0, MAX_ELEMENTS), dtype=torch.float32, device=chosen.device)
-        chosen.sweep(mixture, [Slot(out, None, tensor_id(name))])
+        chosen.prepare([Slot(out, None, tensor_id(name))])(mixture)
         array: NDArray[np.float32] = out.cpu().numpy()
         return array
 
 
 def _table(indices: NDArray[np.int64], amounts: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """A = H a, float32[size]: butterflies in float64 on strides 1, 2, 4, ..., rounded once (docs/noise.md)."""
-    x = np.zeros(size, np.float64)
+    """A = H a, float32[size]: butterflies in float64 on strides 1, 2, 4, ..., rounded once (docs/noise.md).
+
+    Each pass leaves the sums in the first half and the differences in the second, so that the next stride's pairs are
+    neighbours again, NumPy's loops are long, and after the last pass all are in their places (Pease 1968).
+    """
+    x, y = np.zeros(size, np.float64), np.empty(size, np.float64)
     x[indices] = amounts
-    h = 1
-    while h < size:
-        pairs = x.reshape(-1, 2, h)
-        x = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(-1)
-        h *= 2
+    for _ in range(size.bit_length() - 1):
+        np.add(x[::2], x[1::2], out=y[: size // 2])
+        np.subtract(x[::2], x[1::2], out=y[size // 2 :])
+        x, y = y, x
     with np.errstate(over="ignore"):
         return x.astype(np.float32)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from fedkseed.binding import add_in_place, backends_for, check_apart, check_tunable
+from fedkseed.binding import check_apart, check_tunable
 from fedkseed.errors import LedgerError
 from fedkseed.identity import BaseIdentity
 from fedkseed.ledger import Ledger
+from fedkseed.sweeps import backends_for, in_place
 from fedkseed.weights import named_parameters, value_digests
 
 
@@ -42,5 +43,5 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     if difference:
         raise LedgerError(f"this model is not the ledger's base: {difference}; load the base model that the run started from")
     mixture = ledger.pool.mixture_of(ledger.coefficients)
-    add_in_place(backends, mixture, {entry.name: entry.parameter for entry in tuned})
+    in_place(backends, {entry.name: entry.parameter for entry in tuned})(mixture)
     return ledger

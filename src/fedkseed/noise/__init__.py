@@ -7,6 +7,7 @@ from fedkseed.noise.backend import (
     HadamardMixture,
     Mixture,
     Slot,
+    Sweep,
     get_backend,
 )
 from fedkseed.noise.philox import halves, philox, tensor_id
@@ -18,6 +19,7 @@ __all__ = [
     "HadamardMixture",
     "Mixture",
     "Slot",
+    "Sweep",
     "get_backend",
     "halves",
     "philox",

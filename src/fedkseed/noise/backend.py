@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,6 +44,8 @@ class GaussianMixture:
 
 
 Mixture = HadamardMixture | GaussianMixture
+Sweep = Callable[[Mixture], None]
+"""One pass over the slots that it was made for; it may be done again, with another mixture."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,11 @@ class Backend(Protocol):
     name: str
     device: str
 
-    def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
-        """Store `cast(base + mixture)` into every slot. The slots' outputs must not overlap."""
+    def prepare(self, slots: Sequence[Slot]) -> Sweep:
+        """A sweep that stores `cast(base + mixture)` into every slot. The slots' outputs must not overlap.
+
+        What takes time for each tensor is done here, once: a small model's sweep takes less than that.
+        """
         ...
 
 

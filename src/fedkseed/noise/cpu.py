@@ -20,7 +20,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from fedkseed.noise import box_muller as bm
-from fedkseed.noise.backend import QUANTUM, HadamardMixture, Mixture, Slot
+from fedkseed.noise.backend import QUANTUM, HadamardMixture, Mixture, Slot, Sweep
 from fedkseed.noise.philox import MASK32, MULTIPLIERS, ROUNDS, WEYL
 
 CHUNK = 128
@@ -325,21 +325,31 @@ class CpuBackend:
     name = "cpu"
     device = "cpu"
 
-    def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
-        """See `Backend.sweep`."""
-        work = np.array([_row(slot) for slot in slots if slot.out.numel()], np.int64).reshape(-1, TENSOR + 1)
-        total = int(work[:, SIZE].sum())
-        threads = max(1, min(torch.get_num_threads(), total // ELEMENTS_PER_THREAD))
+    def prepare(self, slots: Sequence[Slot]) -> Sweep:
+        """See `Backend.prepare`."""
+        return _CpuSweep(slots)
+
+
+class _CpuSweep:
+    """The work table of some slots, whose memory it keeps."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = [slot for slot in slots if slot.out.numel()]
+        self._work = np.array([_row(slot) for slot in self._slots], np.int64).reshape(-1, TENSOR + 1)
+        self._total = int(self._work[:, SIZE].sum())
+
+    def __call__(self, mixture: Mixture) -> None:
+        threads = max(1, min(torch.get_num_threads(), self._total // ELEMENTS_PER_THREAD))
         if isinstance(mixture, HadamardMixture):
             kernel: Any = _hadamard_sweep
-            arguments: tuple[Any, ...] = (work, mixture.table, np.uint64(mixture.key))
+            arguments: tuple[Any, ...] = (self._work, mixture.table, np.uint64(mixture.key))
         else:
-            kernel, arguments = _gaussian_sweep, (work, mixture.seeds, mixture.amounts)
+            kernel, arguments = _gaussian_sweep, (self._work, mixture.seeds, mixture.amounts)
         if threads == 1:
-            kernel(*arguments, 0, 1, total)
+            kernel(*arguments, 0, 1, self._total)
             return
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda thread: kernel(*arguments, thread, threads, total), range(threads)))
+            list(pool.map(lambda thread: kernel(*arguments, thread, threads, self._total), range(threads)))
 
 
 def _row(slot: Slot) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ memory, slowly: so they are tested where there is no GPU.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from fedkseed.noise import gpu_kernels as kernels
-from fedkseed.noise.backend import QUANTUM, HadamardMixture, Mixture, Slot
+from fedkseed.noise.backend import QUANTUM, HadamardMixture, Mixture, Slot, Sweep
 from fedkseed.noise.philox import halves
 
 INTERPRETED = not isinstance(kernels.hadamard_sweep, triton.JITFunction)
@@ -36,24 +37,53 @@ class GpuBackend:
     name = "gpu"
     device = "cpu" if INTERPRETED else "cuda"
 
-    def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
-        """See `Backend.sweep`. It returns before the device has done it."""
+    def prepare(self, slots: Sequence[Slot]) -> Sweep:
+        """See `Backend.prepare`. A sweep returns before the device has done it."""
+        return _GpuSweep(slots)
+
+
+class _GpuSweep:
+    """The launches for some slots, whose memory it keeps: one for each device, pair of types and alignment."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
         groups: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
         for slot in slots:
             if slot.out.numel():
                 base = None if slot.base is None else slot.base.dtype
                 groups[slot.out.device, slot.out.dtype, base, _is_aligned(slot)].append(slot)
+        self._groups = dict(groups)
+        self._launches: dict[bool, list[_Launch]] = {}
+
+    def __call__(self, mixture: Mixture) -> None:
+        hadamard = isinstance(mixture, HadamardMixture)
+        if hadamard not in self._launches:  # the families' tiles differ
+            self._launches[hadamard] = [_launch(hadamard, kind, group) for kind, group in self._groups.items()]
+        kernel: Any = kernels.hadamard_sweep if hadamard else kernels.gaussian_sweep
         arguments: dict[torch.device, tuple[Any, ...]] = {}
-        for (device, out, base, aligned), group in groups.items():
+        for launch in self._launches[hadamard]:
+            device = launch.work.device
             if device not in arguments:
                 arguments[device] = _arguments(mixture, device)
-            hadamard = isinstance(mixture, HadamardMixture)
-            tile = _tile(hadamard, group)
-            work, tiles = _work(group, tile)
-            kernel: Any = kernels.hadamard_sweep if hadamard else kernels.gaussian_sweep
-            constants = {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": tile}
             with torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore"):
-                kernel[(tiles,)](_upload(work, device), len(group), *arguments[device], **constants, **kernels.OPTIONS)
+                kernel[(launch.tiles,)](
+                    launch.work, len(launch.work), *arguments[device], **launch.constants, **kernels.OPTIONS
+                )
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch: the work table on its device, the number of programs, and what the kernel is compiled for."""
+
+    work: torch.Tensor
+    tiles: int
+    constants: dict[str, Any]
+
+
+def _launch(hadamard: bool, kind: tuple[Any, ...], slots: Sequence[Slot]) -> _Launch:
+    device, out, base, aligned = kind
+    tile = _tile(hadamard, slots)
+    work, tiles = _work(slots, tile)
+    return _Launch(_upload(work, device), tiles, {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": tile})
 
 
 def _tile(hadamard: bool, slots: Sequence[Slot]) -> int:

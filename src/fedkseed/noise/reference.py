@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.noise import box_muller as bm
-from fedkseed.noise.backend import HadamardMixture, Mixture, Slot
+from fedkseed.noise.backend import HadamardMixture, Mixture, Slot, Sweep
 from fedkseed.noise.philox import halves, philox
 
 F32 = NDArray[np.float32]
@@ -105,14 +105,18 @@ class ReferenceBackend:
     name = "reference"
     device = "cpu"
 
-    def sweep(self, mixture: Mixture, slots: Sequence[Slot]) -> None:
-        """See `Backend.sweep`."""
-        for slot in slots:
-            with np.errstate(over="ignore", invalid="ignore"):  # infinities are part of the definition
-                values = mixture_sum(mixture, slot.tensor_id, slot.start, slot.out.numel())
-                if slot.base is not None:
-                    values = widen(slot.base) + values
-            store(values, slot.out)
+    def prepare(self, slots: Sequence[Slot]) -> Sweep:
+        """See `Backend.prepare`."""
+
+        def sweep(mixture: Mixture) -> None:
+            for slot in slots:
+                with np.errstate(over="ignore", invalid="ignore"):  # infinities are part of the definition
+                    values = mixture_sum(mixture, slot.tensor_id, slot.start, slot.out.numel())
+                    if slot.base is not None:
+                        values = widen(slot.base) + values
+                store(values, slot.out)
+
+        return sweep
 
 
 BACKEND = ReferenceBackend()

@@ -1,0 +1,100 @@
+"""Sweeps over a model's tensors: from base values or in place, on whatever devices they lie, made ready once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from fedkseed.base import Base, MemoryBase, Stretch
+from fedkseed.errors import BackendError
+from fedkseed.noise import Backend, Mixture, Slot, Sweep, get_backend, tensor_id
+from fedkseed.weights import NamedParameter
+
+Tensors = Mapping[str, torch.Tensor]
+"""Whole tensors by their canonical names."""
+Backends = Mapping[str, Backend]
+"""The backend for each type of device that parameters are on."""
+
+
+def backends_for(entries: Sequence[NamedParameter], name: str) -> Backends:
+    """Which backend sweeps which parameters.
+
+    Args:
+        entries: the tunable parameters.
+        name: `auto`, or the name of a noise backend, which must then work on all of them.
+
+    Raises:
+        InvalidValueError: there is no backend of that name.
+        BackendError: it cannot run here, or a parameter is on a device that it, or any, does not work on.
+    """
+    found: dict[str, Backend] = {}
+    for entry in entries:
+        device = entry.parameter.device
+        if device.type not in found:
+            found[device.type] = get_backend(name, device.type)
+        if found[device.type].device != device.type:
+            raise BackendError(
+                f"{entry.name} is on {device}, where backend {name!r} does not work; "
+                f"move the model to {found[device.type].device!r}, or choose backend 'auto'"
+            )
+    return found
+
+
+def in_place(backends: Backends, tensors: Tensors) -> Sweep:
+    """`x <- cast(widen(x) + sum_k a_k z_k)`."""
+    return between(backends, tensors, tensors)
+
+
+def between(backends: Backends, sources: Tensors, outputs: Tensors) -> Sweep:
+    """`output <- cast(widen(source) + sum_k a_k z_k)`, between tensors of the same names."""
+    return _prepare(
+        backends,
+        [Slot(x.detach().reshape(-1), sources[name].detach().reshape(-1), tensor_id(name)) for name, x in outputs.items()],
+    )
+
+
+def from_base(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
+    """`output <- cast(w0 + sum_k a_k z_k)`. A base in a file is read, and given back, batch by batch in each sweep."""
+
+    def slot(stretch: Stretch) -> Slot:
+        out = outputs[stretch.name].detach().reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
+        return Slot(out, stretch.values.to(out.device), tensor_id(stretch.name), stretch.start)
+
+    def sweep(mixture: Mixture) -> None:
+        for batch in base.batches(list(outputs)):
+            _prepare(backends, list(map(slot, batch)))(mixture)
+
+    if isinstance(base, MemoryBase):
+        return _prepare(backends, [slot(stretch) for batch in base.batches(list(outputs)) for stretch in batch])
+    return sweep
+
+
+def _prepare(backends: Backends, slots: Sequence[Slot]) -> Sweep:
+    each = [backend.prepare([s for s in slots if s.out.device.type == device]) for device, backend in backends.items()]
+
+    def sweep(mixture: Mixture) -> None:
+        for one in each:
+            one(mixture)
+
+    return sweep
+
+
+class KeptSweep:
+    """A sweep that writes to parameters, made when it is first needed and again where their memory has been replaced.
+
+    Args:
+        parameters: what it writes to; `parameter.data = ...` replaces the memory.
+        make: makes it, from the parameters as they are.
+    """
+
+    def __init__(self, parameters: Tensors, make: Callable[[Tensors], Sweep]) -> None:
+        self._parameters, self._make = parameters, make
+        self._made_for: list[int] | None = None
+
+    def __call__(self, mixture: Mixture) -> None:
+        """Do it."""
+        addresses = [x.data_ptr() for x in self._parameters.values()]
+        if addresses != self._made_for:
+            self._sweep, self._made_for = self._make(self._parameters), addresses
+        self._sweep(mixture)
