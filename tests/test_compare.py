@@ -340,7 +340,7 @@ def test_the_numbers_are_those_of_the_runs(finished: Finished) -> None:
     assert len({len(line) for line in table}) == 1
     base_rouge = np.mean([score["base"]["overall"]["rouge_l"] for score in scores.values()])
     assert table[2][:3] == ["base model", "\N{EN DASH}", f"{np.mean(base):.4f}"]
-    assert table[2][5] == f"{100 * base_rouge:.2f}"
+    assert table[2][6] == f"{100 * base_rouge:.2f}"
     for method, line, name in zip(found["methods"], table[3:], NAMES, strict=True):
         at_examples = [last_within(run.curve, examples) for run in runs[name]]
         at_passes = [last_within([(s * PASSES[name], loss) for s, loss in run.curve], passes) for run in runs[name]]
@@ -360,7 +360,10 @@ def test_the_numbers_are_those_of_the_runs(finished: Finished) -> None:
         assert method["seconds"] == pytest.approx([run.seconds for run in runs[name]])
         assert line[0] == name
         assert line[1] == f"{row.lr:g}"
-        assert line[2:6] == [spread(at_examples), spread(of_control), spread(at_passes), spread([100 * x for x in rouge], 2)]
+        minus = [a - b for a, b in zip(at_examples, of_control, strict=True)]
+        assert method["minus_control"] == minus
+        numbers = [at_examples, of_control, minus, at_passes]
+        assert line[2:7] == [*map(spread, numbers), spread([100 * x for x in rouge], 2)]
         assert at_examples != of_control
     grid = {NAMES[0]: {"0.1": 0, "1e+30": None}, NAMES[1]: {"1e-07": 0, "0.002": 0}}
     for method in found["methods"]:

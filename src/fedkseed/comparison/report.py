@@ -29,6 +29,7 @@ HEADER = (
     "lr",
     "loss at equal examples",
     "control",
+    "minus control",
     "loss at equal passes",
     "Rouge-L",
     "bytes a client and round",
@@ -117,25 +118,31 @@ class Equal:
 
 @dataclass(frozen=True)
 class Result:
-    """What a method's runs and controls came to; a list has one entry for each run that ended with a loss."""
+    """What a method's runs came to, and what those came to that have a control: pairs of a run and its control."""
 
     row: Row
     runs: list[Measured]
-    controls: list[Measured]
+    controls: list[tuple[Measured, Measured]]
 
     @classmethod
     def of(cls, row: Row) -> Result:
-        """Read the folders of a row."""
+        """Read the folders of a row, but those that ended without a loss."""
+        runs = [measure(trial) if _has_points(trial) else None for trial in row.runs]
+        pairs = zip(runs, row.controls, strict=False)  # of a comparison without controls none
         return cls(
             row,
-            [measure(trial) for trial in row.runs if _has_points(trial)],
-            [measure(trial) for trial in row.controls if _has_points(trial)],
+            [run for run in runs if run],
+            [(run, measure(trial)) for run, trial in pairs if run and _has_points(trial)],
         )
 
     @property
     def failed(self) -> int:
         """How many runs ended without a loss."""
         return len(self.row.runs) - len(self.runs)
+
+    def minus_control(self, equal: Equal) -> list[float]:
+        """How far the losses at equal examples lie above those of the controls with the same seed."""
+        return [run - control for run, control in (equal.examples_of(pair) for pair in self.controls)]
 
     @property
     def rouge_l(self) -> list[float]:
@@ -153,7 +160,8 @@ class Result:
             name,
             lr,
             spread(equal.examples_of(self.runs)),
-            spread(equal.examples_of(self.controls)),
+            spread(equal.examples_of([control for _, control in self.controls])),
+            spread(self.minus_control(equal)),
             spread(equal.passes_of(self.runs)),
             spread([100 * x for x in self.rouge_l], 2),
             units.amount(round(mean(m.bytes_per_round for m in self.runs))),
@@ -170,7 +178,8 @@ class Result:
             "grid": {f"{lr:g}": _json(t.final_loss()) for lr, t in zip(self.row.entry.lr, self.row.grid, strict=False)},
             "at_equal_examples": [_json(x) for x in equal.examples_of(self.runs)],
             "at_equal_passes": [_json(x) for x in equal.passes_of(self.runs)],
-            "control": [_json(x) for x in equal.examples_of(self.controls)],
+            "control": [_json(x) for x in equal.examples_of([control for _, control in self.controls])],
+            "minus_control": [_json(x) for x in self.minus_control(equal)],
             "rouge_l": self.rouge_l,
             "failed": self.failed,
             "bytes_per_round": [m.bytes_per_round for m in self.runs],
@@ -240,7 +249,7 @@ def _markdown(comparison: Comparison, rows: Sequence[Sequence[str]], base: tuple
     nothing = units.NONE
     loss = spread([base[0]]) if math.isfinite(base[0]) else nothing
     rouge = f"{100 * base[1]:.2f}" if math.isfinite(base[1]) else nothing
-    first = ("base model", nothing, loss, nothing, nothing, rouge, *[nothing] * 4)
+    first = ("base model", nothing, loss, nothing, nothing, nothing, rouge, *[nothing] * 4)
     lines = [HEADER, ["---"] * len(HEADER), first, *rows]
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
@@ -249,7 +258,10 @@ def _markdown(comparison: Comparison, rows: Sequence[Sequence[str]], base: tuple
         "passes of a record (a step costs 2 without backpropagation, 3 with it).",
     ]
     if comparison.control:
-        notes.append("Control: the loss at equal examples of runs whose training responses were shuffled within each category.")
+        notes.append(
+            "Control: the loss at equal examples of runs whose training responses were shuffled within each category; minus "
+            "control: a run's loss less that of the control with its seed."
+        )
     if len(comparison.methods[0].lr) > 1:
         notes.append(
             f"Each learning rate is the best of {len(comparison.methods[0].lr)} by the held-out loss with seed "
