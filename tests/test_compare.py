@@ -377,6 +377,7 @@ def test_the_numbers_are_those_of_the_runs(finished: Finished) -> None:
     assert "Equal examples: 32 in all (steps times batch size); equal passes: 80 forward passes of a record" in notes
     assert "over seeds 1, 2" in notes
     assert "best of 2 by the held-out loss with seed 9" in notes
+    assert "At an end of its grid, so that a wider one may do better: FedAvg, FedKSeed K64." in notes
     for name in ("loss_by_examples", "loss_by_passes", "loss_by_bytes"):
         assert (finished.output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -206,7 +206,7 @@ def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> s
     equal = Equal(min(m.points[-1].examples for m in every), min(m.points[-1].passes for m in every))
     base = _mean([m.base_loss for m in every if m.base_loss is not None])
     base_rouge = _mean([m.base_rouge_l for m in every if m.base_rouge_l is not None])
-    text = _markdown(comparison, [result.cells(equal) for result in results], (base, base_rouge), equal)
+    text = _markdown(comparison, results, (base, base_rouge), equal)
     numbers = [result.numbers(equal) for result in results]
     summary = {"equal_examples": equal.examples, "equal_passes": equal.passes, "base": _json(base), "methods": numbers}
     pictures = _pictures({result.row.entry.name: result.runs for result in results})
@@ -245,12 +245,12 @@ def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _markdown(comparison: Comparison, rows: Sequence[Sequence[str]], base: tuple[float, float], equal: Equal) -> str:
+def _markdown(comparison: Comparison, results: Sequence[Result], base: tuple[float, float], equal: Equal) -> str:
     nothing = units.NONE
     loss = spread([base[0]]) if math.isfinite(base[0]) else nothing
     rouge = f"{100 * base[1]:.2f}" if math.isfinite(base[1]) else nothing
     first = ("base model", nothing, loss, nothing, nothing, nothing, rouge, *[nothing] * 4)
-    lines = [HEADER, ["---"] * len(HEADER), first, *rows]
+    lines = [HEADER, ["---"] * len(HEADER), first, *(result.cells(equal) for result in results)]
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
@@ -267,6 +267,9 @@ def _markdown(comparison: Comparison, rows: Sequence[Sequence[str]], base: tuple
             f"Each learning rate is the best of {len(comparison.methods[0].lr)} by the held-out loss with seed "
             f"{comparison.tuning_seed}."
         )
+        rows = [result.row for result in results]
+        if edges := [row.entry.name for row in rows if row.lr in (min(row.entry.lr), max(row.entry.lr))]:
+            notes.append(f"At an end of its grid, so that a wider one may do better: {', '.join(edges)}.")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(notes) + "\n"
 
 
