@@ -53,7 +53,7 @@ def cut_tasks(source: Path, out: Path) -> None:
 
 def keep(folder: Path, kept: Path, data: Path) -> None:
     """Copy what is small; this machine's folders are taken out of the settings."""
-    places = {str(data.resolve()) + "/": ""} | {str((data / model).resolve()): model for model in MODELS}
+    places = {str(data.resolve()) + "/": "", str(folder) + "/": ""} | {str((data / model).resolve()): model for model in MODELS}
     for file in sorted(folder.rglob("*")):
         if file.name in ("config.toml", "metrics.jsonl", "scores.json", "comparison.json", "table.md", "failed.txt"):
             target = kept / file.relative_to(folder)
