@@ -12,12 +12,13 @@ import time
 
 import numpy as np
 
-from fedkseed.federation import FederationConfig, Server, start
-from fedkseed.identity import BaseIdentity
-from fedkseed.memory import peak_memory
-from fedkseed.messages import TrainReply, TrainRequest
-from fedkseed.wire import pack
-from fedkseed.zeroth_order import GRAD_EXPONENT
+from fedkseed.federation import FederationConfig
+from fedkseed.kseed.messages import TrainReply, TrainRequest
+from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.server import Server, start
+from fedkseed.kseed.steps import GRAD_EXPONENT
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.runs.memory import peak_memory
 
 STEPS, SEEDS = 200, 4096
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 import fedkseed as fk
+from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.noise import Slot, get_backend, tensor_id
 from fedkseed.noise.gpu import INTERPRETED
-from fedkseed.zeroth_order import StepSettings, local_steps
 
 from .harness import Row, report
 

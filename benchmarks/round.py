@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 import fedkseed as fk
 from fedkseed.data import EncodedExample, encode, pad_token_id
 from fedkseed.demo import SETTINGS, clients, model_folder
-from fedkseed.federation import Client, FederationConfig, Server, seed_pool, start
-from fedkseed.models import load_model, load_tokenizer
-from fedkseed.simulation import Stopwatch, TextTask
+from fedkseed.federation import FederationConfig
+from fedkseed.kseed.client import Client
+from fedkseed.kseed.server import Server, seed_pool, start
+from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.runs.simulation import Stopwatch, TextTask
 
 from .harness import absolute, measure, ratio, report
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 import fedkseed as fk
-from fedkseed.federation import FederationConfig, Server, start
-from fedkseed.identity import BaseIdentity
-from fedkseed.messages import TrainReply
-from fedkseed.wire import pack
-from fedkseed.zeroth_order import GRAD_EXPONENT, StepSettings, local_steps
+from fedkseed.federation import FederationConfig
+from fedkseed.kseed.messages import TrainReply
+from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.server import Server, start
+from fedkseed.kseed.steps import GRAD_EXPONENT, StepSettings, local_steps
+from fedkseed.models.identity import BaseIdentity
 
 from .harness import Row, absolute, measure, ratio, report
 
@@ -27,8 +28,8 @@ import sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM
 import fedkseed as fk
-from fedkseed.memory import peak_memory
-from fedkseed.zeroth_order import StepSettings, local_steps
+from fedkseed.runs.memory import peak_memory
+from fedkseed.kseed.steps import StepSettings, local_steps
 folder, mode = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 ids = torch.arange(128)[None]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from fedkseed.ledger import Ledger
+from fedkseed.kseed.ledger import Ledger
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "flower"
 SCRIPTS = EXAMPLE / "deployment"

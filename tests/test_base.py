@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fedkseed as fk
-from fedkseed import base
 from fedkseed.errors import BindingError
+from fedkseed.models import base
+from fedkseed.models.parameters import named_parameters
 from fedkseed.noise import QUANTUM
-from fedkseed.weights import named_parameters
 
 KEY = 0x0123456789ABCDEF
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

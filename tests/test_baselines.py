@@ -29,12 +29,12 @@ from fedkseed.evaluation import evaluate_loss, response_loss
 from fedkseed.evaluation.generation import generate
 from fedkseed.federation.algorithms import ALGORITHMS, SEEDS, TAKEN_BY, takes
 from fedkseed.flower.config import read_config
-from fedkseed.models import load_model, load_tokenizer
+from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.randomness import derive
-from fedkseed.records import Records, prepare
-from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation
-from fedkseed.simulation_config import build
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.records import Records, prepare
+from fedkseed.runs.settings import build
+from fedkseed.runs.simulation import Simulation
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -27,9 +27,9 @@ from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation import FederationConfig, Limits
 from fedkseed.federation.algorithms import ZEROTH_ORDER
-from fedkseed.messages import TrainReply
+from fedkseed.kseed.messages import TrainReply
+from fedkseed.kseed.rounding import pack
 from fedkseed.randomness import derive
-from fedkseed.wire import pack
 
 # --- The average ---
 
@@ -286,7 +286,7 @@ def test_a_reply_that_is_too_large_is_refused_unread(algorithm: str, monkeypatch
         read.append(len(data))
         return unpackb(data, **options)
 
-    monkeypatch.setattr("fedkseed.codec.msgpack.unpackb", listen)
+    monkeypatch.setattr("fedkseed.federation.envelope.msgpack.unpackb", listen)
     large = other("zoo", torch.zeros(cap // 4))(reply_to(a_server.plan()[0]))
     outcome = a_server.absorb(list((replies | {"ada": large}).items()))
     assert [r.reason for r in outcome.refusals] == [f"message has {len(large)} bytes; at most {cap} are accepted"]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import fedkseed as fk
 from fedkseed.errors import BackendError, BindingError, FedKSeedError, InvalidValueError
+from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.noise import get_backend
-from fedkseed.zeroth_order import StepSettings, local_steps
 
 KEY = 0xFEDCBA9876543210
 backends = pytest.mark.parametrize("backend", laws.BACKENDS)

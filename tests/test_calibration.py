@@ -11,8 +11,8 @@ from test_cli import CommandLine, assert_one_line, command_line, flags
 from test_simulation import tiny_settings
 
 import fedkseed as fk
-from fedkseed.calibration import Calibration, calibrate
 from fedkseed.errors import InvalidValueError
+from fedkseed.kseed.calibration import Calibration, calibrate
 
 # click 8.5 deprecates names that typer 0.20 takes from it on import
 pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")

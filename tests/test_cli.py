@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_simulation import read_metrics, tiny_model, tiny_records, tiny_settings
 
 import fedkseed as fk
-from fedkseed.models import load_model
+from fedkseed.models.loading import load_model
 
 # click 8.5 deprecates names that typer 0.20 takes from it on import
 OLD_TYPER = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
@@ -35,13 +35,14 @@ what takes seconds. It has no threads: OMP_NUM_THREADS is 1."""
 import json, os, resource, selectors, signal, sys, time, traceback
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-import fedkseed.simulation, fedkseed.cli.display, fedkseed.noise.cpu, fedkseed.tuned_model, fedkseed.cli.doctor, fedkseed.report
+import fedkseed.runs.simulation, fedkseed.cli.display, fedkseed.noise.cpu
+import fedkseed.kseed.apply, fedkseed.cli.doctor, fedkseed.report
 from pathlib import Path
 from fedkseed.cli import main
-from fedkseed.run_folder import RunFolder
-from fedkseed.records import prepare
-from fedkseed.simulation import Simulation
-from fedkseed.simulation_config import build
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.records import prepare
+from fedkseed.runs.simulation import Simulation
+from fedkseed.runs.settings import build
 
 
 class Nobody:
@@ -290,7 +291,7 @@ def test_the_console_script_ends_with_the_exit_code_of_the_error() -> None:
 
 
 def test_every_setting_has_a_flag_with_its_description(fedkseed: CommandLine) -> None:
-    from fedkseed.simulation_config import SimulationConfig
+    from fedkseed.runs.settings import SimulationConfig
 
     shown = fedkseed("simulate", "--help")
     assert shown.code == 0
@@ -832,13 +833,13 @@ def test_export_onto_another_model_is_refused(fedkseed: CommandLine, finished: P
 def test_an_interrupt_while_reading_data_exits_130_with_a_line(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import fedkseed.records
+    import fedkseed.runs.records
     from fedkseed.cli import main
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fedkseed.records, "prepare", interrupt)
+    monkeypatch.setattr(fedkseed.runs.records, "prepare", interrupt)
     monkeypatch.setattr(sys, "argv", ["fedkseed", "simulate", *flags(tiny_settings(tiny)), "--run", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
         main()

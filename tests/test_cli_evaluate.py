@@ -12,7 +12,7 @@ from test_simulation import held_out, read_metrics, tiny_model, tiny_settings
 
 from fedkseed.data import EncodedExample, Example, encode, read_jsonl
 from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
-from fedkseed.models import load_model, load_tokenizer
+from fedkseed.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

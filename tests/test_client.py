@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 import fedkseed as fk
 from fedkseed.errors import ProtocolError
-from fedkseed.federation import Client, FederationConfig, Server, start
-from fedkseed.federation.client import batches
-from fedkseed.messages import TrainReply, TrainRequest, coefficients_digest
-from fedkseed.wire import pack
-from fedkseed.zeroth_order import update
+from fedkseed.federation import FederationConfig
+from fedkseed.kseed.client import Client, batches
+from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
+from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.server import Server, start
+from fedkseed.kseed.steps import update
 
 F32, F64 = NDArray[np.float32], NDArray[np.float64]
 ROUNDOFF = 2.0**-24  # half a unit in the last place of a float32, relative

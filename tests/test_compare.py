@@ -26,9 +26,9 @@ from fedkseed.comparison import Comparison, carry_out, read_comparison, write_re
 from fedkseed.comparison.report import Measured, Point, _at
 from fedkseed.comparison.trials import Row, _trial
 from fedkseed.errors import ConfigError, RunError
-from fedkseed.records import prepare
-from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.records import prepare
+from fedkseed.runs.simulation import Simulation
 
 NOTHING = functools.partial(sys.exit, 3)  # a command that only fails: whoever calls it ends with a RunError
 NAMES = ("FedAvg", "FedKSeed K64")
@@ -189,7 +189,7 @@ def test_what_is_read(tiny: Path, tmp_path: Path) -> None:
 
 
 PRELOADED = (
-    "fedkseed.simulation",
+    "fedkseed.runs.simulation",
     "fedkseed.cli.app",
     "fedkseed.cli.display",
     "fedkseed.cli.evaluate",

@@ -12,8 +12,8 @@ from test_simulation import tiny_settings
 from fedkseed.errors import ConfigError
 from fedkseed.federation import FederationConfig, Limits
 from fedkseed.federation.algorithms import takes
-from fedkseed.run_folder import RunFolder
-from fedkseed.simulation_config import SimulationConfig, build, flag
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.settings import SimulationConfig, build, flag
 
 
 @pytest.fixture(scope="module")

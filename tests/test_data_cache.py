@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fedkseed.data import EncodedData, Example, encode, get_template
-from fedkseed.models import load_tokenizer
+from fedkseed.models.loading import load_tokenizer
 
 WORDS = ("bear", "dog", "tale", "of", "a", "long", "ball", "Ünïcode")
 EXAMPLES = [

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedkseed.data import TEMPLATES, Example, encode, get_template, read_jsonl
 from fedkseed.errors import DataError, InvalidValueError, ModelError
-from fedkseed.models import load_tokenizer
+from fedkseed.models.loading import load_tokenizer
 
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 BOS, EOS = 1, 2

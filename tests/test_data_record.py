@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from fedkseed.data import COLUMNS, Example, get_template, parse_columns
 from fedkseed.data.record import to_example
 from fedkseed.errors import DataError, InvalidValueError
-from fedkseed.models import load_tokenizer
+from fedkseed.models.loading import load_tokenizer
 
 HERE = "data.jsonl:7"
 TALK = [

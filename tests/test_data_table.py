@@ -12,7 +12,7 @@ import pytest
 
 from fedkseed.data import Example, is_hub_id, parse_columns, read_csv, read_examples, read_hub, read_parquet
 from fedkseed.errors import DataError
-from fedkseed.simulation_config import build
+from fedkseed.runs.settings import build
 
 ROWS = [
     {"instruction": "Add, please.", "context": 'two "lines"\nof it', "response": "3", "category": "sums"},

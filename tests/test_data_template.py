@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedkseed.data import TEMPLATES, Example, get_template
 from fedkseed.errors import ConfigError, InvalidValueError
-from fedkseed.simulation_config import build
+from fedkseed.runs.settings import build
 
 NONE: Any = None
 """In place of the tokenizer, which only `chat` asks for anything."""

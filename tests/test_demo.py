@@ -21,10 +21,10 @@ from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.demo.tasks import HELD_OUT_KIND, TRAINED_KINDS
 from fedkseed.errors import RunError, RunFolderError
 from fedkseed.evaluation import evaluate_loss
-from fedkseed.ledger import Ledger
-from fedkseed.models import load_model, load_tokenizer
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.randomness import generator
-from fedkseed.run_folder import RunFolder
+from fedkseed.runs.folder import RunFolder
 
 # click 8.5 deprecates names that typer 0.20 takes from it on import
 pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")

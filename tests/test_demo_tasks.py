@@ -12,9 +12,9 @@ from fedkseed.data import encode
 from fedkseed.demo import corpus, tasks
 from fedkseed.demo.lexicon import ADJECTIVES, CATEGORIES, IRREGULAR, NAMES, NOUNS, SEQUENCES, WORDS
 from fedkseed.evaluation import evaluate_loss
-from fedkseed.models import base_path, load_model, load_tokenizer
+from fedkseed.models.loading import base_path, load_model, load_tokenizer
 from fedkseed.randomness import generator
-from fedkseed.records import client_names
+from fedkseed.runs.records import client_names
 
 SEEDS = (0, 1, 2)
 NEEDED = ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from fedkseed.observer import Probe
+from fedkseed.runs.observer import Probe
 
 # click 8.5 deprecates names that typer 0.20 takes from it on import
 pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
@@ -40,7 +40,7 @@ ROUND = {
 
 @pytest.fixture
 def config(tmp_path: Path) -> Any:
-    from fedkseed.simulation_config import build
+    from fedkseed.runs.settings import build
 
     (tmp_path / "data.jsonl").write_text("{}\n")
     return build(

@@ -9,7 +9,7 @@ import torch
 
 from fedkseed.data import Example, encode
 from fedkseed.evaluation import exact_match, generate
-from fedkseed.models import load_model, load_tokenizer
+from fedkseed.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fedkseed.data import EncodedExample, collate, encode, read_jsonl
 from fedkseed.errors import DataError, InvalidValueError
 from fedkseed.evaluation import evaluate_loss, mean_loss, response_loss
-from fedkseed.models import load_model, load_tokenizer
+from fedkseed.models.loading import load_model, load_tokenizer
 
 RTOL = 2e-6  # float32 sums in another order; measured 2e-7 on stories260k
 SHAPES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**16)), min_size=1, max_size=6)

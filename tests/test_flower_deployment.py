@@ -17,7 +17,7 @@ from flower_deployment import EXAMPLE, Deployment, answers, free_port
 from test_flower_strategy import CORRUPTIONS, RUN, SITES, make_sites, simulated
 from test_simulation import read_metrics
 
-from fedkseed.ledger import Ledger
+from fedkseed.kseed.ledger import Ledger
 
 LONG = {"deadline": 240.0}
 

@@ -29,9 +29,9 @@ from fedkseed.flower import strategy as flower_strategy
 from fedkseed.flower.config import node_settings, read_config
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
 from fedkseed.flower.server_app import build_strategy, server_app
-from fedkseed.ledger import Ledger
-from fedkseed.messages import TrainReply
-from fedkseed.simulation import Simulation
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.messages import TrainReply
+from fedkseed.runs.simulation import Simulation
 
 SITES = ("site-a", "site-b", "site-c")
 RUN = {

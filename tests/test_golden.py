@@ -35,18 +35,18 @@ from safetensors.torch import load_file, save_file
 from test_flower_strategy import MemoryGrid, node, started
 from test_simulation import Watcher, tiny_model
 
-from fedkseed import simulation as module_of_mean_loss
 from fedkseed.baselines import Parameters, TunedTensors, attach, fingerprint
 from fedkseed.federation.algorithms import ALGORITHMS, SEEDS
 from fedkseed.flower import exchange as module_of_poll_seconds
 from fedkseed.flower import strategy as other_module_of_poll_seconds
 from fedkseed.flower.envelope import unwrap
-from fedkseed.ledger import Ledger
-from fedkseed.models import load_model
-from fedkseed.records import Records, prepare
-from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation
-from fedkseed.simulation_config import build
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.loading import load_model
+from fedkseed.runs import simulation as module_of_mean_loss
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.records import Records, prepare
+from fedkseed.runs.settings import build
+from fedkseed.runs.simulation import Simulation
 
 VECTORS = Path(__file__).parent / "vectors" / "golden_digests.json"
 CLIENTS = {"ada": 3, "bob": 5, "cy": 6, "dee": 8}

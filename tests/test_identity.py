@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fedkseed as fk
-from fedkseed.identity import BaseIdentity
-from fedkseed.weights import value_digest
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.parameters import value_digest
 
 POOL = fk.SeedPool(7, 4)
 SHAPES: dict[str, tuple[int, ...]] = {"b.weight": (5, 3), "a.weight": (7,), "c": ()}

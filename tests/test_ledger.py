@@ -24,9 +24,9 @@ from safetensors.numpy import load_file, save, save_file
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError, LedgerError
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import History
-from fedkseed.wire import PRECISIONS, Precision, rounded
+from fedkseed.kseed.ledger import History
+from fedkseed.kseed.rounding import PRECISIONS, Precision, rounded
+from fedkseed.models.identity import BaseIdentity
 
 precisions = pytest.mark.parametrize("precision", PRECISIONS)
 forms = pytest.mark.parametrize("published", [False, True], ids=["checkpoint", "published"])

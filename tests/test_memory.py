@@ -17,7 +17,7 @@ def test_the_peak_is_in_bytes_and_grows_by_what_is_allocated() -> None:
     )
     code = (
         "import json, numpy as np\n"
-        "from fedkseed.memory import peak_memory\n"
+        "from fedkseed.runs.memory import peak_memory\n"
         "found = [peak_memory('cpu')]\n"
         "held = np.ones(200_000_000, np.uint8)\n"
         "found.append(peak_memory('cpu'))\n"

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedkseed.errors import ProtocolError
-from fedkseed.messages import MAX_BYTES, TrainReply, TrainRequest, coefficients_digest
-from fedkseed.pool import SeedPool
-from fedkseed.wire import PRECISIONS, Packed, Precision, pack
+from fedkseed.kseed.messages import MAX_BYTES, TrainReply, TrainRequest, coefficients_digest
+from fedkseed.kseed.rounding import PRECISIONS, Packed, Precision, pack
+from fedkseed.noise.pool import SeedPool
 
 Message = TrainRequest | TrainReply
 CLASSES = (TrainRequest, TrainReply)

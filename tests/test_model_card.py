@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from fedkseed.federation import start
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import Ledger
-from fedkseed.model_card import model_card
-from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.server import start
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.report.model_card import model_card
+from fedkseed.runs.settings import SimulationConfig, build
 
 BASE = BaseIdentity.of({"w": bytes(range(32))})
 

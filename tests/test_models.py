@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fedkseed as fk
 from fedkseed.errors import FedKSeedError, InvalidValueError, ModelError
-from fedkseed.models import base_path, load_model, load_tokenizer
+from fedkseed.models.loading import base_path, load_model, load_tokenizer
 
 MODEL = "model.safetensors"
 
@@ -63,7 +63,7 @@ def test_transformers_settings_are_put_back(tiny: Path) -> None:
 
 
 def test_importing_the_module_does_not_import_transformers() -> None:
-    code = "import sys, fedkseed.models, fedkseed.data, fedkseed.evaluation; print('transformers' in sys.modules)"
+    code = "import sys, fedkseed.models.loading, fedkseed.data, fedkseed.evaluation; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from fedkseed.federation.pro import importances, probabilities
+from fedkseed.kseed.importance import importances, probabilities
 
 PHI = arrays(np.float64, st.integers(1, 50), elements=st.floats(0, 1000))
 

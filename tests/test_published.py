@@ -25,11 +25,11 @@ from test_simulation_data import in_words
 
 from fedkseed.data import read_jsonl
 from fedkseed.errors import ConfigError
-from fedkseed.ledger import Ledger
+from fedkseed.kseed.ledger import Ledger
 from fedkseed.published import main
 from fedkseed.published.flags import PUBLISHED, parser
 from fedkseed.published.translation import translate
-from fedkseed.simulation_config import SimulationConfig, flag
+from fedkseed.runs.settings import SimulationConfig, flag
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 COMMANDS = """

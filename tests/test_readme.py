@@ -16,8 +16,8 @@ import pytest
 from test_cli import CommandLine, command_line
 from test_simulation import tiny_settings
 
-from fedkseed.ledger import Ledger
-from fedkseed.models import load_model
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.loading import load_model
 
 # click 8.5 deprecates names that typer 0.20 takes from it on import
 pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")

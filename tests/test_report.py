@@ -18,18 +18,18 @@ import pytest
 from PIL import Image
 
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
-from fedkseed.federation import start
 from fedkseed.federation.algorithms import takes
-from fedkseed.federation.pro import importances, probabilities
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import History, Ledger
+from fedkseed.kseed.importance import importances, probabilities
+from fedkseed.kseed.ledger import History, Ledger
+from fedkseed.kseed.server import start
+from fedkseed.models.identity import BaseIdentity
 from fedkseed.report import reading, report
 from fedkseed.report.charts import charts
 from fedkseed.report.page import page
 from fedkseed.report.summary import change
 from fedkseed.report.units import duration, exact, loss, percent, power_of_ten, size
-from fedkseed.run_folder import RunFolder
-from fedkseed.simulation_config import build
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.settings import build
 
 CHARTS = {"held_out_loss", "training_loss", "bytes", "participation", "seed_use", "seed_probabilities", "coefficients", "time"}
 NASTY = "<script>alert(\"1\")</script> & $x_ 'quoted'"

@@ -14,7 +14,7 @@ import pytest
 from test_cli import ENVIRONMENT, FEDKSEED, CommandLine, assert_one_line, command_line, flags
 from test_simulation import held_out, read_metrics, tiny_settings
 
-from fedkseed.ledger import Ledger
+from fedkseed.kseed.ledger import Ledger
 
 KILLED = -signal.SIGKILL
 

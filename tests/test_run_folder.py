@@ -11,8 +11,8 @@ import pytest
 from fedkseed import files
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
 from fedkseed.files import write_atomically
-from fedkseed.run_folder import RunFolder, new_folder
-from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.runs.folder import RunFolder, new_folder
+from fedkseed.runs.settings import SimulationConfig, build
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ from scipy.stats import chisquare
 
 import fedkseed as fk
 from fedkseed.errors import LedgerError, ProtocolError, RunError
-from fedkseed.federation import FederationConfig, Limits, Outcome, Server, seed_pool, start
+from fedkseed.federation import FederationConfig, Limits, Outcome
 from fedkseed.federation.schedule import learning_rate
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import History
-from fedkseed.messages import TrainReply, TrainRequest, coefficients_digest
-from fedkseed.wire import PRECISIONS, Precision, pack, rounded
-from fedkseed.zeroth_order import GRAD_EXPONENT, StepSettings, local_steps
+from fedkseed.kseed.ledger import History
+from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
+from fedkseed.kseed.rounding import PRECISIONS, Precision, pack, rounded
+from fedkseed.kseed.server import Server, seed_pool, start
+from fedkseed.kseed.steps import GRAD_EXPONENT, StepSettings, local_steps
+from fedkseed.models.identity import BaseIdentity
 
 ALGORITHMS = ("fedkseed", "fedkseed-pro")  # the contract table: every law of the server runs over every row
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -16,13 +16,13 @@ import torch
 import fedkseed as fk
 from fedkseed.data import Example, read_jsonl
 from fedkseed.errors import DataError, LedgerError, RunError
-from fedkseed.ledger import Ledger
-from fedkseed.messages import TrainReply, TrainRequest
-from fedkseed.observer import Probe
-from fedkseed.records import client_names, prepare
-from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation
-from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.messages import TrainReply, TrainRequest
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.observer import Probe
+from fedkseed.runs.records import client_names, prepare
+from fedkseed.runs.settings import SimulationConfig, build
+from fedkseed.runs.simulation import Simulation
 
 TEXT = "name the animal colour fruit red blue dog cat apple pear a big small and or of Instruction Input Response :"
 WORDS = TEXT.split()
@@ -301,7 +301,7 @@ def test_every_probe_is_heard(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_ledger_on_the_disk_is_the_tuned_model(tiny: Path, tmp_path: Path) -> None:
     """`fk.apply` on a fresh base gives the weights that the last evaluation saw."""
-    from fedkseed.models import load_model
+    from fedkseed.models.loading import load_model
 
     run, _ = simulation(tmp_path / "run", tiny_settings(tiny))
     ledger = run.train()

@@ -12,8 +12,8 @@ from test_simulation import Watcher, read_metrics, simulation, tiny_settings
 
 from fedkseed.data import Example
 from fedkseed.errors import ConfigError, DataError
-from fedkseed.records import Records, deal, load_examples, prepare, sample
-from fedkseed.simulation_config import build
+from fedkseed.runs.records import Records, deal, load_examples, prepare, sample
+from fedkseed.runs.settings import build
 
 
 @pytest.fixture(scope="module")

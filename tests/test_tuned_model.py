@@ -10,8 +10,8 @@ import torch
 
 import fedkseed as fk
 from fedkseed.errors import BindingError, LedgerError
-from fedkseed.ledger import History
-from fedkseed.wire import Precision
+from fedkseed.kseed.ledger import History
+from fedkseed.kseed.rounding import Precision
 
 families = pytest.mark.parametrize("family", laws.FAMILIES)
 kinds = pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
-from fedkseed.wire import PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.kseed.rounding import PRECISIONS, Packed, Precision, pack, rounded
 
 precisions = pytest.mark.parametrize("precision", PRECISIONS)
 LARGE = float(np.float32(1e38))

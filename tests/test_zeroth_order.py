@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 import fedkseed as fk
-from fedkseed.zeroth_order import LocalSteps, StepSettings, local_steps, projected_grad, update
+from fedkseed.kseed.steps import LocalSteps, StepSettings, local_steps, projected_grad, update
 
 F64 = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedkseed.data import Example, encode, read_jsonl, shuffle_responses, split_off
-from fedkseed.models import load_tokenizer
+from fedkseed.models.loading import load_tokenizer
 from fedkseed.randomness import generator
 
 

@@ -25,13 +25,13 @@ from fedkseed import demo
 from fedkseed.data import EncodedExample, Example, collate, encode, pad_token_id, shuffle_responses
 from fedkseed.demo.tasks import HELD_OUT_KIND, TRAINED_KINDS
 from fedkseed.evaluation import evaluate_loss
-from fedkseed.models import load_tokenizer
-from fedkseed.observer import Probe
+from fedkseed.models.loading import load_tokenizer
 from fedkseed.randomness import generator
-from fedkseed.records import Records
-from fedkseed.run_folder import RunFolder
-from fedkseed.simulation import Simulation
-from fedkseed.simulation_config import build
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.observer import Probe
+from fedkseed.runs.records import Records
+from fedkseed.runs.settings import build
+from fedkseed.runs.simulation import Simulation
 
 HERE = Path(__file__).resolve().parent
 NEW_TOKENS = 8

@@ -13,7 +13,7 @@ from fedkseed import demo
 from fedkseed.data import Example, encode, pad_token_id
 from fedkseed.demo.corpus import FORMAT, HEADINGS
 from fedkseed.demo.tasks import KINDS
-from fedkseed.models import load_model, load_tokenizer
+from fedkseed.models.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 TAIL = 0.2

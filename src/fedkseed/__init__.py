@@ -8,22 +8,22 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedkseed.binding import Binding, bind
     from fedkseed.errors import FedKSeedError
-    from fedkseed.ledger import Ledger
-    from fedkseed.pool import SeedPool
-    from fedkseed.tuned_model import apply
+    from fedkseed.kseed.apply import apply
+    from fedkseed.kseed.ledger import Ledger
+    from fedkseed.models.binding import Binding, bind
+    from fedkseed.noise.pool import SeedPool
 
 __version__ = version("fedkseed")
 __all__ = ["Binding", "FedKSeedError", "Ledger", "SeedPool", "__version__", "apply", "bind"]
 
 _HOMES = {
-    "Binding": "fedkseed.binding",
+    "Binding": "fedkseed.models.binding",
     "FedKSeedError": "fedkseed.errors",
-    "Ledger": "fedkseed.ledger",
-    "SeedPool": "fedkseed.pool",
-    "apply": "fedkseed.tuned_model",
-    "bind": "fedkseed.binding",
+    "Ledger": "fedkseed.kseed.ledger",
+    "SeedPool": "fedkseed.noise.pool",
+    "apply": "fedkseed.kseed.apply",
+    "bind": "fedkseed.models.binding",
 }
 
 

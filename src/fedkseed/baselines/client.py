@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, unpack_tensors
 from fedkseed.baselines.parameters import Parameters
-from fedkseed.binding import bind
 from fedkseed.errors import ProtocolError
-from fedkseed.federation import FederationConfig, Limits, batches, by_step, check_addressee
+from fedkseed.federation import FederationConfig, Limits
 from fedkseed.federation.algorithms import ZEROTH_ORDER
-from fedkseed.pool import SeedPool
+from fedkseed.kseed.client import batches, by_step, check_addressee
+from fedkseed.kseed.steps import StepSettings, local_steps
+from fedkseed.models.binding import bind
+from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import derive, generator
-from fedkseed.zeroth_order import StepSettings, local_steps
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "fedavg": torch.optim.SGD,
@@ -32,7 +33,7 @@ Heard = Callable[[int, float], None]
 
 
 class TensorTask(Protocol):
-    """A client's private records, and the loss of the model on some of them; see `fedkseed.federation.Task`."""
+    """A client's private records, and the loss of the model on some of them; see `fedkseed.kseed.client.Task`."""
 
     @property
     def num_examples(self) -> int:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedkseed.baselines.parameters import Tensors
-from fedkseed.codec import MAX_STEPS, Reply, Request, check_integer, pack_fields, shown, unpack_fields
 from fedkseed.errors import ProtocolError
+from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_integer, pack_fields, shown, unpack_fields
 
 REQUEST, REPLY = "t?", "t!"
 ROOM = 4096

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from fedkseed.errors import BindingError, ProtocolError
-from fedkseed.identity import BaseIdentity
-from fedkseed.weights import named_parameters, value_digests
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.parameters import named_parameters, value_digests
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -16,13 +16,13 @@ from fedkseed.data import Example, encode, read_jsonl
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
-from fedkseed.ledger import Ledger
-from fedkseed.models import load_tokenizer
-from fedkseed.records import prepare
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.loading import load_tokenizer
 from fedkseed.report import report
-from fedkseed.run_folder import RunFolder, new_folder
-from fedkseed.simulation import Simulation
-from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.runs.folder import RunFolder, new_folder
+from fedkseed.runs.records import prepare
+from fedkseed.runs.settings import SimulationConfig, build
+from fedkseed.runs.simulation import Simulation
 
 PAPER_BYTES = 17_988
 """Bytes per client and round in the paper's title, both ways, by our count: K = 4096, 200 steps."""

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedkseed.errors import ConfigError
-from fedkseed.observer import Probe
-from fedkseed.simulation_config import SimulationConfig
+from fedkseed.runs.observer import Probe
+from fedkseed.runs.settings import SimulationConfig
 
 QUIET_SECONDS = 10
 """After so long without a line, plain output says how far a long activity is."""
@@ -40,12 +40,12 @@ class Notes:
         self._console, self._said = console, time.monotonic()
 
     def note(self, text: str) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         self._said = time.monotonic()
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         if time.monotonic() - self._said > QUIET_SECONDS:
             self.note(f"{activity}: {done:,} of {total:,}")
 
@@ -58,10 +58,10 @@ class PlainDisplay(Notes):
         self._config = config
 
     def probe(self, probe: Probe) -> None:
-        """See `fedkseed.observer.Observer`; too fine for lines."""
+        """See `fedkseed.runs.observer.Observer`; too fine for lines."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         self.note(summary(event, self._config.num_rounds))
 
 
@@ -77,11 +77,11 @@ class LiveDisplay(PlainDisplay):
         self._held_out = ""
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         self._progress.update(self._activity, description=activity, completed=done, total=total, visible=done < total)
 
     def probe(self, probe: Probe) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         done = probe.server_round - 1 + (probe.place - 1 + probe.step / probe.steps) / probe.cohort
         text = (
             f"round {probe.server_round}/{self._config.num_rounds}  {probe.client} ({probe.place}/{probe.cohort})  "
@@ -92,7 +92,7 @@ class LiveDisplay(PlainDisplay):
         self._progress.update(self._bar, completed=done, description=text)
 
     def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         if event["event"] == "evaluation":
             self._held_out = f"  held-out {event['eval_loss']:.4f}"
         super().event(event)
@@ -106,7 +106,7 @@ class TensorBoard:
         self.note, self.progress, self.probe = inner.note, inner.progress, inner.probe
 
     def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         for name, value in event.items():
             if isinstance(value, (int, float)) and name != "server_round":
                 self._writer.add_scalar(f"{event['event']}/{name}", value, event["server_round"])

@@ -10,7 +10,7 @@ import torch
 from fedkseed.errors import BackendError, RunError
 from fedkseed.noise import get_backend
 from fedkseed.noise.backend import MODULES
-from fedkseed.pool import SeedPool
+from fedkseed.noise.pool import SeedPool
 
 EXPECTED = {
     "hadamard": "1eb09eb38c60b6dec7a10c8aa3dc0b2257e462b76f3518ebea9ff7bb886f2129",

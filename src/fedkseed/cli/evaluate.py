@@ -22,12 +22,12 @@ from fedkseed.evaluation import AllScores, Scores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.algorithms import SEEDS
 from fedkseed.files import write_atomically
-from fedkseed.ledger import Ledger
-from fedkseed.models import load_model, load_tokenizer
-from fedkseed.records import check_context, describe, load_examples, read_source, sample
-from fedkseed.run_folder import CONFIG, RunFolder
-from fedkseed.simulation_config import SimulationConfig
-from fedkseed.tuned_model import apply
+from fedkseed.kseed.apply import apply
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.records import check_context, describe, load_examples, read_source, sample
+from fedkseed.runs.settings import SimulationConfig
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from fedkseed.cli.inspect import ledger_path
 from fedkseed.errors import ConfigError, RunFolderError
-from fedkseed.ledger import Ledger
-from fedkseed.run_folder import CONFIG, TENSORS
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.folder import CONFIG, TENSORS
 
 if TYPE_CHECKING:
     from fedkseed.report.reading import RunRecord
-    from fedkseed.simulation_config import SimulationConfig
+    from fedkseed.runs.settings import SimulationConfig
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -35,10 +35,10 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         ledger.published().save(output)
         print(f"{output}: {output.stat().st_size:,} bytes, {ledger.round} rounds, K = {ledger.pool.size}")
         return
-    from fedkseed.model_card import model_card
-    from fedkseed.models import load_model, load_tokenizer, save_model
+    from fedkseed.kseed.apply import apply
+    from fedkseed.models.loading import load_model, load_tokenizer, save_model
+    from fedkseed.report.model_card import model_card
     from fedkseed.report.reading import read
-    from fedkseed.tuned_model import apply
 
     folder = path if path.is_dir() else path.parent
     # beside a bare ledger, a config.toml is looked at only for want of a model: it may be anybody's

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from fedkseed.baselines import TunedTensors
-from fedkseed.ledger import Ledger
-from fedkseed.run_folder import LEDGER, TENSORS
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.folder import LEDGER, TENSORS
 
 
 def ledger_path(path: Path) -> Path:

@@ -15,15 +15,15 @@ import typer
 from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
-from fedkseed.simulation_config import SimulationConfig, build, flag, flags
+from fedkseed.runs.settings import SimulationConfig, build, flag, flags
 
 AUTO = "auto"
 
 if TYPE_CHECKING:
-    from fedkseed.observer import Observer
-    from fedkseed.records import Records
-    from fedkseed.run_folder import RunFolder
-    from fedkseed.simulation import Simulation
+    from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.observer import Observer
+    from fedkseed.runs.records import Records
+    from fedkseed.runs.simulation import Simulation
 
 
 def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorboard: bool, **flags: str | None) -> None:
@@ -39,8 +39,8 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
     # checked before the rate is looked for, which takes long
     settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
     from fedkseed.cli.display import watching
-    from fedkseed.records import prepare
-    from fedkseed.run_folder import RunFolder, new_folder
+    from fedkseed.runs.folder import RunFolder, new_folder
+    from fedkseed.runs.records import prepare
 
     folder = run or new_folder(Path("runs"))
     RunFolder.check_free(folder)
@@ -74,8 +74,8 @@ def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
 
 def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], tensorboard: bool) -> None:
     from fedkseed.cli.display import watching
-    from fedkseed.records import prepare
-    from fedkseed.run_folder import RunFolder
+    from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.records import prepare
 
     others = [flag(name) for name in given if name != "num_rounds"]
     others += [name for name, value in (("--run", run), ("--config", config)) if value is not None]
@@ -124,7 +124,7 @@ def train(
     Raises:
         FedKSeedError: see `Simulation`.
     """
-    from fedkseed.simulation import Simulation
+    from fedkseed.runs.simulation import Simulation
 
     try:
         simulation = Simulation(folder, records, observer)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from fedkseed.calibration import Calibration, calibrate
 from fedkseed.cli.display import PlainDisplay
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import mean_loss
 from fedkseed.federation.algorithms import ZEROTH_ORDER
-from fedkseed.simulation_config import SimulationConfig
+from fedkseed.kseed.calibration import Calibration, calibrate
+from fedkseed.runs.settings import SimulationConfig
 
 
 def find(config: SimulationConfig) -> Calibration:
@@ -21,12 +21,12 @@ def find(config: SimulationConfig) -> Calibration:
     """
     import torch
 
-    from fedkseed.binding import bind
     from fedkseed.data import collate
-    from fedkseed.federation import seed_pool
-    from fedkseed.models import base_path, load_model
+    from fedkseed.kseed.server import seed_pool
+    from fedkseed.models.binding import bind
+    from fedkseed.models.loading import base_path, load_model
     from fedkseed.randomness import generator
-    from fedkseed.records import prepare
+    from fedkseed.runs.records import prepare
 
     if config.algorithm not in ZEROTH_ORDER:
         raise ConfigError(

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkseed.errors import ConfigError
-from fedkseed.simulation_config import SimulationConfig, build
-from fedkseed.validation import first_problem
+from fedkseed.runs.settings import SimulationConfig, build
+from fedkseed.runs.validation import first_problem
 
 OWN = ("seed", "responses", "lr")
 """Settings that the comparison itself varies."""

@@ -16,15 +16,15 @@ from fedkseed.comparison.plan import Comparison, Entry
 from fedkseed.errors import ConfigError, FedKSeedError, RunError, TooFewRepliesError
 from fedkseed.federation.algorithms import takes
 from fedkseed.files import write_atomically
-from fedkseed.run_folder import CONFIG, RunFolder
-from fedkseed.simulation_config import SimulationConfig, flags
+from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.settings import SimulationConfig, flags
 
 NO_REPLIES = 75
 """The exit code by which a process of ours says that no reply could be used any more."""
 FAILED, SCORES = "failed.txt", "scores.json"
 """What a run's folder holds if the run ended without an end, and what `fedkseed evaluate` made of it."""
 PRELOADED = [
-    "fedkseed.simulation",
+    "fedkseed.runs.simulation",
     "fedkseed.cli.evaluate",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
-from fedkseed.codec import MAX_STEPS, Reply, Request, check_name
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation.config import FederationConfig, Limits
+from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_name
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.randomness import generator
 

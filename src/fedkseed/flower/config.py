@@ -12,9 +12,9 @@ from pydantic import Field, ValidationError, field_validator
 from fedkseed.errors import ConfigError
 from fedkseed.federation.algorithms import SEEDS, takes
 from fedkseed.federation.config import Count, Positive
-from fedkseed.run_folder import CONFIG, DRIVER, RunFolder
-from fedkseed.simulation_config import SimulationConfig
-from fedkseed.validation import first_problem
+from fedkseed.runs.folder import CONFIG, DRIVER, RunFolder
+from fedkseed.runs.settings import SimulationConfig
+from fedkseed.runs.validation import first_problem
 
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns")
 SIMULATED_KEYS = ("partition-id", "num-partitions")

@@ -8,8 +8,8 @@ from typing import Annotated, Self
 from flwr.app import ConfigRecord, Message, RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fedkseed.codec import check_name
 from fedkseed.errors import ProtocolError
+from fedkseed.federation.envelope import check_name
 
 RECORD, FIELD = "fedkseed", "message"
 MAX_SMALL_BYTES = 4096

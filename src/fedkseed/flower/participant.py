@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from flwr.supercore import log
 
-from fedkseed.binding import Binding, bind
 from fedkseed.data import EncodedExample, encode, get_template, pad_token_id
 from fedkseed.errors import ConfigError, ProtocolError
 from fedkseed.evaluation import EvalLoss, evaluate_loss
-from fedkseed.federation import Client, seed_pool
 from fedkseed.flower.config import FlowerConfig, node_settings
 from fedkseed.flower.envelope import Evaluation, Hello
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import Ledger
-from fedkseed.messages import TrainRequest
-from fedkseed.models import Dtype, base_path, load_model, load_tokenizer
-from fedkseed.observer import Probe
-from fedkseed.pool import SeedPool
-from fedkseed.records import Records, check_context, prepare, read_source
-from fedkseed.simulation import EVAL_BATCH, Stopwatch, TextTask, TimedModel
+from fedkseed.kseed.client import Client
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.messages import TrainRequest
+from fedkseed.kseed.server import seed_pool
+from fedkseed.models.binding import Binding, bind
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.loading import Dtype, base_path, load_model, load_tokenizer
+from fedkseed.noise.pool import SeedPool
+from fedkseed.runs.observer import Probe
+from fedkseed.runs.records import Records, check_context, prepare, read_source
+from fedkseed.runs.simulation import EVAL_BATCH, Stopwatch, TextTask, TimedModel
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Participant:
         ).encode()
 
     def train(self, data: bytes) -> bytes:
-        """See `fedkseed.federation.Client.answer`."""
+        """See `fedkseed.kseed.client.Client.answer`."""
         begin = time.perf_counter()
         watch = Stopwatch()
         task = TextTask(self._loaded.model, self._examples, self._pad_id, watch)
@@ -168,14 +169,14 @@ class _Log:
     """An observer for `prepare`: notes go to Flower's log."""
 
     def note(self, text: str) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         log(DEBUG, text)
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
 
     def probe(self, probe: Probe) -> None:
-        """See `fedkseed.observer.Observer`; not called by `prepare`."""
+        """See `fedkseed.runs.observer.Observer`; not called by `prepare`."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.observer.Observer`; not called by `prepare`."""
+        """See `fedkseed.runs.observer.Observer`; not called by `prepare`."""

@@ -8,12 +8,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedkseed.data import EncodedExample, pad_token_id
 from fedkseed.errors import LedgerError
 from fedkseed.evaluation import EvalLoss
-from fedkseed.federation import seed_pool
 from fedkseed.flower.config import FlowerConfig, open_run, read_config
 from fedkseed.flower.participant import load_bound, read_examples, simulated_records
 from fedkseed.flower.strategy import FedKSeed
-from fedkseed.ledger import Ledger
-from fedkseed.models import load_tokenizer
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.server import seed_pool
+from fedkseed.models.loading import load_tokenizer
 
 
 def server_app() -> ServerApp:

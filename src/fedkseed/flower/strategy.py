@@ -15,16 +15,17 @@ from flwr.supercore import log
 
 from fedkseed.errors import ProtocolError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
-from fedkseed.events import evaluation_event, round_event
-from fedkseed.federation import Limits, Outcome, Server, count_steps, start
+from fedkseed.federation import Limits, Outcome, count_steps
 from fedkseed.flower.config import FlowerConfig
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
 from fedkseed.flower.exchange import POLL_SECONDS, Exchange
 from fedkseed.flower.roll import Member, Roll
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import Ledger
-from fedkseed.messages import TrainRequest
-from fedkseed.run_folder import RunFolder
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.messages import TrainRequest
+from fedkseed.kseed.server import Server, start
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.runs.events import evaluation_event, round_event
+from fedkseed.runs.folder import RunFolder
 
 WAITING_NOTE_SECONDS = 60.0
 

@@ -13,14 +13,14 @@ import typer
 
 from fedkseed.errors import ConfigError, FedKSeedError
 from fedkseed.published.flags import PUBLISHED, parser
-from fedkseed.simulation_config import SimulationConfig
+from fedkseed.runs.settings import SimulationConfig
 
 if TYPE_CHECKING:
     from fedkseed.evaluation import Scores
-    from fedkseed.observer import Observer
-    from fedkseed.records import Records
-    from fedkseed.run_folder import RunFolder
-    from fedkseed.simulation import Simulation
+    from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.observer import Observer
+    from fedkseed.runs.records import Records
+    from fedkseed.runs.simulation import Simulation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,13 +42,13 @@ def run(args: argparse.Namespace) -> None:
     """Translate, say what it costs, train, and evaluate the tuned model.
 
     Raises:
-        FedKSeedError: see `translate` and `fedkseed.simulation`.
+        FedKSeedError: see `translate` and `fedkseed.runs.simulation`.
     """
     from fedkseed.cli.display import watching
     from fedkseed.cli.simulate import command_line
     from fedkseed.published.outputs import ResultsWriter, write_flags
-    from fedkseed.records import prepare
-    from fedkseed.run_folder import RunFolder
+    from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.records import prepare
 
     config, args, folder = _settings(args)
     with watching(config, folder, tensorboard=False) as display:
@@ -66,7 +66,7 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
     """What to run, with which flags, and where."""
     from fedkseed.published.outputs import read_flags
     from fedkseed.published.translation import translate
-    from fedkseed.run_folder import RunFolder, new_folder
+    from fedkseed.runs.folder import RunFolder, new_folder
 
     if args.resume is not None:
         defaults = vars(parser().parse_args([]))
@@ -80,7 +80,7 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
 def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Records, observer: Observer) -> None:
     from fedkseed.cli.export import export
     from fedkseed.cli.simulate import train
-    from fedkseed.models import load_tokenizer
+    from fedkseed.models.loading import load_tokenizer
     from fedkseed.published.costs import describe, estimate
     from fedkseed.published.outputs import write_final, write_results
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedkseed.pool import FAMILIES, SeedPool
-from fedkseed.simulation import Simulation
+from fedkseed.noise.pool import FAMILIES, SeedPool
+from fedkseed.runs.simulation import Simulation
 
 TIMED_SEEDS = 4
 """Gaussian seeds that are timed; all others cost the same."""

@@ -11,8 +11,8 @@ import yaml
 
 from fedkseed.errors import RunFolderError
 from fedkseed.files import write_atomically
-from fedkseed.observer import Observer
-from fedkseed.run_folder import RunFolder
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.observer import Observer
 
 CONFIG, RESULTS, FINAL = "config.yaml", "results.json", "final_eval.json"
 
@@ -57,7 +57,7 @@ class ResultsWriter:
         self.note, self.progress, self.probe = inner.note, inner.progress, inner.probe
 
     def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.observer.Observer`."""
+        """See `fedkseed.runs.observer.Observer`."""
         self._inner.event(event)
         if event["event"] == "evaluation":
             write_results(self._run)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedkseed.data import read_jsonl
 from fedkseed.errors import ConfigError
-from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.runs.settings import SimulationConfig, build
 
 NATURAL_INSTRUCTIONS = Path("data/natural-instructions-2.8")
 DOLLY = Path("data/databricks-dolly-15k.jsonl")

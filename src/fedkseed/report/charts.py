@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedkseed.federation.algorithms import SEEDS
-from fedkseed.federation.pro import importances, probabilities
+from fedkseed.kseed.importance import importances, probabilities
 from fedkseed.report import drawing, units
 from fedkseed.report.drawing import Draw
 from fedkseed.report.reading import RunRecord, is_finite

@@ -14,8 +14,8 @@ from fedkseed.report.charts import Chart
 from fedkseed.report.drawing import DARK, LIGHT, css_variables
 from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
-from fedkseed.run_folder import TENSORS
-from fedkseed.simulation_config import SimulationConfig
+from fedkseed.runs.folder import TENSORS
+from fedkseed.runs.settings import SimulationConfig
 
 MAX_ROWS = 200
 """Rows of a table of clients or reasons; the rest is counted."""

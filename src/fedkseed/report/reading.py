@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedkseed.errors import RunError, RunFolderError
-from fedkseed.ledger import Ledger
-from fedkseed.run_folder import CONFIG, METRICS, RunFolder
-from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.folder import CONFIG, METRICS, RunFolder
+from fedkseed.runs.settings import SimulationConfig, build
 
 LARGEST_LOSS = 1e30
 """A loss beyond this is divergence like NaN, and more than a chart's arithmetic bears."""

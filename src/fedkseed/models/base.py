@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from fedkseed.errors import BindingError
+from fedkseed.models.parameters import NamedParameter
 from fedkseed.noise import QUANTUM
-from fedkseed.weights import NamedParameter
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BATCH_ELEMENTS = 64 * QUANTUM

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fedkseed.ledger import Ledger
-from fedkseed.simulation_config import SimulationConfig
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.settings import SimulationConfig
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
 METHODS = {"fedkseed": "FedKSeed", "fedkseed-pro": "FedKSeed-Pro"}

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.codec import (
+from fedkseed.errors import ProtocolError
+from fedkseed.federation.envelope import (
     MAX_STEPS,
     Reply,
     Request,
@@ -25,9 +26,8 @@ from fedkseed.codec import (
     read_array,
     unpack_fields,
 )
-from fedkseed.errors import ProtocolError
-from fedkseed.pool import FAMILIES, MAX_SIZE, SeedPool
-from fedkseed.wire import DTYPES, MAX_EXPONENT, PRECISIONS, Packed
+from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed
+from fedkseed.noise.pool import FAMILIES, MAX_SIZE, SeedPool
 
 REQUEST, REPLY = "k?", "k!"
 """The first field of a message; two letters, since headers count in the budget."""
@@ -51,7 +51,7 @@ class TrainRequest(Request):
         pool: the pool of perturbations.
         coefficients: float32[K] as packed.
         indices: the seed of each local step, in order.
-        eps, max_grad, loss_clip: see `fedkseed.zeroth_order.StepSettings`.
+        eps, max_grad, loss_clip: see `fedkseed.kseed.steps.StepSettings`.
     """
 
     pool: SeedPool

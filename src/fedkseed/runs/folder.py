@@ -20,8 +20,8 @@ from fedkseed.errors import RunError, RunFolderError
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.algorithms import SEEDS, takes
 from fedkseed.files import write_atomically
-from fedkseed.ledger import Ledger
-from fedkseed.simulation_config import SimulationConfig, build
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.settings import SimulationConfig, build
 
 CONFIG, METRICS, LEDGER, TENSORS = "config.toml", "metrics.jsonl", "ledger.safetensors", "tensors.safetensors"
 DRIVER = "driver"

@@ -16,19 +16,21 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.baselines import Parameters, TensorClient, TensorServer, TunedTensors, attach, fingerprint
-from fedkseed.binding import Binding, bind
-from fedkseed.codec import Request
 from fedkseed.data import EncodedExample, collate
 from fedkseed.errors import LedgerError, RunError, TooFewRepliesError
 from fedkseed.evaluation import evaluate_loss, mean_loss
-from fedkseed.events import evaluation_event, round_event
-from fedkseed.federation import Checkpoint, Client, Rounds, Server, Task, seed_pool, start
+from fedkseed.federation import Checkpoint, Rounds
 from fedkseed.federation.algorithms import SEEDS, ZEROTH_ORDER
-from fedkseed.memory import peak_memory
-from fedkseed.models import base_path, load_model
-from fedkseed.observer import Observer, Probe
-from fedkseed.records import Records
-from fedkseed.run_folder import RunFolder
+from fedkseed.federation.envelope import Request
+from fedkseed.kseed.client import Client, Task
+from fedkseed.kseed.server import Server, seed_pool, start
+from fedkseed.models.binding import Binding, bind
+from fedkseed.models.loading import base_path, load_model
+from fedkseed.runs.events import evaluation_event, round_event
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.memory import peak_memory
+from fedkseed.runs.observer import Observer, Probe
+from fedkseed.runs.records import Records
 
 EVAL_BATCH = 8
 DIVERGED = 1.1
@@ -75,7 +77,7 @@ class TimedModel:
 
 
 class TextTask:
-    """A simulated client's records and their loss under the shared model; see `fedkseed.federation.Task`."""
+    """A simulated client's records and their loss under the shared model; see `fedkseed.kseed.client.Task`."""
 
     def __init__(self, model: torch.nn.Module, examples: Sequence[EncodedExample], pad_id: int, watch: Stopwatch) -> None:
         self._model, self._examples, self._pad_id, self._watch = model, examples, pad_id, watch

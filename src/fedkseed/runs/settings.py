@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from fedkseed.data import TEMPLATES, get_template, is_hub_id, is_natural_instructions, parse_columns
 from fedkseed.errors import ConfigError
 from fedkseed.federation.config import Count, FederationConfig, Positive
-from fedkseed.validation import first_problem
+from fedkseed.runs.validation import first_problem
 
 
 class SimulationConfig(FederationConfig):

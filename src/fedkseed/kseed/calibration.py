@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedkseed.errors import InvalidValueError
-from fedkseed.federation import Model
-from fedkseed.zeroth_order import StepSettings, local_steps, projected_grad
+from fedkseed.kseed.client import Model
+from fedkseed.kseed.steps import StepSettings, local_steps, projected_grad
 
 EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SAFETY = 4.0

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 
 from fedkseed.baselines import require_peft
-from fedkseed.codec import check_name
 from fedkseed.data import (
     COLUMNS,
     EncodedData,
@@ -31,11 +30,12 @@ from fedkseed.data import (
 )
 from fedkseed.errors import ConfigError, DataError, ProtocolError
 from fedkseed.federation.algorithms import ZEROTH_ORDER
-from fedkseed.models import context_length, load_tokenizer, require_device
+from fedkseed.federation.envelope import check_name
+from fedkseed.models.loading import context_length, load_tokenizer, require_device
 from fedkseed.noise import get_backend
-from fedkseed.observer import Observer
 from fedkseed.randomness import generator
-from fedkseed.simulation_config import SimulationConfig
+from fedkseed.runs.observer import Observer
+from fedkseed.runs.settings import SimulationConfig
 
 EVAL_FRACTION = 0.05
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkseed.base import Base, FileBase, MemoryBase
 from fedkseed.errors import BindingError, InvalidValueError
-from fedkseed.identity import BaseIdentity
+from fedkseed.models.base import Base, FileBase, MemoryBase
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.parameters import NamedParameter, named_parameters, tensor_digest, value_digest
+from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place
 from fedkseed.noise import Mixture, Sweep
-from fedkseed.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
-from fedkseed.sweeps import KeptSweep, backends_for, between, from_base, in_place
-from fedkseed.weights import NamedParameter, named_parameters, tensor_digest, value_digest
+from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from fedkseed.binding import check_apart, check_tunable
 from fedkseed.errors import LedgerError
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import Ledger
-from fedkseed.sweeps import backends_for, in_place
-from fedkseed.weights import named_parameters, value_digests
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.binding import check_apart, check_tunable
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.parameters import named_parameters, value_digests
+from fedkseed.models.sweeps import backends_for, in_place
 
 
 def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "auto") -> Ledger:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
-from fedkseed.base import FileBase
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
-from fedkseed.weights import named_parameters
+from fedkseed.models.base import FileBase
+from fedkseed.models.parameters import named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fedkseed.base import Base, MemoryBase, Stretch
 from fedkseed.errors import BackendError
+from fedkseed.models.base import Base, MemoryBase, Stretch
+from fedkseed.models.parameters import NamedParameter
 from fedkseed.noise import Backend, Mixture, Slot, Sweep, get_backend, tensor_id
-from fedkseed.weights import NamedParameter
 
 Tensors = Mapping[str, torch.Tensor]
 """Whole tensors by their canonical names."""

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig, Limits
-from fedkseed.federation.pro import importances, probabilities
 from fedkseed.federation.rounds import Rounds
-from fedkseed.identity import BaseIdentity
-from fedkseed.ledger import History, Ledger
-from fedkseed.messages import TrainReply, TrainRequest, coefficients_digest
-from fedkseed.pool import SeedPool
+from fedkseed.kseed.importance import importances, probabilities
+from fedkseed.kseed.ledger import History, Ledger
+from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
+from fedkseed.kseed.rounding import pack
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import derive, generator
-from fedkseed.wire import pack
 
 
 def seed_pool(config: FederationConfig) -> SeedPool:

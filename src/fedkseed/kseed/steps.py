@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.wire import Precision, rounded
+from fedkseed.kseed.rounding import Precision, rounded
 
 GRAD_EXPONENT = 0
 """Projected gradients travel under a fixed scale: each is rounded before the next one is known."""

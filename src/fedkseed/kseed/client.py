@@ -8,14 +8,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.codec import Request
 from fedkseed.errors import ProtocolError
-from fedkseed.identity import BaseIdentity
-from fedkseed.messages import TrainReply, TrainRequest
-from fedkseed.pool import SeedPool
+from fedkseed.federation.envelope import Request
+from fedkseed.kseed.messages import TrainReply, TrainRequest
+from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.steps import GRAD_EXPONENT, Movable, StepSettings, local_steps
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import generator
-from fedkseed.wire import pack
-from fedkseed.zeroth_order import GRAD_EXPONENT, Movable, StepSettings, local_steps
 
 
 class Model(Movable, Protocol):

@@ -21,9 +21,9 @@ from safetensors.numpy import save as save_tensors
 
 from fedkseed.errors import FedKSeedError, LedgerError
 from fedkseed.files import safetensors_metadata, write_atomically
-from fedkseed.identity import BaseIdentity
-from fedkseed.pool import SeedPool
-from fedkseed.wire import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.noise.pool import SeedPool
 
 FORMAT = 1
 METADATA = "fedkseed"
@@ -52,7 +52,7 @@ class Ledger:
     Attributes:
         pool: the pool of perturbations.
         base: the base model's identity.
-        precision: what the coefficients were rounded to; see `fedkseed.wire`.
+        precision: what the coefficients were rounded to; see `fedkseed.kseed.rounding`.
         round: number of rounds that have gone in.
         coefficients: float32[K], the rounded values that everybody rebuilds from.
         history: what the run needs to go on; None in the published form.

@@ -1,0 +1,1 @@
+"""A run: its settings, its folder, its records and events, and what drives its rounds."""
