@@ -19,12 +19,12 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import itertools
 
-import flower_deployment
-from flower_deployment import Deployment, free_port
-from test_simulation import tiny_model, tiny_records
+from tests.support import flower_deployment
+from tests.support.flower_deployment import Deployment, free_port
+from tests.support.tiny import tiny_model, tiny_records
 
 STEPS = 200
 

@@ -17,6 +17,7 @@ settings.register_profile(
     "fedkseed", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fedkseed")
+pytest.register_assert_rewrite("tests.support")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +50,7 @@ def torch_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny model and records that `tiny_settings` names; tests write nothing into it."""
-    from test_simulation import tiny_settings
+    from tests.support.tiny import tiny_settings
 
     folder = tmp_path_factory.mktemp("tiny")
     tiny_settings(folder)

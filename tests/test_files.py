@@ -1,4 +1,4 @@
-"""Atomic files: the old content or the new one, whatever fails. (test_ledger.py has the faults and kills at each step.)"""
+"""Atomic files: the old content or the new one, whatever fails. (kseed/test_ledger.py: a fault or kill at each step.)"""
 
 import os
 import resource

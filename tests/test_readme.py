@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import CommandLine, command_line
-from test_simulation import tiny_settings
 
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
+from tests.support.command_line import CommandLine, command_line
+from tests.support.tiny import tiny_settings
 
 # click 8.5 deprecates names that typer 0.20 takes from it on import
 pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")

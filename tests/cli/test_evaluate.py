@@ -1,0 +1,194 @@
+"""`fedkseed evaluate`: the run's own numbers, or a ledger's on any data; by category; as JSON; wrong calls are one line."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.command_line import CommandLine, Result, assert_one_line, command_line, flags
+from tests.support.runs import held_out, read_metrics
+from tests.support.tiny import tiny_model, tiny_settings
+
+from fedkseed.data import EncodedExample, Example, encode, read_jsonl
+from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
+from fedkseed.models.loading import load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def fedkseed() -> CommandLine:
+    return command_line()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_settings(folder)
+    odd = '{"instruction": "name the dog", "response": "red", "category": "[/b] [red]"}\n'
+    (folder / "odd.jsonl").write_text(odd + (folder / "records.jsonl").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is done, its published ledger beside it."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    settings = tiny_settings(tiny, eval_data=tiny / "odd.jsonl", eval_limit=20)
+    assert fedkseed("simulate", *flags(settings), "--run", run).code == 0
+    assert fedkseed("export", run, run.parent / "published.ledger", "--ledger-only").code == 0
+    return run
+
+
+def rows(result: Result) -> dict[str, list[str]]:
+    """The table's rows: the last two numbers of each by what stands before them."""
+    assert (result.code, result.stderr) == (0, "")
+    words = [line.rsplit(maxsplit=2) for line in result.stdout.splitlines() if line]
+    return {parts[0].strip(): parts[1:] for parts in words if len(parts) == 3}
+
+
+def scores(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_a_run_has_the_loss_of_its_metrics(fedkseed: CommandLine, run: Path, tmp_path: Path) -> None:
+    shown = rows(fedkseed("evaluate", run, "--output", tmp_path / "scores.json"))
+    losses = held_out(read_metrics(run))
+    content = scores(tmp_path / "scores.json")
+    found = [content[which]["overall"]["loss"] for which in ("base", "tuned")]
+    assert found == pytest.approx([losses[0], losses[-1]], rel=1e-5)
+    assert shown["held-out loss"] == [f"{loss:.4f}" for loss in found]
+    assert shown["records"] == ["20", "20"]
+    assert content["rounds"] == 3
+    assert losses[0] != losses[-1]
+
+
+def test_the_whole_is_the_token_weighted_mean_of_the_categories(
+    fedkseed: CommandLine, run: Path, tiny: Path, tmp_path: Path
+) -> None:
+    result = fedkseed("evaluate", run, "--limit", 61, "--answers", 30, "--by-category", "--output", tmp_path / "scores.json")
+    shown = rows(result)
+    for which in ("base", "tuned"):
+        content = scores(tmp_path / "scores.json")[which]
+        parts, whole = content["categories"], content["overall"]
+        assert sorted(parts) == ["[/b] [red]", "animal", "colour", "fruit"]
+        for count in ("num_examples", "num_tokens", "num_answers"):
+            assert sum(part[count] for part in parts.values()) == whole[count]
+        assert (whole["num_examples"], whole["num_answers"]) == (61, 30)
+        assert whole["loss"] == pytest.approx(
+            math.fsum(part["loss"] * part["num_tokens"] for part in parts.values()) / whole["num_tokens"], rel=1e-12
+        )
+        assert whole["perplexity"] == pytest.approx(math.exp(whole["loss"]))
+        for name in ("rouge_l", "rouge_l_published", "exact_match"):
+            answered = [part for part in parts.values() if part["num_answers"]]
+            assert whole[name] == pytest.approx(sum(part[name] * part["num_answers"] for part in answered) / 30)
+    assert "exact match of 30" in result.stdout
+    assert "[/b] [red]" in result.stdout
+    assert any(line.startswith("animal") for line in result.stdout.splitlines())
+    assert "Rouge-L (as published)" in result.stdout
+    assert shown["records"] == ["61", "61"]
+
+
+def test_a_published_ledger_needs_a_model_and_data_and_no_run(
+    fedkseed: CommandLine, run: Path, tiny: Path, tmp_path: Path
+) -> None:
+    published, output = run.parent / "published.ledger", tmp_path / "scores.json"
+    call = ("evaluate", "--ledger", published, "--model", tiny / "model", "--data", tiny / "records.jsonl")
+    assert rows(fedkseed(*call, "--max-length", 48, "--output", output))["records"] == ["60", "60"]
+    tokenizer = load_tokenizer(tiny / "model")
+    data = encode(read_jsonl(tiny / "records.jsonl"), tokenizer, 48)
+    expected = evaluate_loss(load_model(tiny / "model", "float32"), data.examples, 8, 0)
+    found = scores(output)
+    assert found["base"]["overall"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert found["tuned"]["overall"]["loss"] < found["base"]["overall"]["loss"]
+    assert found["base"]["overall"]["num_tokens"] == expected.num_tokens
+    assert "rouge_l" not in found["base"]["overall"]  # JSON has no NaN
+    again = fedkseed(*call, "--max-length", 48, "--limit", 10)
+    assert rows(again)["records"] == ["10", "10"]
+    assert rows(again) == rows(fedkseed(*call, "--max-length", 48, "--limit", 10))
+
+
+def test_another_template_is_another_loss(fedkseed: CommandLine, run: Path) -> None:
+    assert (
+        rows(fedkseed("evaluate", run))["held-out loss"]
+        != rows(fedkseed("evaluate", run, "--template", "bare"))["held-out loss"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        (["--data", "nowhere.jsonl"], ["nowhere.jsonl: no such file"]),
+        (["--data", "odd.jsonl", "--columns", "output=reply"], ["odd.jsonl:1: no field 'reply'", "--columns"]),
+        (["--data", "odd.jsonl", "--columns", "x"], ["columns has 'x'; expected field=column"]),
+        (["--columns", "output=reply"], ["--columns is of --data, which is missing; give --data"]),
+        (["--template", "alpaka"], ["template 'alpaka' is unknown"]),
+        (["--model", "/no/model"], ["/no/model: no such model folder"]),
+        (["--ledger", "nowhere.ledger"], ["nowhere.ledger"]),
+        (["--output", "nowhere/scores.json"], ["--output nowhere/scores.json: there is no such folder; give a file"]),
+        (["--data", "long.jsonl", "--max-length", "1000"], ["--max-length is 1000 and a record has", "takes 64"]),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_a_wrong_call_is_one_line(
+    fedkseed: CommandLine, run: Path, tiny: Path, extra: Sequence[str], wanted: Sequence[str]
+) -> None:
+    (tiny / "long.jsonl").write_text(json.dumps({"instruction": "name " * 100, "response": "dog"}))
+    result = fedkseed("evaluate", run, *extra, cwd=tiny)
+    assert_one_line(result, result.code, *wanted)
+    assert result.code == (1 if extra[0] == "--ledger" else 2)
+    assert "base" not in result.stdout  # nothing was measured
+
+
+def test_without_a_run_what_is_missing_is_named(fedkseed: CommandLine, run: Path, tiny: Path) -> None:
+    published = run.parent / "published.ledger"
+    assert_one_line(
+        fedkseed("evaluate"), 2, "no run and no --ledger; give a run folder, or --ledger FILE with --model and --data"
+    )
+    result = fedkseed("evaluate", "--ledger", published, "--data", tiny / "records.jsonl")
+    assert_one_line(result, 2, "--model is missing and", "give --model")
+    result = fedkseed("evaluate", "--ledger", published, "--model", tiny / "model")
+    assert_one_line(result, 2, "--data is missing and", "give --data")
+
+
+def test_another_base_is_refused(fedkseed: CommandLine, run: Path, tmp_path: Path) -> None:
+    result = fedkseed("evaluate", run, "--model", tiny_model(tmp_path / "other", seed=1))
+    assert_one_line(result, 1, "base")
+
+
+# --- Scores of answers written by hand ---
+
+
+def test_scores_of_answers_by_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four records, two categories; three are answered, one of them not at all, one exactly."""
+    tokenizer, model = load_tokenizer(tiny / "model"), load_model(tiny / "model", "float32")
+    records = [
+        Example("name the dog", "", "red blue dog cat", "b"),
+        Example("name the cat", "", "apple", "a"),
+        Example("name the pear", "", "big small pear", "b"),
+        Example("name the apple", "", "blue", "b"),
+    ]
+    examples = encode(records, tokenizer, 48).examples
+    answers = {"name the dog": "Red dog.", "name the cat": " apple\n", "name the pear": ""}
+
+    def answer(model: Any, tokenizer: Any, chosen: Sequence[EncodedExample], **_: Any) -> list[str]:
+        texts = [tokenizer.decode(example.input_ids, skip_special_tokens=True) for example in chosen]
+        return [next(text for prompt, text in answers.items() if prompt in found) for found in texts]
+
+    monkeypatch.setattr("fedkseed.evaluation.scores.generate", answer)
+    result = score(model, tokenizer, examples, records, answered=[0, 1, 2])
+    assert rouge_l("Red dog.", "red blue dog cat") == pytest.approx(2 * 1 * 0.5 / 1.5)
+    a, b = result.categories["a"], result.categories["b"]
+    assert (a.num_examples, a.num_answers, b.num_examples, b.num_answers) == (1, 1, 3, 2)
+    assert (a.exact_match, a.rouge_l) == (1, 1)
+    assert (b.exact_match, b.rouge_l) == (0, pytest.approx((2 / 3 + 0) / 2))
+    assert result.overall.exact_match == pytest.approx(1 / 3)
+    assert result.overall.rouge_l == pytest.approx((2 / 3 + 1) / 3)
+    published = [rouge_l_published("Red dog.", "red blue dog cat"), rouge_l_published("apple", "apple"), 0]
+    assert published[0] < 2 / 3  # case counts there
+    assert result.overall.rouge_l_published == pytest.approx(sum(published) / 3)
+    unanswered = score(model, tokenizer, examples, records)
+    assert math.isnan(unanswered.overall.rouge_l)
+    assert unanswered.overall.loss == result.overall.loss
+    assert score(model, tokenizer, examples[1:2], records[1:2]).categories == {}

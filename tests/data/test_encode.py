@@ -1,0 +1,178 @@
+"""Templates and encoding: exact boundaries, labels on response and EOS only, exact counts of what is lost."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.tiny import CHAT
+from tokenizers.processors import ByteLevel
+from transformers import PreTrainedTokenizerBase
+
+from fedkseed.data import TEMPLATES, Example, encode, get_template, read_jsonl
+from fedkseed.errors import DataError, InvalidValueError, ModelError
+from fedkseed.models.loading import load_tokenizer
+
+BOS, EOS = 1, 2
+EXAMPLES = [
+    Example("Name a fruit.", "", "An apple.", "a"),
+    Example("Say nothing.", "", "", "b"),
+    Example("Shorten this.", "A long, long tale of a bear.", "A tale of a bear, and of all that he did.", "a"),
+    Example("Only space.", "", " \n ", "b"),
+    Example("A very long request. " * 30, "", "Yes.", "b"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(shared / "models" / "stories260k")
+
+
+@pytest.fixture
+def own_tokenizer(shared: Path) -> PreTrainedTokenizerBase:
+    """One that a test may change."""
+    return load_tokenizer(shared / "models" / "stories260k")
+
+
+def alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_plain_has_an_input_section_only_for_an_input(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain = get_template("plain")
+    assert plain(Example("Do.", "", "Done.", ""), tokenizer) == ("Instruction:\nDo.\n\nResponse:\n", "Done.")
+    assert plain(Example("Do.", " \n", "Done.", ""), tokenizer)[0] == "Instruction:\nDo.\n\nResponse:\n"
+    assert plain(Example("Do.", "It.", "Done.", ""), tokenizer)[0] == "Instruction:\nDo.\n\nInput:\nIt.\n\nResponse:\n"
+
+
+def test_chat_is_the_tokenizers_own_template(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    own_tokenizer.chat_template = CHAT
+    chat = get_template("chat")
+    assert chat(Example("Do.", "It.", "Done.", ""), own_tokenizer) == ("[user]Do.\n\nIt.\n[assistant]", "Done.")
+    assert chat(Example("Do.", "", "Done.", ""), own_tokenizer) == ("[user]Do.\n[assistant]", "Done.")
+
+
+def test_a_chat_prompt_does_not_change_with_the_date(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    own_tokenizer.chat_template = "{% if not date_string is defined %}{% set date_string = strftime_now('%c') %}{% endif %}" + (
+        "{{ date_string }}"
+    )
+    assert get_template("chat")(EXAMPLES[0], own_tokenizer)[0] == "26 Jul 2024"
+
+
+def test_chat_without_a_template_or_with_one_that_refuses(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ModelError, match=r"stories260k has no chat template; use the template 'plain'"):
+        encode(EXAMPLES, own_tokenizer, 64, get_template("chat"))
+    own_tokenizer.chat_template = "{{ raise_exception('I want\n a system turn') }}"
+    with pytest.raises(ModelError, match=r"refused a conversation of 1 \(I want a system turn\); use the template 'plain'"):
+        encode(EXAMPLES, own_tokenizer, 64, get_template("chat"))
+
+
+def test_an_unknown_template_is_named() -> None:
+    with pytest.raises(
+        InvalidValueError,
+        match=r"template 'alpaka' is unknown; expected one of plain, alpaca, dolly, bare, chat, or a TOML file",
+    ):
+        get_template("alpaka")
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_prompt_response_and_eos_are_tokenised_apart(own_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    own_tokenizer.chat_template = CHAT
+    for example in (EXAMPLES[0], EXAMPLES[2]):
+        prompt, response = TEMPLATES[name](example, own_tokenizer)
+        (encoded,) = encode([example], own_tokenizer, 512, TEMPLATES[name]).examples
+        ids = encoded.input_ids.tolist()
+        assert ids[: encoded.prompt_length] == [BOS, *alone(own_tokenizer, prompt)]
+        assert ids[encoded.prompt_length :] == [*alone(own_tokenizer, response), EOS]
+        assert encoded.input_ids.dtype == np.int32
+
+
+def test_bos_comes_once_when_the_template_writes_it(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    own_tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    (encoded,) = encode(EXAMPLES[:1], own_tokenizer, 512, get_template("chat")).examples
+    assert encoded.input_ids.tolist().count(BOS) == 1
+
+
+def test_no_bos_where_the_tokenizer_adds_none(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    own_tokenizer.backend_tokenizer.post_processor = ByteLevel()  # type: ignore[attr-defined]
+    (encoded,) = encode(EXAMPLES[:1], own_tokenizer, 512).examples
+    assert BOS not in encoded.input_ids
+
+
+def test_counts_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
+    whole = encode(EXAMPLES, tokenizer, 100_000)
+    assert (whole.kept.tolist(), whole.num_dropped, whole.num_truncated, whole.num_tokens_cut) == ([0, 2, 4], 2, 0, 0)
+    lengths = [len(example.input_ids) for example in whole.examples]
+    assert lengths[0] < lengths[1] < whole.examples[2].prompt_length
+    limit = lengths[1] - 3  # the second loses EOS and two more, the third has no room for its response
+    cut = encode(EXAMPLES, tokenizer, limit)
+    assert (cut.kept.tolist(), cut.num_dropped, cut.num_truncated, cut.num_tokens_cut) == ([0, 2], 3, 1, 3)
+    np.testing.assert_array_equal(cut.examples[1].input_ids, whole.examples[1].input_ids[:limit])
+    assert EOS not in cut.examples[1].input_ids
+
+
+def test_the_last_response_token_decides(tokenizer: PreTrainedTokenizerBase) -> None:
+    (whole,) = encode(EXAMPLES[:1], tokenizer, 512).examples
+    (least,) = encode(EXAMPLES[:1], tokenizer, whole.prompt_length + 1).examples
+    assert least.num_targets == 1
+    with pytest.raises(DataError, match=rf"none of 1 records has a response token within max_length {whole.prompt_length};"):
+        encode(EXAMPLES[:1], tokenizer, whole.prompt_length)
+
+
+@given(
+    texts=st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=6),
+    max_length=st.integers(2, 80),
+)
+def test_every_record_is_kept_or_counted(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str, str]], max_length: int
+) -> None:
+    anchor = Example("", "", "x", "")  # keeps `encode` from refusing the lot
+    examples = [Example(*text, "") for text in texts]
+    try:
+        data = encode([*examples, anchor], tokenizer, max_length)
+    except DataError:
+        assert max_length < len(encode([anchor], tokenizer, 512).examples[0].input_ids)
+        return
+    whole = encode([*examples, anchor], tokenizer, 1_000_000)
+    full = dict(zip(whole.kept.tolist(), whole.examples, strict=True))
+    assert len(data.examples) == len(data.kept) == len(examples) + 1 - data.num_dropped
+    lost = {i: len(full[i].input_ids) - len(e.input_ids) for i, e in zip(data.kept.tolist(), data.examples, strict=True)}
+    assert (sum(n > 0 for n in lost.values()), sum(lost.values())) == (data.num_truncated, data.num_tokens_cut)
+    for i, example in zip(data.kept.tolist(), data.examples, strict=True):
+        assert example.prompt_length < len(example.input_ids) <= max_length
+        np.testing.assert_array_equal(example.input_ids, full[i].input_ids[:max_length])
+    assert all(full[i].prompt_length >= max_length for i in set(full) - set(data.kept.tolist()))
+
+
+def test_chunks_do_not_show(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = encode(EXAMPLES, tokenizer, 64)
+    # by its full name, since in the package `encode` is the function
+    monkeypatch.setattr(sys.modules["fedkseed.data.encode"], "CHUNK", 2)
+    again = encode(EXAMPLES, tokenizer, 64)
+    assert again.kept.tolist() == once.kept.tolist()
+    for a, b in zip(once.examples, again.examples, strict=True):
+        np.testing.assert_array_equal(a.input_ids, b.input_ids)
+
+
+def test_nothing_in_gives_nothing_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert encode([], tokenizer, 64).examples == ()
+
+
+def test_refusals(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InvalidValueError, match=r"max_length is 1; expected at least 2 tokens"):
+        encode(EXAMPLES, own_tokenizer, 1)
+    own_tokenizer.eos_token = None
+    with pytest.raises(ModelError, match=r"has no EOS token, so a response would have no end; set eos_token in its"):
+        encode(EXAMPLES, own_tokenizer, 64)
+
+
+def test_dolly(shared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = read_jsonl(shared / "data" / "databricks-dolly-15k.jsonl")[:1500]
+    data = encode(examples, tokenizer, 256)
+    assert len(data.examples) + data.num_dropped == 1500
+    for i, encoded in zip(data.kept[:20], data.examples, strict=False):
+        response = tokenizer.decode(encoded.input_ids[encoded.prompt_length :], skip_special_tokens=True)
+        assert examples[i].output.strip().startswith(str(response).strip())

@@ -1,0 +1,579 @@
+"""The strategy against a grid in memory: the ledger of a simulation, whoever answers what, in whatever order.
+
+Here too, for the other files: three sites with records of their own, and the settings of both kinds of run.
+"""
+
+import json
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from tests.support.flower_sites import CORRUPTIONS, RUN, SITES, another, make_sites, simulated
+from tests.support.runs import read_metrics
+from tests.support.tiny import tiny_model
+
+from fedkseed.errors import ConfigError, LedgerError, RunError
+from fedkseed.federation import Limits
+from fedkseed.flower import client_app, exchange
+from fedkseed.flower import strategy as flower_strategy
+from fedkseed.flower.config import node_settings, read_config
+from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
+from fedkseed.flower.server_app import build_strategy, server_app
+from fedkseed.kseed.ledger import Ledger
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_a_task() -> Iterator[None]:
+    """Flower's messages want to know which task makes them; and nobody here is worth waiting for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_run_id", "_node_id", "_task_id"):
+            patch.setattr(TaskIdentity, name, 1)
+        for module in (exchange, flower_strategy):
+            patch.setattr(module, "POLL_SECONDS", 0.01)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sites(tmp_path_factory.mktemp("sites"))
+
+
+@pytest.fixture(scope="module")
+def expected(sites: Path, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    return simulated(sites, tmp_path_factory.mktemp("simulated") / "run").train()
+
+
+def run_config(sites: Path, run: Path, **changes: Any) -> dict[str, Any]:
+    files = {"model": str(sites / "model"), "eval-data": str(sites / "held-out.jsonl"), "run": str(run)}
+    return {**RUN, **files, **{key.replace("_", "-"): value for key, value in changes.items()}}
+
+
+Answer = Callable[[Message], Message | list[Message] | None]
+
+
+class MemoryGrid(Grid):
+    """Nodes that answer when their reply is fetched; `shuffle` mixes the order of requests and replies."""
+
+    def __init__(self, shuffle: random.Random | None = None) -> None:
+        self.answers: dict[int, Answer] = {}
+        self.infos: dict[int, NodeInfo] = {}
+        self.sent: list[Message] = []
+        self._open: dict[str, Message] = {}
+        self._shuffle = shuffle
+
+    def add(self, node_id: int, answer: Answer, name: str = "") -> None:
+        self.answers[node_id], self.infos[node_id] = answer, NodeInfo(node_id=node_id, name=name)
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **options: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.infos)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return list(self.infos.values())
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        pushed = list(messages)
+        if self._shuffle:
+            self._shuffle.shuffle(pushed)
+        for message in pushed:
+            message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
+            self._open[message.metadata.message_id] = message
+            self.sent.append(message)
+        return [message.metadata.message_id for message in pushed]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies: list[Message] = []
+        for key in message_ids:
+            message = self._open[key]
+            if self._shuffle and self._shuffle.random() < 0.5:
+                continue  # not here yet
+            found = self.answers[message.metadata.dst_node_id](message)
+            replies += found if isinstance(found, list) else [found] if found is not None else []
+        return replies
+
+
+def node(sites: Path, name: str, config: dict[str, Any], **node_config: Any) -> Answer:
+    """A real ClientApp."""
+    app = client_app()
+    own = {"name": name, "data": str(sites / f"{name}.jsonl"), **{k.replace("_", "-"): v for k, v in node_config.items()}}
+
+    def answer(message: Message) -> Message:
+        context = Context(1, message.metadata.dst_node_id, own, RecordDict(), config)
+        return app(message, context)
+
+    return answer
+
+
+def federation(sites: Path, config: dict[str, Any], shuffle: random.Random | None = None, **node_config: Any) -> MemoryGrid:
+    grid = MemoryGrid(shuffle)
+    for i, name in enumerate(SITES):
+        grid.add(101 + i, node(sites, name, config, **node_config))
+    return grid
+
+
+def started(config: dict[str, Any], grid: MemoryGrid) -> Ledger:
+    a_strategy = build_strategy(read_config(config))
+    a_strategy.start(grid)
+    return a_strategy.ledger
+
+
+@pytest.fixture
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the strategy logs; Flower's logger tells its parents nothing unless told to."""
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+# --- The same bits as a simulation ---
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"algorithm": "fedkseed-pro"}, {"noise": "gaussian"}, {"fraction_train": 0.7}], ids=str
+)
+def test_the_ledger_is_that_of_a_simulation(sites: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = run_config(sites, tmp_path / "run", **changes, **({"min_replies": 1} if changes else {}))
+    ledger = started(config, federation(sites, config))
+    run = simulated(sites, tmp_path / "simulated", **changes, **({"min_replies": 1} if changes else {}))
+    assert ledger.digest() == run.train().digest()
+    assert Ledger.load(tmp_path / "run" / "ledger.safetensors").digest() == ledger.digest()
+    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "simulated")
+    for event in (*ours, *theirs):
+        del event["seconds"]
+        for name in ("seconds_by", "peak_bytes"):
+            event.pop(name, None)
+    assert ours == theirs
+
+
+def test_order_of_requests_and_replies_changes_no_bit(sites: Path, tmp_path: Path, expected: Ledger) -> None:
+    for seed in range(5):
+        config = run_config(sites, tmp_path / str(seed), deadline=60.0)
+        assert started(config, federation(sites, config, random.Random(seed))).digest() == expected.digest()
+
+
+def test_messages_are_our_bytes_and_nothing_of_the_size_of_the_model(sites: Path, tmp_path: Path) -> None:
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    started(config, grid)
+    assert {message.metadata.message_type for message in grid.sent} == {"query.hello", "train"}
+    for message in grid.sent:
+        assert list(message.content) == ["fedkseed"]
+        assert len(unwrap(message)) < 400  # K = 64, float16
+
+
+def test_the_server_app_reads_its_context(sites: Path, tmp_path: Path, expected: Ledger) -> None:
+    config = run_config(sites, tmp_path / "run")
+    server_app()(federation(sites, config), Context(1, 0, {}, RecordDict(), config))
+    assert Ledger.load(tmp_path / "run" / "ledger.safetensors").digest() == expected.digest()
+
+
+# --- Going on ---
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("message", [1, 3, 4, 5, 8, 9, 11])
+def test_a_killed_server_goes_on_to_the_same_digest(sites: Path, tmp_path: Path, expected: Ledger, message: int) -> None:
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    pull, pulled = grid.pull_messages, 0
+
+    def dying(message_ids: Iterable[str]) -> list[Message]:
+        nonlocal pulled
+        pulled += 1
+        if pulled > message:
+            raise Killed
+        return pull(message_ids)
+
+    grid.pull_messages = dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        started(config, grid)
+    again = {node_id + 500: answer for node_id, answer in grid.answers.items()}  # new node ids
+    fresh = MemoryGrid()
+    for node_id, answer in again.items():
+        fresh.add(node_id, answer)
+    assert started(config, fresh).digest() == expected.digest()
+    kinds = [(event["event"], event["server_round"]) for event in read_metrics(tmp_path / "run")]
+    assert kinds == [("evaluation", 0), *((kind, i) for i in (1, 2, 3) for kind in ("round", "evaluation"))]
+
+
+def test_a_finished_run_is_left_as_it_is_and_more_rounds_go_on(sites: Path, tmp_path: Path, expected: Ledger) -> None:
+    short = run_config(sites, tmp_path / "run", num_rounds=2)
+    started(short, federation(sites, short))
+    grid = federation(sites, short)
+    assert started(short, grid).round == 2
+    assert not grid.sent
+    longer = run_config(sites, tmp_path / "run", deadline=3.0)
+    assert started(longer, federation(sites, longer)).digest() == expected.digest()
+
+
+def test_other_settings_are_refused(sites: Path, tmp_path: Path) -> None:
+    config = run_config(sites, tmp_path / "run", num_rounds=1)
+    started(config, federation(sites, config))
+    with pytest.raises(ConfigError, match=r"run-config lr is 0\.02, the run in .* was started with 0\.01"):
+        build_strategy(read_config({**config, "lr": 0.02}))
+
+
+def test_another_base_model_is_refused(sites: Path, tmp_path: Path) -> None:
+    config = run_config(sites, tmp_path / "run", num_rounds=1)
+    started(config, federation(sites, config))
+    other = tiny_model(tmp_path / "other", seed=1)
+    text = (tmp_path / "run" / "config.toml").read_text().replace(str(sites / "model"), str(other))
+    (tmp_path / "run" / "config.toml").write_text(text)
+    with pytest.raises(LedgerError, match="is of another base model"):
+        build_strategy(read_config({**config, "model": str(other)}))
+
+
+# --- Replies that are not what was asked for ---
+
+
+def lying(honest: Answer, make: Callable[[Message, bytes], Any]) -> Answer:
+    """Honest about who it is, and nothing else."""
+
+    def answer(message: Message) -> Any:
+        reply = honest(message)
+        assert isinstance(reply, Message)
+        return make(message, unwrap(reply)) if message.metadata.message_type == "train" else reply
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def without_site_b(sites: Path, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A run in which site-b never sends anything that can be used."""
+    config = run_config(sites, tmp_path_factory.mktemp("without") / "run", deadline=0.05)
+    grid = federation(sites, config)
+    grid.answers[102] = lying(grid.answers[102], lambda message, data: None)
+    return started(config, grid)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_bad_reply_is_refused_with_node_and_reason_and_the_round_goes_on(
+    sites: Path, tmp_path: Path, without_site_b: Ledger, heard: pytest.LogCaptureFixture, name: str
+) -> None:
+    make, reason = CORRUPTIONS[name]
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    grid.answers[102] = lying(grid.answers[102], make)
+    assert started(config, grid).digest() == without_site_b.digest()
+    rounds = [event for event in read_metrics(tmp_path / "run") if event["event"] == "round"]
+    for event in rounds:
+        assert set(event["refused"]) == {"site-b"}
+        assert reason in event["refused"]["site-b"]
+        assert event["missing"] == []
+        assert event["num_replies"] == 2
+    lines = [record.getMessage() for record in heard.records if record.levelno == logging.WARNING]
+    assert len([line for line in lines if line.startswith("round 2: reply of site-b (node 102) refused: ")]) == 1
+
+
+def test_a_second_reply_counts_for_nothing(sites: Path, tmp_path: Path, expected: Ledger) -> None:
+    """Of two replies to one request the first in the order of bytes is taken: none depends on which came first."""
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    grid.answers[102] = lying(grid.answers[102], lambda message, data: [Message(wrap(data), reply_to=message)] * 2)
+    assert started(config, grid).digest() == expected.digest()
+    events = [event for event in read_metrics(tmp_path / "run") if event["event"] == "round"]
+    assert all(event["refused"] == {"site-b": "a second reply to one request"} for event in events)
+
+
+def test_a_reply_that_flower_cannot_unpack_takes_no_other_with_it(sites: Path, tmp_path: Path, without_site_b: Ledger) -> None:
+    def broken(message: Message, data: bytes) -> Any:
+        raise ValueError("Invalid object")
+
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    grid.answers[102] = lying(grid.answers[102], broken)
+    assert started(config, grid).digest() == without_site_b.digest()
+
+
+def test_too_large_a_share_is_refused(sites: Path, tmp_path: Path) -> None:
+    config = run_config(sites, tmp_path / "run", num_rounds=1)
+    a_strategy = build_strategy(read_config(config))
+    a_strategy.limits = Limits(max_share=0.7)
+    grid = federation(sites, config)
+    grid.answers[102] = lying(grid.answers[102], lambda m, data: Message(wrap(another(data, num_examples=9999)), reply_to=m))
+    a_strategy.start(grid)
+    (event,) = [event for event in read_metrics(tmp_path / "run") if event["event"] == "round"]
+    assert list(event["refused"]) == ["site-b"]
+    assert "at most 0.7 is accepted" in event["refused"]["site-b"]
+
+
+# --- Deadline and number of replies ---
+
+
+def test_a_round_closes_at_its_deadline_with_what_came(sites: Path, without_site_b: Ledger, expected: Ledger) -> None:
+    assert without_site_b.round == 3
+    assert without_site_b.digest() != expected.digest()
+
+
+def test_too_few_replies_repeat_the_round_and_then_end_the_run_with_its_ledger_safe(sites: Path, tmp_path: Path) -> None:
+    config = run_config(sites, tmp_path / "run", deadline=0.05)
+    grid = federation(sites, config)
+    honest = dict(grid.answers)
+    calls = 0
+
+    def silent_from_round_2(message: Message) -> Any:
+        nonlocal calls
+        calls += message.metadata.message_type == "train" and message.metadata.group_id == "2"
+        return None if message.metadata.group_id == "2" else honest[message.metadata.dst_node_id](message)
+
+    for node_id in (101, 102):
+        grid.answers[node_id] = silent_from_round_2
+    with pytest.raises(RunError, match=r"round 2 ended three times with fewer than 2 accepted replies; .*round 1 is"):
+        started(config, grid)
+    attempts = [m for m in grid.sent if m.metadata.message_type == "train" and m.metadata.group_id == "2"]
+    assert len(attempts) == 9
+    assert Ledger.load(tmp_path / "run" / "ledger.safetensors").round == 1
+
+
+# --- Who is let in ---
+
+
+def greeting(hello: bytes) -> Answer:
+    return lambda message: Message(wrap(hello), reply_to=message)
+
+
+def hello(**changes: Any) -> bytes:
+    return Hello(**{"name": "site-x", "base": "0" * 64, "num_examples": 3, "num_eval_examples": 0, **changes}).encode()
+
+
+def test_strangers_are_turned_away_with_a_clear_line(
+    sites: Path, tmp_path: Path, expected: Ledger, heard: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    other = tiny_model(tmp_path / "other", seed=1)
+    (tmp_path / "empty.jsonl").write_text("")
+    turned_away: dict[int, tuple[Answer, str]] = {
+        201: (node(sites, "site-b", config), "'site-b' is at node 102 already; names must be distinct"),
+        202: (node(sites, "site-c", config, model=str(other)), "'site-c' has base model "),
+        203: (greeting(b"{}"), "not a Hello message (name "),
+        204: (greeting(b"junk"), "not a Hello message"),
+        205: (greeting(hello().replace(b"site-x", b"site\\nx")), "client name is 'site\\nx'"),
+        206: (greeting(hello().replace(b'"num_examples":3', b'"num_examples":-3')), "not a Hello message (num_examples "),
+        207: (greeting(bytes(5000)), "at most 4096 are accepted"),
+        208: (node(sites, "site-d", config), "site-d.jsonl': no such file"),
+        209: (node(sites, "site-e", config, data=str(tmp_path / "empty.jsonl")), "no records"),
+    }
+    for node_id, (answer, _) in turned_away.items():
+        grid.add(node_id, answer)
+    assert started(config, grid).digest() == expected.digest()
+    lines = [record.getMessage() for record in heard.records if record.levelno == logging.WARNING]
+    for node_id, (_, reason) in turned_away.items():
+        (line,) = [line for line in lines if line.startswith(f"node {node_id} is turned away: ")]
+        assert reason in line
+        assert "\n" not in line
+    assert len(lines) == len(turned_away)
+
+
+def test_a_key_that_is_registered_for_another_name_is_turned_away(
+    sites: Path, tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(sites, tmp_path / "run", num_rounds=1, min_clients=2)
+    grid = MemoryGrid()
+    grid.add(300, node(sites, "site-a", config), name="site-b")  # asked first, and would have the name
+    for node_id, name in ((301, "site-a"), (302, "site-b")):
+        grid.add(node_id, node(sites, name, config), name=name)
+    started(config, grid)
+    assert "node 300 is turned away: it says 'site-a' and its key is registered for 'site-b'" in heard.text
+
+
+def test_a_client_that_comes_late_needs_one_request_and_one_that_left_is_not_asked(sites: Path, tmp_path: Path) -> None:
+    config = run_config(sites, tmp_path / "run", min_clients=2, num_rounds=4)
+    grid = federation(sites, config)
+    late = grid.answers.pop(103), grid.infos.pop(103)
+    first = grid.answers[101]
+
+    def coming(message: Message) -> Any:
+        if message.metadata.group_id == "2":
+            grid.answers[103], grid.infos[103] = late
+        if message.metadata.group_id == "3":
+            del grid.infos[102]
+        return first(message)
+
+    grid.answers[101] = coming
+    started(config, grid)
+    rounds = [event for event in read_metrics(tmp_path / "run") if event["event"] == "round"]
+    assert [sorted(event["clients"]) for event in rounds] == [
+        ["site-a", "site-b"],
+        ["site-a", "site-b"],
+        ["site-a", "site-b", "site-c"],
+        ["site-a", "site-c"],
+    ]
+
+
+def test_a_node_that_starts_again_keeps_its_name(sites: Path, tmp_path: Path, expected: Ledger) -> None:
+    """Without node keys it comes back under another id."""
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    first = grid.answers[101]
+
+    def moving(message: Message) -> Any:
+        if message.metadata.group_id == "2" and 102 in grid.infos:
+            grid.add(402, grid.answers[102])
+            del grid.infos[102]
+        return first(message)
+
+    grid.answers[101] = moving
+    assert started(config, grid).digest() == expected.digest()
+
+
+def test_a_round_waits_for_its_clients(sites: Path, tmp_path: Path, expected: Ledger, heard: pytest.LogCaptureFixture) -> None:
+    config = run_config(sites, tmp_path / "run")
+    grid = federation(sites, config)
+    late = grid.infos.pop(103)
+    timer = threading.Timer(0.3, lambda: grid.infos.setdefault(103, late))
+    timer.start()
+    assert started(config, grid).digest() == expected.digest()
+    timer.join()
+    assert "waiting for clients: 2 of 3 are here" in heard.text
+
+
+# --- Evaluation by the clients ---
+
+
+def test_clients_evaluate_their_own_records_and_every_token_weighs_the_same(
+    sites: Path, tmp_path: Path, expected: Ledger
+) -> None:
+    lines = (sites / "held-out.jsonl").read_text().splitlines(keepends=True)
+    parts = {"site-a": lines[:2], "site-b": lines[2:]}
+    config = run_config(sites, tmp_path / "run", eval_data="")
+    grid = federation(sites, config)
+    for node_id, name in ((101, "site-a"), (102, "site-b")):
+        (tmp_path / name).write_text("".join(parts[name]))
+        grid.answers[node_id] = node(sites, name, config, eval_data=str(tmp_path / name))
+    assert started(config, grid).digest() == expected.digest()
+    run = simulated(sites, tmp_path / "simulated")
+    run.train()
+    ours, theirs = (
+        [event for event in read_metrics(tmp_path / name) if event["event"] == "evaluation"] for name in ("run", "simulated")
+    )
+    assert [event["server_round"] for event in ours] == [0, 1, 2, 3]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-5)
+        assert (mine["num_tokens"], mine["num_examples"]) == (other["num_tokens"], other["num_examples"])
+        assert sorted(mine["clients"]) == ["site-a", "site-b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"loss": float("nan")}, "must be finite"),
+        ({"num_tokens": -1}, "num_tokens"),
+        ({"num_tokens": 10**30}, "num_tokens"),
+        ({"ledger": "0" * 64}, "it is about ledger 0000000000000000"),
+    ],
+    ids=str,
+)
+def test_a_bad_evaluation_is_refused(
+    sites: Path, tmp_path: Path, heard: pytest.LogCaptureFixture, change: dict[str, Any], reason: str
+) -> None:
+    config = run_config(sites, tmp_path / "run", eval_data="", num_rounds=1)
+    grid = federation(sites, config, eval_data=str(sites / "held-out.jsonl"))
+    honest = grid.answers[102]
+
+    def answer(message: Message) -> Message:
+        reply = honest(message)
+        assert isinstance(reply, Message)
+        if message.metadata.message_type != "evaluate":
+            return reply
+        changed = Evaluation.model_construct(**{**Evaluation.decode(unwrap(reply)).model_dump(), **change})
+        return Message(wrap(json.dumps(changed.model_dump()).encode()), reply_to=message)
+
+    grid.answers[102] = answer
+    started(config, grid)
+    events = [event for event in read_metrics(tmp_path / "run") if event["event"] == "evaluation"]
+    assert [sorted(event["clients"]) for event in events] == [["site-a", "site-c"]] * 2
+    assert "evaluation of site-b refused: " in heard.text
+    assert reason in heard.text
+
+
+# --- Settings ---
+
+
+def test_settings_are_kebab_case_and_empty_means_unset(sites: Path, tmp_path: Path) -> None:
+    config = read_config(run_config(sites, tmp_path / "run", loss_clip="", data=""))
+    assert (config.num_rounds, config.loss_clip, config.data, config.expected_clients) == (3, None, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"nonsense": 1}, "run-config key 'nonsense' is unknown; expected one of: algorithm, "),
+        ({"lr": ""}, "run-config has no lr; set it in pyproject.toml or with flwr run --run-config"),
+        ({"num-rounds": 0}, "run-config num-rounds is '0': "),
+        ({"deadline": -1.0}, "run-config deadline is '-1.0': "),
+        ({"eval-data": "/no/such"}, "run-config eval-data is '/no/such': no such file"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_one_line(sites: Path, tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config({**run_config(sites, tmp_path / "run"), **change})
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("node_config", "text"),
+    [
+        ({"data": "x.jsonl"}, "node-config has no name; start the SuperNode with --node-config"),
+        ({"name": "x"}, "node-config has no data"),
+        ({"name": "x", "data": "/no/such"}, "node-config data is '/no/such': no such file"),
+        ({"name": "x", "data": "x", "lr": 1}, "node-config key 'lr' is unknown; expected one of: name, model, data, eval-data"),
+        ({"partition-id": 0, "num-partitions": 3}, "run-config has no data; the simulation engine"),
+    ],
+    ids=str,
+)
+def test_bad_node_settings_are_one_line(sites: Path, tmp_path: Path, node_config: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        node_settings(run_config(sites, tmp_path / "run"), node_config)
+    assert text in str(caught.value)
+
+
+def test_the_simulation_engine_needs_as_many_nodes_as_clients(sites: Path, tmp_path: Path) -> None:
+    config = run_config(sites, tmp_path / "run", data=str(sites / "all.jsonl"), num_clients=5)
+    with pytest.raises(
+        ConfigError, match=r"num-clients is 5, the federation has 3 SuperNodes; start it with .*num-supernodes=5"
+    ):
+        node_settings(config, {"partition-id": 0, "num-partitions": 3})
+
+
+def test_simulated_nodes_hold_what_a_simulation_deals_out(sites: Path, tmp_path: Path) -> None:
+    """As Flower's simulation engine numbers them; held-out records are evaluated on the server."""
+    config = run_config(
+        sites, tmp_path / "run", data=str(sites / "joint.jsonl"), num_clients=3, partition="iid", eval_data="", num_rounds=2
+    )
+    grid = MemoryGrid()
+    app = client_app()
+    for i in range(3):
+        own = {"partition-id": i, "num-partitions": 3}
+        grid.add(i + 1, lambda m, own=own: app(m, Context(1, m.metadata.dst_node_id, own, RecordDict(), config)))  # type: ignore[misc]
+    ledger = started(config, grid)
+    run = simulated(sites, tmp_path / "simulated", partition="iid", num_clients=3, eval_data=None, num_rounds=2)
+    assert ledger.digest() == run.train().digest()
+    losses = [[e["eval_loss"] for e in read_metrics(tmp_path / n) if e["event"] == "evaluation"] for n in ("run", "simulated")]
+    assert losses[0] == losses[1]

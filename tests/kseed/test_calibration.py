@@ -1,0 +1,131 @@
+"""Calibration against losses whose slope and curvature are known, and on a real model; walks that must be cut short."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support.command_line import CommandLine, assert_one_line, command_line, flags
+from tests.support.tiny import tiny_settings
+
+import fedkseed as fk
+from fedkseed.errors import InvalidValueError
+from fedkseed.kseed.calibration import Calibration, calibrate
+
+# click 8.5 deprecates names that typer 0.20 takes from it on import
+pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
+
+SIZE, NUM_SEEDS = 2048, 256
+fedkseed = pytest.fixture(scope="module")(command_line)
+
+
+class Quadratic:
+    """L_b(w) = 10 + sum_i h w_i^2 / 2 + s n_b w: along signs z its curvature is h SIZE, at any weights and for any batch."""
+
+    def __init__(self, h: float, noise: float = 0.0) -> None:
+        self.module = torch.nn.Linear(SIZE, 1, bias=False)
+        with torch.no_grad():
+            self.module.weight.copy_(torch.from_numpy(np.random.default_rng(0).normal(size=(1, SIZE))).to(torch.float32))
+        self.h, self.noise = h, noise
+        self.bound = fk.bind(self.module, fk.SeedPool(1, NUM_SEEDS))
+
+    def loss(self, batch: int) -> float:
+        w = self.module.weight.detach().double().flatten().numpy()
+        tilt = self.noise * np.random.default_rng(batch).normal(size=SIZE)
+        return float(10 + self.h * (w @ w) / 2 + tilt @ w)
+
+
+def calibrated(problem: Quadratic, loss: Callable[[int], float] | None = None) -> Calibration:
+    return calibrate(problem.bound, loss or problem.loss, np.random.default_rng(3))
+
+
+@pytest.mark.parametrize("h", [0.01, 1.0])
+def test_a_quadratic_gives_its_own_curvature_and_rate(h: float) -> None:
+    problem = Quadratic(h)
+    before = problem.bound.digest()
+    found = calibrated(problem)
+    assert found.curvature == pytest.approx(h * SIZE, rel=0.02)
+    assert found.shared == pytest.approx(1, abs=0.02)  # every batch has the same loss
+    assert found.slope == pytest.approx(h * np.sqrt(SIZE), rel=0.5)  # z.w of a standard normal w, over 24 directions
+    assert found.best_first_step == pytest.approx(1 / (h * SIZE), rel=0.05)
+    assert found.lr == pytest.approx(found.best_first_step / 4, rel=0.05)
+    assert found.trials[-1].after < found.trials[-1].before
+    assert problem.bound.digest() == before
+
+
+def test_what_batches_do_not_share_lowers_the_rate() -> None:
+    """With tilts of the slope's own size only half of a batch's squared slope is shared."""
+    clean, noisy = calibrated(Quadratic(1.0)), calibrated(Quadratic(1.0, noise=1.0))
+    assert 0.1 < noisy.shared < 0.9 < clean.shared
+    assert noisy.lr < clean.lr
+
+
+def test_a_walk_that_raises_the_loss_halves_the_rate() -> None:
+    """Beyond a wall around the base the loss is high: the first rate walks into it, a lower one does not.
+
+    40 steps move a parameter by 40 (lr g)^2 in the mean square; the wall is at a tenth of that.
+    """
+    problem = Quadratic(1.0)
+    start = problem.module.weight.detach().clone()
+    free = calibrated(problem)
+    wall = 4 * (free.lr * free.slope) ** 2
+
+    def walled(batch: int) -> float:
+        away = float((problem.module.weight.detach() - start).square().mean())
+        return problem.loss(batch) + (1e4 if away > wall else 0.0)
+
+    found = calibrated(problem, walled)
+    assert len(found.trials) > 1
+    rates = [trial.lr for trial in found.trials]
+    assert rates == [rates[0] / 2**i for i in range(len(rates))]
+    assert found.lr == rates[-1]
+    assert found.trials[0].after > found.trials[0].before
+    assert found.trials[-1].after < found.trials[-1].before
+
+
+def test_it_takes_a_few_hundred_forward_passes() -> None:
+    problem, calls = Quadratic(1.0), []
+
+    def counted(batch: int) -> float:
+        calls.append(batch)
+        return problem.loss(batch)
+
+    found = calibrated(problem, counted)
+    assert found.num_forward_passes == len(calls) < 400
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda batch: float("nan"), r"the loss of a batch is nan; expected a finite number"),
+        (lambda batch: 3.0, r"a slope of 0 and a curvature of 0; expected both above 0, so give more records"),
+    ],
+)
+def test_a_loss_that_tells_nothing_is_named(loss: Any, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        calibrated(Quadratic(1.0), loss)
+
+
+def test_tune_shows_what_it_tried_and_simulate_takes_it(
+    fedkseed: CommandLine, tiny: Path, shared: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(tiny, model=shared / "models" / "stories260k")
+    without = {name: value for name, value in settings.items() if name not in ("lr", "eps")}
+    shown = fedkseed("tune", *flags(without))
+    assert shown.code == 0, shown
+    last = shown.stdout.splitlines()[-1].split()
+    assert last[:2] == ["take:", "--lr"]
+    assert "after 40 steps" in shown.stdout
+    run = fedkseed("simulate", *flags(without), "--lr", "auto", "--run", tmp_path / "run")
+    assert run.code == 0, run
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert f"lr = {float(last[2])!r}" in config
+    assert f"eps = {float(last[4])!r}" in config
+
+
+def test_a_bad_setting_is_named_before_anything_is_calibrated(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny) | {"lr": "auto", "num_rounds": 0}
+    assert_one_line(fedkseed("simulate", *flags(settings), "--run", tmp_path / "run"), 2, "--num-rounds", "'0'")
+    assert_one_line(fedkseed("tune", *flags({"model": tiny / "model", "data": "nowhere.jsonl"})), 2, "--data", "nowhere.jsonl")

@@ -1,0 +1,178 @@
+"""Loading models: what comes back, what is refused and in which words, where base weights are re-read from."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fedkseed as fk
+from fedkseed.errors import FedKSeedError, InvalidValueError, ModelError
+from fedkseed.models.loading import base_path, load_model, load_tokenizer
+
+MODEL = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tiny(shared: Path) -> Path:
+    return shared / "models" / "stories260k"
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny, folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("huggingface_hub.model_info", refuse)
+
+
+def change_tensors(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / MODEL)
+    save_file(change(tensors), folder / MODEL, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+def test_loads_in_the_precision_asked_for(tiny: Path, dtype: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    model = load_model(str(tiny), dtype)
+    assert {p.dtype for p in model.parameters()} == {torch.float32 if dtype == "auto" else getattr(torch, dtype)}
+    assert not model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert load_tokenizer(tiny).eos_token == "</s>"
+    assert capfd.readouterr() == ("", "")  # no bars, no advice
+
+
+def test_transformers_settings_are_put_back(tiny: Path) -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_model(tiny)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_importing_the_module_does_not_import_transformers() -> None:
+    code = "import sys, fedkseed.models.loading, fedkseed.data, fedkseed.evaluation; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/where", r"/no/where: no such model folder; check the path, or give a hub id such as 'owner/name'"),
+        ("./nowhere", r"\./nowhere: no such model folder"),
+        ("a/b/c", r"a/b/c: no such model folder"),
+        (Path("nowhere"), r"nowhere: no such model folder"),
+        ("", r"the model's name is empty; give a model folder"),
+        (__file__, r"test_loading\.py: not a folder; give the folder that holds config\.json and the weights"),
+        ("white space/x", r"'white space/x': neither a folder nor a hub id \(.*\); give one of the two"),
+        (
+            "nobody/nothing-here",
+            r"nobody/nothing-here: no such folder here, no .* of that id in the local cache, and the hub does not give it "
+            r"\(no route to the hub\); download the model and give its folder, or check the id and the network",
+        ),
+    ],
+)
+def test_an_unknown_source_is_named(monkeypatch: pytest.MonkeyPatch, load: Any, source: str | Path, message: str) -> None:
+    offline(monkeypatch)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_something_missing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(monkeypatch)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tiny: no tokenizer \(tokenizer\.json\) in this folder; give a whole"):
+        load_tokenizer(copy)
+    (copy / MODEL).unlink()
+    with pytest.raises(ModelError, match=r"tiny: no weights \(model\.safetensors\) in this folder; give a whole"):
+        load_model(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"tiny: no config\.json in this folder; give a whole Hugging Face model folder"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "load"),
+    [
+        (MODEL, b"\0" * 40, load_model),
+        ("config.json", b'{"model_type": "nons', load_model),
+        ("config.json", b'{"model_type": "nonsuch"}', load_model),
+        ("config.json", b'{"model_type": "t5"}', load_model),
+        ("tokenizer.json", b'{"version": ', load_tokenizer),
+    ],
+)
+def test_a_damaged_file_is_one_line(copy: Path, file: str, content: bytes, load: Any) -> None:
+    (copy / file).write_bytes(content)
+    with pytest.raises(ModelError, match=r"tiny: no .* could be loaded \(.+\); check that the folder or hub id is whole") as e:
+        load(copy)
+    assert "\n" not in str(e.value)
+    assert isinstance(e.value, FedKSeedError)
+
+
+def test_missing_weights_are_not_made_up(copy: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(copy, lambda tensors: {key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(ModelError, match=rf"its weights lack '{name}'\)"):
+        load_model(copy)
+
+
+def test_weights_of_another_shape_are_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 170}))
+    with pytest.raises(ModelError, match=r"could be loaded"):
+        load_model(copy)
+
+
+def test_unknown_dtype_and_device(tiny: Path) -> None:
+    bad: Any = "float8"
+    with pytest.raises(InvalidValueError, match=r"dtype 'float8' is unknown; expected one of auto, float32, float16, bfloat16"):
+        load_model(tiny, bad)
+    with pytest.raises(InvalidValueError, match=r"device 'toaster' cannot be used here \(.*\); try 'cpu'"):
+        load_model(tiny, device="toaster")
+
+
+def test_base_path_is_what_bind_re_reads(tiny: Path) -> None:
+    model = load_model(tiny)
+    path = base_path(str(tiny), model)
+    assert path == tiny
+    pool = fk.SeedPool(key=1, size=8, family="hadamard")
+    bound = fk.bind(model, pool, base=path)
+    before = bound.digest()
+    bound.perturb(3, 0.1)
+    assert bound.digest() != before
+    bound.rebuild(torch.zeros(8).numpy())
+    assert bound.digest() == before
+
+
+def test_base_path_only_where_the_loaded_precision_loses_nothing(tiny: Path, copy: Path) -> None:
+    assert base_path(tiny, load_model(tiny, "bfloat16")) is None
+    assert base_path(tiny, load_model(tiny, "float16")) is None
+    change_tensors(copy, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    assert base_path(copy, load_model(copy, "bfloat16")) == copy
+    assert base_path(copy, load_model(copy, "float32")) == copy
+    assert base_path(copy, load_model(copy, "float16")) is None
+
+
+def test_base_path_needs_the_models_own_values(tiny: Path, copy: Path) -> None:
+    model = load_model(tiny)
+    assert base_path("nobody/nothing-here", model) is None
+    change_tensors(copy, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
+    assert base_path(copy, model) is None
+    change_tensors(copy, lambda tensors: {f"prefix.{name}": tensor for name, tensor in tensors.items()})
+    assert base_path(copy, model) is None
+    (copy / MODEL).unlink()
+    assert base_path(copy, model) is None

@@ -1,0 +1,316 @@
+"""Runs that are killed, interrupted or prolonged: what `simulate --resume` makes of them is the uninterrupted run."""
+
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.command_line import ENVIRONMENT, FEDKSEED, CommandLine, assert_one_line, command_line, flags
+from tests.support.runs import held_out, read_metrics
+from tests.support.tiny import tiny_settings
+
+from fedkseed.kseed.ledger import Ledger
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def fedkseed() -> CommandLine:
+    return command_line()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An uninterrupted run: its settings, its ledger's bytes, its events without what a clock says."""
+
+    settings: dict[str, Any]
+    ledger: bytes
+    events: list[dict[str, Any]]
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    of_the_machine = ("seconds", "seconds_by", "peak_bytes")
+    return [{k: v for k, v in event.items() if k not in of_the_machine} for event in read_metrics(run)]
+
+
+def whole(fedkseed: CommandLine, folder: Path, settings: dict[str, Any]) -> Whole:
+    result = fedkseed("simulate", *flags(settings), "--run", folder)
+    assert (result.code, result.stderr) == (0, "")
+    return Whole(settings, (folder / "ledger.safetensors").read_bytes(), events(folder))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Three rounds; Pro, so that its history counts too; evaluations after rounds 0, 2 and 3."""
+    settings = tiny_settings(tiny, algorithm="fedkseed-pro", eval_every=2, local_steps=3)
+    return whole(fedkseed, tmp_path_factory.mktemp("whole") / "run", settings)
+
+
+def assert_as_uninterrupted(run: Path, expected: Whole) -> None:
+    """The same ledger, byte for byte, and each event once, in order, with the same numbers."""
+    assert (run / "ledger.safetensors").read_bytes() == expected.ledger
+    assert events(run) == expected.events
+    assert sorted(path.name for path in run.iterdir()) == ["config.toml", "ledger.safetensors", "metrics.jsonl"]
+
+
+def assert_loadable(run: Path, expected: Whole) -> None:
+    """After a kill: what is there is whole. No ledger without its events."""
+    if (run / "ledger.safetensors").exists():
+        rounds = Ledger.load(run / "ledger.safetensors").round
+        text = (run / "metrics.jsonl").read_text()
+        assert text.count('"event": "round"') >= rounds
+        assert 1 <= rounds <= expected.settings["num_rounds"]
+
+
+def go_on(fedkseed: CommandLine, run: Path, expected: Whole) -> None:
+    """Resume; where the settings were not yet on the disk there is no run yet, and it starts anew in the same folder."""
+    if (run / "config.toml").exists():
+        result = fedkseed("simulate", "--resume", run)
+    else:
+        assert_one_line(fedkseed("simulate", "--resume", run), 2, "holds no run")
+        result = fedkseed("simulate", *flags(expected.settings), "--run", run)
+    assert (result.code, result.stderr) == (0, "")
+
+
+# --- Killed at every write, fsync and rename ---
+
+
+@pytest.fixture(scope="module")
+def kill_points(fedkseed: CommandLine, uninterrupted: Whole, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a whole run passes: names of writes (before, in the midst), fsyncs and renames, in order."""
+    folder = tmp_path_factory.mktemp("points")
+    result = fedkseed(
+        "simulate", *flags(uninterrupted.settings), "--run", folder / "run", kill=(-1, str(folder / "run"), str(folder / "log"))
+    )
+    assert (result.code, result.stderr) == (0, "")
+    assert_as_uninterrupted(folder / "run", uninterrupted)
+    return (folder / "log").read_text().splitlines()
+
+
+def test_every_file_is_written_whole_or_by_lines(kill_points: list[str]) -> None:
+    """The kill points are where they should be: else the tests below would kill nowhere."""
+    count = Counter(kill_points)
+    assert count["rename ledger.safetensors"] == 3
+    assert count["rename config.toml"] == 1
+    assert count["write metrics.jsonl"] == 3 + 3  # three rounds, three evaluations
+    assert count["fsync"] >= 2 * count["rename ledger.safetensors"] + 6
+    assert "write ledger.safetensors" not in count  # only ever beside it
+    assert "write config.toml" not in count
+    for i, name in enumerate(kill_points):
+        if name.startswith("rename"):  # written, synced, renamed, the folder synced
+            assert [point.split()[0] for point in kill_points[i - 3 : i + 2]] == ["write", "half", "fsync", "rename", "fsync"]
+
+
+PARTS = 3  # a third of the points every day, of all kinds; the slow part has the others
+
+
+@pytest.mark.parametrize("part", [0, *[pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS)]])
+def test_a_kill_at_any_write_fsync_or_rename_loses_nothing(
+    fedkseed: CommandLine, uninterrupted: Whole, kill_points: list[str], tmp_path: Path, part: int
+) -> None:
+    for point in range(1 + part, len(kill_points) + 1, PARTS):
+        run, log = tmp_path / f"run-{point}", tmp_path / f"log-{point}"
+        result = fedkseed("simulate", *flags(uninterrupted.settings), "--run", run, kill=(point, str(run), str(log)))
+        assert result.code == KILLED, (kill_points[point - 1], result)
+        assert log.read_text().splitlines() == kill_points[:point]
+        assert_loadable(run, uninterrupted)
+        go_on(fedkseed, run, uninterrupted)
+        assert_as_uninterrupted(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_may_be_killed_too(
+    fedkseed: CommandLine, uninterrupted: Whole, kill_points: list[str], tmp_path: Path
+) -> None:
+    """Kill at some points, then every resume again, each a little later than the last, until one gets through."""
+    for point in range(1, len(kill_points) + 1, 5):
+        run = tmp_path / f"run-{point}"
+        assert fedkseed("simulate", *flags(uninterrupted.settings), "--run", run, kill=(point, str(run), f"{run}.log")).code
+        for again in range(5, 200, 6):
+            if not (run / "config.toml").exists():
+                break
+            result = fedkseed("simulate", "--resume", run, kill=(again, str(run), f"{run}.log"))
+            assert_loadable(run, uninterrupted)
+            if result.code != KILLED:
+                break
+        go_on(fedkseed, run, uninterrupted)
+        assert_as_uninterrupted(run, uninterrupted)
+
+
+def test_a_comparison_that_must_fail(uninterrupted: Whole, fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    """The negative control: another seed's run is told apart, and so is one with an event twice."""
+    run = tmp_path / "run"
+    whole(fedkseed, run, uninterrupted.settings | {"seed": 8})
+    with pytest.raises(AssertionError):
+        assert_as_uninterrupted(run, uninterrupted)
+    (run / "ledger.safetensors").write_bytes(uninterrupted.ledger)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*lines, lines[-1]]) + "\n")
+    with pytest.raises(AssertionError):
+        assert_as_uninterrupted(run, uninterrupted)
+
+
+# --- Killed at random moments ---
+
+
+def lines_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_three_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    settings = tiny_settings(tiny, num_rounds=12, local_steps=20)
+    expected = whole(fedkseed, tmp_path / "whole", settings)
+    run = tmp_path / "run"
+    for _ in range(3):
+        start = ["--resume", run] if (run / "config.toml").exists() else [*flags(settings), "--run", run]
+        moment = (str(run / "metrics.jsonl"), lines_of(run) + draw.randrange(1, 4), draw.uniform(0, 0.1), signal.SIGKILL)
+        assert fedkseed("simulate", *start, send=moment).code == KILLED  # else the run was over before
+        assert_loadable(run, expected)
+    go_on(fedkseed, run, expected)
+    assert_as_uninterrupted(run, expected)
+
+
+def launch(*args: object) -> subprocess.Popen[str]:
+    """The console script, as a user runs it."""
+    command = [str(FEDKSEED), *[str(arg) for arg in args]]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def wait_for(run: Path, ready: Callable[[Path], bool], process: subprocess.Popen[str]) -> None:
+    """Until the run's folder is as wanted, or its process has ended."""
+    deadline = time.monotonic() + 240
+    while not ready(run) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    """Of the console script. Moments from the first sign of the run on; a resume that gets far enough is killed again."""
+    draw = random.Random(2)
+    settings = tiny_settings(tiny, num_rounds=80, local_steps=20)
+    expected = whole(fedkseed, tmp_path / "whole", settings)
+    run = tmp_path / "run"
+    for _ in range(20):
+        start = ["--resume", run] if (run / "config.toml").exists() else [*flags(settings), "--run", run]
+        process = launch("simulate", *start)
+        before = lines_of(run)
+        wait_for(run, lambda run, before=before: lines_of(run) > before, process)  # type: ignore[misc]
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == KILLED  # else the run was over before
+        assert_loadable(run, expected)
+    go_on(fedkseed, run, expected)
+    assert_as_uninterrupted(run, expected)
+
+
+# --- Ctrl-C ---
+
+
+def test_an_interrupt_exits_130_with_the_hint_and_a_whole_ledger(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    """At several moments of a round, so that losses, sweeps, messages and files are all interrupted some time."""
+    settings = tiny_settings(tiny, num_rounds=500)
+    for moment in range(6):
+        run = tmp_path / f"run-{moment}"
+        when = (str(run / "metrics.jsonl"), 4, 0.013 * moment, signal.SIGINT)
+        result = fedkseed("simulate", *flags(settings), "--run", run, send=when)
+        rounds = Ledger.load(run / "ledger.safetensors").round
+        hint = f"interrupted; round {rounds} is safe. Go on with: fedkseed simulate --resume {run}"
+        assert hint in result.stdout + result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
+        assert result.code == 130
+        assert 1 <= rounds < 500
+        assert not list(run.glob(".*"))
+    assert fedkseed("simulate", "--resume", run, "--num-rounds", rounds + 1).code == 0
+    expected = whole(fedkseed, tmp_path / "whole", settings | {"num_rounds": rounds + 1})
+    assert_as_uninterrupted(run, expected)
+
+
+def test_an_interrupt_before_the_first_round_is_done_says_so(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    when = (str(run / "metrics.jsonl"), 1, 0.1, signal.SIGINT)  # the evaluation of the base model is done
+    result = fedkseed("simulate", *flags(tiny_settings(tiny, local_steps=60000)), "--run", run, send=when)
+    assert result.code == 130
+    assert f"no round was done yet. Go on with: fedkseed simulate --resume {run}" in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (run / "ledger.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_the_console_script_exits_130(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = launch("simulate", *flags(tiny_settings(tiny, num_rounds=5000)), "--run", run)
+    wait_for(run, lambda run: (run / "ledger.safetensors").exists(), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {run}" in out + err
+    assert "Traceback" not in out + err
+    assert Ledger.load(run / "ledger.safetensors").round >= 1
+
+
+# --- Going on ---
+
+
+def test_a_folder_without_a_ledger_starts_at_round_0(
+    fedkseed: CommandLine, uninterrupted: Whole, tiny: Path, tmp_path: Path
+) -> None:
+    """Whatever metrics there are: they are of a round that no ledger knows."""
+    for name, leave in (("config", ["config.toml"]), ("metrics", ["config.toml", "metrics.jsonl"])):
+        run = tmp_path / name
+        whole(fedkseed, run, uninterrupted.settings)
+        for path in run.iterdir():
+            if path.name not in leave:
+                path.unlink()
+        go_on(fedkseed, run, uninterrupted)
+        assert_as_uninterrupted(run, uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    whole(fedkseed, run, uninterrupted.settings)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for extra in ([], ["--num-rounds", 3]):
+        assert fedkseed("simulate", "--resume", run, *extra).code == 0
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_an_unfinished_line_of_metrics_is_cut(fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    whole(fedkseed, run, uninterrupted.settings)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "round", "server_round": 4, "lr')
+    go_on(fedkseed, run, uninterrupted)
+    assert_as_uninterrupted(run, uninterrupted)
+
+
+@pytest.mark.parametrize("algorithm", ["fedkseed", "fedkseed-pro"])
+@pytest.mark.parametrize("noise", ["hadamard", "gaussian"])
+def test_more_rounds_are_the_rounds_of_a_longer_run(
+    fedkseed: CommandLine, tiny: Path, tmp_path: Path, noise: str, algorithm: str
+) -> None:
+    settings = tiny_settings(tiny, noise=noise, algorithm=algorithm, local_steps=3)
+    run = tmp_path / "run"
+    whole(fedkseed, run, settings | {"num_rounds": 2})
+    assert fedkseed("simulate", "--resume", run, "--num-rounds", 4).code == 0
+    expected = whole(fedkseed, tmp_path / "whole", settings | {"num_rounds": 4})
+    assert_as_uninterrupted(run, expected)
+    assert (run / "config.toml").read_bytes() == (tmp_path / "whole" / "config.toml").read_bytes()
+    assert len(held_out(expected.events)) == 5
+
+
+@pytest.mark.parametrize("value", [0, -1, "many"])
+def test_more_rounds_are_checked_as_ever(fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path, value: object) -> None:
+    run = tmp_path / "run"
+    whole(fedkseed, run, uninterrupted.settings)
+    assert_one_line(fedkseed("simulate", "--resume", run, "--num-rounds", value), 2, f"--num-rounds is '{value}'")
+    assert_as_uninterrupted(run, uninterrupted)
