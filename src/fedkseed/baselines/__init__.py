@@ -6,7 +6,7 @@ FedAvg (McMahan et al., 2017) over all parameters; FedIT (Zhang et al., 2024) ov
 
 from fedkseed.baselines.attach import attach, require_peft, restore
 from fedkseed.baselines.checkpoint import TunedTensors
-from fedkseed.baselines.client import TensorClient, TensorTask
+from fedkseed.baselines.client import TensorClient
 from fedkseed.baselines.parameters import Parameters, fingerprint
 from fedkseed.baselines.server import TensorServer
 
@@ -14,7 +14,6 @@ __all__ = [
     "Parameters",
     "TensorClient",
     "TensorServer",
-    "TensorTask",
     "TunedTensors",
     "attach",
     "fingerprint",

@@ -12,23 +12,20 @@ from fedkseed.baselines.checkpoint import TunedTensors
 from fedkseed.baselines.parameters import Parameters, fingerprint
 from fedkseed.errors import ConfigError, ModelError, RunError
 from fedkseed.federation import FederationConfig
-from fedkseed.federation.algorithms import LORA, SOFT_PROMPTS
+from fedkseed.federation.algorithms import Algorithm
 from fedkseed.randomness import derive
 
-WITH_PEFT = (*LORA, *SOFT_PROMPTS)
 ENCODER_HIDDEN_SIZE = 128
 
 
-def require_peft(algorithm: str) -> None:
+def require_peft(algorithm: Algorithm) -> None:
     """Refuse an algorithm whose extra is not installed.
 
     Raises:
         ConfigError: it is not.
     """
-    if algorithm not in WITH_PEFT:
-        return
-    if find_spec("peft") is None:
-        raise ConfigError(f"--algorithm {algorithm} needs an extra; install it with: pip install 'fedkseed[baselines]'")
+    if algorithm.needs_peft and find_spec("peft") is None:
+        raise ConfigError(f"--algorithm {algorithm.name} needs an extra; install it with: pip install 'fedkseed[baselines]'")
 
 
 def attach(model: Any, config: FederationConfig) -> Any:
@@ -49,10 +46,10 @@ def attach(model: Any, config: FederationConfig) -> Any:
         ConfigError: the extra is missing.
         ModelError: peft cannot attach to this architecture.
     """
-    model.requires_grad_(config.algorithm not in WITH_PEFT)
-    if config.algorithm not in WITH_PEFT:
+    model.requires_grad_(not config.facts.needs_peft)
+    if not config.facts.needs_peft:
         return model
-    require_peft(config.algorithm)
+    require_peft(config.facts)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(derive(config.seed, "adapter"))
         try:
@@ -83,11 +80,11 @@ def restore(model: Any, config: FederationConfig, tuned: TunedTensors) -> Any:
 def _attach(model: Any, config: FederationConfig) -> Any:
     import peft
 
-    if config.algorithm in LORA:
+    if config.facts.attaches == "lora":
         lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM")
         return peft.inject_adapter_in_model(lora, model)
     prompt: Any
-    if config.algorithm == "fedprompt":
+    if config.facts.attaches == "prompt":
         prompt = peft.PromptTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
         )

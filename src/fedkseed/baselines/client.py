@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,38 +14,15 @@ from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors
 from fedkseed.baselines.parameters import Parameters
 from fedkseed.errors import ProtocolError
 from fedkseed.federation import FederationConfig, Limits
-from fedkseed.federation.algorithms import ZEROTH_ORDER
-from fedkseed.kseed.client import batches, by_step, check_addressee
+from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
 from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.models.binding import bind
 from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import derive, generator
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "fedavg": torch.optim.SGD,
-    "fedit": torch.optim.Adam,
-    "fedit-sgd": torch.optim.SGD,
-    "fedprompt": torch.optim.Adam,
-    "fedptuning": torch.optim.Adam,
-}
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+"""What `Algorithm.steps` may name."""
 Heard = Callable[[int, float], None]
-
-
-class TensorTask(Protocol):
-    """A client's private records, and the loss of the model on some of them; see `fedkseed.kseed.client.Task`."""
-
-    @property
-    def num_examples(self) -> int:
-        """How many records there are."""
-        ...
-
-    def loss(self, records: NDArray[np.int64]) -> float:
-        """Mean loss at the model's current weights on the records at these positions."""
-        ...
-
-    def differentiable_loss(self, records: NDArray[np.int64]) -> torch.Tensor:
-        """The same as a tensor to call `backward` on, 0-dim."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,9 @@ class TensorClient:
         task: its records and their loss.
     """
 
-    def __init__(self, name: str, config: FederationConfig, model: torch.nn.Module, base: str, task: TensorTask) -> None:
+    def __init__(
+        self, name: str, config: FederationConfig, model: torch.nn.Module, base: str, task: DifferentiableTask
+    ) -> None:
         self.name, self.task = name, task
         self._config, self._model, self._base = config, model, bytes.fromhex(base)
         self._parameters = Parameters(model)
@@ -87,7 +65,7 @@ class TensorClient:
             raise ProtocolError(f"request is for {request.algorithm!r:.40}; this client runs {self._config.algorithm}")
         self._parameters.write(unpack_tensors(request.tensors))
         heard = on_step or (lambda step, loss: None)
-        train = self._zeroth_order if request.algorithm in ZEROTH_ORDER else self._first_order
+        train = self._zeroth_order if self._config.facts.measures == "two-point" else self._first_order
         trained = train(request, heard)
         reply = TensorReply(
             **request.head(),
@@ -104,7 +82,7 @@ class TensorClient:
 
     def _first_order(self, request: TensorRequest, heard: Heard) -> Trained:
         """Steps of an optimiser along the gradient by backpropagation; one with a loss that is not finite is dropped."""
-        optimizer = OPTIMIZERS[request.algorithm](self._parameters, lr=request.lr)  # type: ignore[call-arg]
+        optimizer = OPTIMIZERS[self._config.facts.steps](self._parameters, lr=request.lr)  # type: ignore[call-arg]
         batch, losses = self._batches(request), []
         for step in range(request.steps):
             optimizer.zero_grad(set_to_none=True)

@@ -30,7 +30,7 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
         self,
         config: FederationConfig,
         checkpoint: TunedTensors,
-        clients: Sequence[str],
+        clients: Sequence[str] | None,
         limits: Limits | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:

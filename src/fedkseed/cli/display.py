@@ -12,25 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedkseed.errors import ConfigError
+from fedkseed.runs.events import summary
 from fedkseed.runs.observer import Probe
 from fedkseed.runs.settings import SimulationConfig
 
 QUIET_SECONDS = 10
 """After so long without a line, plain output says how far a long activity is."""
-
-
-def summary(event: dict[str, Any], num_rounds: int) -> str:
-    """One line for an event."""
-    place = f"round {event['server_round']}/{num_rounds}"
-    if event["event"] == "evaluation":
-        return f"{place}: held-out loss {event['eval_loss']:.4f}"
-    loss = "-" if event["train_loss"] is None else f"{event['train_loss']:.4f}"
-    dropped = f", {event['dropped_steps']} steps dropped" if event["dropped_steps"] else ""
-    refused = f", {len(event['refused'])} replies refused" if event["refused"] else ""
-    return (
-        f"{place}: loss {loss} at {event['num_replies']} clients, {event['bytes_down']:,.0f} bytes down and "
-        f"{event['bytes_up']:,.0f} up each, {event['seconds']:.1f} s{dropped}{refused}"
-    )
 
 
 class Notes:

@@ -21,7 +21,7 @@ EXPECTED = {
 
 def noise_digest(family: str, backend: str) -> str:
     """SHA-256 of `sum_k a_k z_k` on 1,000 elements for one pool and fixed coefficients."""
-    pool = SeedPool(0x0123456789ABCDEF, 64, family)  # type: ignore[arg-type]
+    pool = SeedPool(0x0123456789ABCDEF, 64, family)
     coefficients = (np.arange(64, dtype=np.float32) - 31) * np.float32(0.001)
     return hashlib.sha256(pool.combine("model.norm.weight", 1000, coefficients, backend).astype("<f4").tobytes()).hexdigest()
 

@@ -15,19 +15,18 @@ from rich.table import Table
 
 from fedkseed.baselines import TunedTensors, restore
 from fedkseed.cli.display import Notes
-from fedkseed.cli.inspect import ledger_path
-from fedkseed.data import Example, encode, get_template
+from fedkseed.data import Example, encode, get_template, read_source
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import AllScores, Scores, score
 from fedkseed.federation import Checkpoint
-from fedkseed.federation.algorithms import SEEDS
 from fedkseed.files import write_atomically
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.runs.algorithms import checkpoint_path
 from fedkseed.runs.folder import CONFIG, RunFolder
-from fedkseed.runs.records import check_context, describe, load_examples, read_source, sample
-from fedkseed.runs.settings import SimulationConfig
+from fedkseed.runs.records import check_context, describe, load_examples, sample
+from fedkseed.runs.settings import RunConfig, SimulationConfig
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
     if choices.output is not None and not choices.output.parent.is_dir():
         raise ConfigError(f"--output {choices.output}: there is no such folder; give a file in a folder that exists")
     config = _run_config(run or where)
-    baseline = config if config is not None and config.algorithm not in SEEDS and ledger is None else None
-    tuning = TunedTensors.load(ledger_path(where)) if baseline else Ledger.load(ledger_path(where))
+    baseline = config if config is not None and not config.facts.has_ledger and ledger is None else None
+    tuning = TunedTensors.load(checkpoint_path(where)) if baseline else Ledger.load(checkpoint_path(where))
     source, records = _source(config, choices, where), _records(config, choices, where)
     tokenizer = load_tokenizer(source)
     template = get_template(choices.template or (config.template if config else "plain"))
@@ -102,25 +101,29 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
         _write(choices.output, base, tuned, tuning)
 
 
-def _run_config(path: Path) -> SimulationConfig | None:
+def _run_config(path: Path) -> RunConfig | None:
     """The settings of the run whose folder or ledger this is."""
     folder = path if path.is_dir() else path.parent
     return RunFolder.open(folder).config if (folder / CONFIG).exists() else None
 
 
-def _source(config: SimulationConfig | None, choices: Choices, where: Path) -> str:
+def _source(config: RunConfig | None, choices: Choices, where: Path) -> str:
     if choices.model is None and config is None:
         raise ConfigError(f"--model is missing and {where} has no {CONFIG} beside it that names the base model; give --model")
     return choices.model or (config.model if config else "")
 
 
-def _records(config: SimulationConfig | None, choices: Choices, where: Path) -> list[Example]:
+def _records(config: RunConfig | None, choices: Choices, where: Path) -> list[Example]:
     if choices.data is not None:
         seed, length = (config.seed, config.max_length) if config else (0, 1024)
         return read_source(choices.data, "test", choices.max_length or length, seed, choices.columns)
     if config is None:
         raise ConfigError(f"--data is missing and {where} has no {CONFIG} beside it that names held-out records; give --data")
-    return load_examples(config)[1]
+    if isinstance(config, SimulationConfig):
+        return load_examples(config)[1]
+    if config.eval_data is not None:
+        return read_source(config.eval_data, "test", config.max_length, config.seed, config.columns)
+    raise ConfigError(f"--data is missing: {where} is a run on Flower, whose records are its clients' own; give --data")
 
 
 def _show(base: AllScores, tuned: AllScores, rounds: int, by_category: bool) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fedkseed.cli.inspect import ledger_path
 from fedkseed.errors import ConfigError, RunFolderError
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.folder import CONFIG, TENSORS
+from fedkseed.runs.algorithms import TENSORS, checkpoint_path
+from fedkseed.runs.folder import CONFIG
 
 if TYPE_CHECKING:
     from fedkseed.report.reading import RunRecord
-    from fedkseed.runs.settings import SimulationConfig
+    from fedkseed.runs.settings import RunConfig
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -26,9 +26,9 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         RunError: a file of the run is damaged.
         LedgerError: the ledger cannot be read, or the model is not its base.
     """
-    if ledger_path(path).name == TENSORS:
+    if checkpoint_path(path).name == TENSORS:
         raise ConfigError(f"{path} is the run of a baseline, which has no ledger; its tensors are {path / TENSORS}")
-    ledger = Ledger.load(ledger_path(path))
+    ledger = Ledger.load(checkpoint_path(path))
     if output.exists():
         raise RunFolderError(f"{output} exists; give an output that does not")
     if ledger_only:
@@ -64,7 +64,7 @@ def public_name(model: str) -> str:
     return "fedkseed-demo" if path.resolve() == model_folder().resolve() else path.resolve().name
 
 
-def _known(record: RunRecord | None, ledger: Ledger) -> tuple[SimulationConfig | None, tuple[float, float] | None]:
+def _known(record: RunRecord | None, ledger: Ledger) -> tuple[RunConfig | None, tuple[float, float] | None]:
     """The settings of the ledger's run and its held-out losses before and after, as far as they are known."""
     if record is None or record.ledger is None or record.ledger.published().digest() != ledger.published().digest():
         return None, None

@@ -6,14 +6,7 @@ import numpy as np
 
 from fedkseed.baselines import TunedTensors
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.folder import LEDGER, TENSORS
-
-
-def ledger_path(path: Path) -> Path:
-    """The ledger's file, of a run folder or itself; in the run of a baseline, its tensors'."""
-    if not path.is_dir():
-        return path
-    return path / TENSORS if (path / TENSORS).exists() else path / LEDGER
+from fedkseed.runs.algorithms import TENSORS, checkpoint_path
 
 
 def inspect(path: Path) -> None:
@@ -22,7 +15,7 @@ def inspect(path: Path) -> None:
     Raises:
         FedKSeedError: it cannot be read.
     """
-    file = ledger_path(path)
+    file = checkpoint_path(path)
     if file.name == TENSORS:
         _inspect_tensors(file)
         return

@@ -15,7 +15,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
-from fedkseed.runs.settings import SimulationConfig, build, flag, flags
+from fedkseed.runs.settings import DRIVER, SimulationConfig, build, flag, flags
 
 AUTO = "auto"
 
@@ -82,7 +82,7 @@ def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str
     if others:
         raise ConfigError(f"{others[0]} can't be given with --resume, which keeps the run's settings; only --num-rounds can")
     folder = RunFolder.open(resume)
-    settings = build({**folder.config.model_dump(), **given})
+    settings = build({**folder.simulation.model_dump(), **given})
     with watching(settings, resume, tensorboard) as observer:
         with _interruptible():
             records = prepare(settings, observer)
@@ -147,7 +147,9 @@ def command_line(config: SimulationConfig) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings.pop(DRIVER, None)  # of another run's config.toml: not a setting
+        return settings
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot read ({error.strerror}); give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

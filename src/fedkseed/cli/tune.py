@@ -8,7 +8,6 @@ from rich.table import Table
 from fedkseed.cli.display import PlainDisplay
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import mean_loss
-from fedkseed.federation.algorithms import ZEROTH_ORDER
 from fedkseed.kseed.calibration import Calibration, calibrate
 from fedkseed.runs.settings import SimulationConfig
 
@@ -23,12 +22,12 @@ def find(config: SimulationConfig) -> Calibration:
 
     from fedkseed.data import collate
     from fedkseed.kseed.server import seed_pool
-    from fedkseed.models.binding import bind
-    from fedkseed.models.loading import base_path, load_model
+    from fedkseed.models.loading import load_model
     from fedkseed.randomness import generator
     from fedkseed.runs.records import prepare
+    from fedkseed.runs.task import bind_loaded
 
-    if config.algorithm not in ZEROTH_ORDER:
+    if config.facts.measures != "two-point":
         raise ConfigError(
             f"--algorithm {config.algorithm} has no calibration, which is of zeroth-order steps; give --lr, "
             "or find it by a grid with fedkseed compare"
@@ -37,8 +36,7 @@ def find(config: SimulationConfig) -> Calibration:
     records = prepare(config, notes)
     pooled = [example for examples in records.clients.values() for example in examples]
     model = load_model(config.model, config.dtype, config.device)
-    model.requires_grad_(True)
-    bound = bind(model, seed_pool(config), base_path(config.model, model))
+    bound = bind_loaded(config.model, model, seed_pool(config)).bound
     notes.note("calibrating: a few hundred forward passes on batches of the clients' records")
 
     def loss(batch: int) -> float:

@@ -7,11 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedkseed.errors import ConfigError
 from fedkseed.runs.settings import SimulationConfig, build
-from fedkseed.runs.validation import first_problem
+from fedkseed.runs.validation import Words, validated
 
 OWN = ("seed", "responses", "lr")
 """Settings that the comparison itself varies."""
@@ -97,18 +97,15 @@ def _comparison(content: dict[str, Any]) -> Comparison:
         own = {name: value for name, value in method.items() if name not in ("name", "lr")}
         rates = method.get("lr")
         entries.append({"name": method.get("name"), "lr": rates if isinstance(rates, list) else [rates], "settings": own})
-    try:
-        return Comparison(**{**content, "methods": entries})
-    except ValidationError as error:
-        problem = first_problem(error)
-        if problem.path[0] == "methods" and len(problem.path) > 2:
-            number, key = int(problem.path[1]), problem.path[2]
-            name = entries[number]["name"] or f"number {number + 1}"
-            raise ConfigError(f"method {name!r}: {key} is {problem.value!r}: {problem.text}") from error
-        if problem.kind == "unknown":
-            known = ", ".join(sorted(Comparison.model_fields))
-            raise ConfigError(f"key {problem.path[0]!r} is unknown; expected one of: {known}") from error
-        raise ConfigError(f"{problem.path[0]} is {problem.value!r}: {problem.text}") from error
+
+    def called(path: tuple[str, ...]) -> str:
+        if path[0] != "methods" or len(path) < 3:
+            return path[0]
+        number = int(path[1])
+        return f"method {entries[number]['name'] or f'number {number + 1}'!r}: {path[2]}"
+
+    words = Words(value=called, missing=lambda name: f"{name} is missing", unknown=lambda name: f"key {name!r}")
+    return validated(Comparison, {**content, "methods": entries}, words)
 
 
 def _check(comparison: Comparison) -> None:

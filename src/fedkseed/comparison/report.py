@@ -13,7 +13,6 @@ from typing import Any
 from fedkseed.comparison.plan import Comparison
 from fedkseed.comparison.trials import SCORES, Row, Trial
 from fedkseed.errors import RunError
-from fedkseed.federation.algorithms import ZEROTH_ORDER
 from fedkseed.files import write_atomically
 from fedkseed.report import units
 from fedkseed.report.drawing import Curve, curves, render
@@ -21,8 +20,6 @@ from fedkseed.report.reading import RunRecord, read
 from fedkseed.report.summary import traffic
 
 TABLE, NUMBERS = "table.md", "comparison.json"
-ZEROTH_ORDER_PASSES, FIRST_ORDER_PASSES = 2, 3
-"""Forward passes a step: two measured losses; one loss and a backward pass, which costs as much as two."""
 
 HEADER = (
     "method",
@@ -92,7 +89,7 @@ def _scores(path: Path) -> dict[str, dict[str, float]]:
 
 def _points(record: RunRecord) -> Iterable[Point]:
     rounds, config = {r.server_round: r for r in record.rounds}, record.config
-    passes = ZEROTH_ORDER_PASSES if config.algorithm in ZEROTH_ORDER else FIRST_ORDER_PASSES
+    passes = config.facts.passes_per_step
     for evaluation in record.evaluations:
         done = [r for n, r in rounds.items() if n <= evaluation.server_round]
         examples = sum(r.num_steps or 0 for r in done) * config.batch_size

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from fedkseed.comparison.plan import Comparison, Entry
 from fedkseed.errors import ConfigError, FedKSeedError, RunError, TooFewRepliesError
-from fedkseed.federation.algorithms import takes
 from fedkseed.files import write_atomically
 from fedkseed.runs.folder import CONFIG, RunFolder
 from fedkseed.runs.settings import SimulationConfig, flags
@@ -222,7 +221,7 @@ def _check_same(trial: Trial) -> None:
         return
     before, now = RunFolder.open(trial.folder).config.model_dump(), trial.config.model_dump()
     for name in now:
-        if before[name] != now[name] and takes(trial.config.algorithm, name):
+        if before[name] != now[name] and trial.config.facts.takes(name):
             raise ConfigError(
                 f"{trial.folder} was begun with {name} = {before[name]!r}, the comparison says {now[name]!r}; "
                 "choose another --output, or move that folder away"

@@ -8,7 +8,7 @@ from fedkseed.data.natural_instructions import is_natural_instructions, read_tas
 from fedkseed.data.partition import dirichlet, iid, split_off
 from fedkseed.data.record import COLUMNS, Columns, parse_columns
 from fedkseed.data.shuffle import shuffle_responses, shuffle_within_categories
-from fedkseed.data.source import is_hub_id, read_examples
+from fedkseed.data.source import is_hub_id, read_examples, read_source
 from fedkseed.data.table import read_csv, read_hub, read_parquet
 from fedkseed.data.template import TEMPLATES, Template, get_template
 
@@ -37,6 +37,7 @@ __all__ = [
     "read_hub",
     "read_jsonl",
     "read_parquet",
+    "read_source",
     "read_tasks",
     "shuffle_responses",
     "shuffle_within_categories",

@@ -1,35 +1,111 @@
-"""The algorithms by name, and which settings each of them takes."""
+"""The algorithms: one row says all that the rest of the project must know of one.
+
+Nothing else compares an algorithm's name: what depends on it asks its row. Adding an algorithm is a row here, and a builder
+in `fedkseed.runs.algorithms` if what it sends is of a new kind (docs/extending.md).
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
-Algorithm = Literal["fedkseed", "fedkseed-pro", "fedavg", "fedit", "fedit-sgd", "fedprompt", "fedptuning", "fedzo"]
-ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
-SEEDS = ("fedkseed", "fedkseed-pro")
-"""Those whose clients send scalars; the others send tensors."""
-ZEROTH_ORDER = (*SEEDS, "fedzo")
-"""Those that need no backpropagation: two forward passes a step."""
-LORA = ("fedit", "fedit-sgd")
-SOFT_PROMPTS = ("fedprompt", "fedptuning")
+@dataclass(frozen=True)
+class Algorithm:
+    """What an algorithm is.
 
-TAKEN_BY: dict[str, tuple[str, ...]] = {
-    "eps": ZEROTH_ORDER,
-    "noise": ZEROTH_ORDER,
-    "loss_clip": ZEROTH_ORDER,
-    "num_seeds": SEEDS,
-    "wire": SEEDS,
-    "dtype": SEEDS,
-    "importance_clip": SEEDS,
-    "importance_start": SEEDS,
-    "lora_rank": LORA,
-    "lora_alpha": LORA,
-    "num_virtual_tokens": SOFT_PROMPTS,
-}
+    Attributes:
+        name: what settings, checkpoints and messages call it.
+        title: what a person calls it.
+        about: a few words for the help.
+        sends: what a client's reply holds: `scalars`, one for each prescribed seed, or `tensors`, what is tuned as a whole.
+        measures: how a client finds its way: `two-point`, two forward passes a step, or `gradient`, backpropagation.
+        draws: how a round's seeds are chosen: `uniform`, by `importance`, or `fresh` ones, used once; None: there are none.
+        attaches: what is tuned in place of all parameters: adapters (`lora`) or a soft prompt (`prompt`, `prompt-encoder`).
+        steps: the optimiser of a client's local steps, `sgd` or `adam`.
+        on_flower: whether it runs on Flower.
+        settings: those that not every algorithm takes, and this one does.
+    """
+
+    name: str
+    title: str
+    about: str
+    sends: Literal["scalars", "tensors"]
+    measures: Literal["two-point", "gradient"]
+    draws: Literal["uniform", "importance", "fresh"] | None = None
+    attaches: Literal["lora", "prompt", "prompt-encoder"] | None = None
+    steps: Literal["sgd", "adam"] = "sgd"
+    on_flower: bool = False
+    settings: tuple[str, ...] = ()
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a client moves weights along perturbations."""
+        return self.draws is not None
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether the tuned model is K numbers."""
+        return self.sends == "scalars"
+
+    @property
+    def needs_peft(self) -> bool:
+        """Whether something is attached to the model."""
+        return self.attaches is not None
+
+    @property
+    def has_soft_prompt(self) -> bool:
+        """Whether what is attached takes room in the model's context."""
+        return self.attaches in ("prompt", "prompt-encoder")
+
+    @property
+    def passes_per_step(self) -> int:
+        """What a local step costs in forward passes: two probes, or one and a backward pass that costs two."""
+        return 2 if self.measures == "two-point" else 3
+
+    def takes(self, setting: str) -> bool:
+        """Whether a setting means anything to it."""
+        return setting in self.settings or setting not in SOME_TAKE
+
+
+PROBES = ("eps", "noise", "loss_clip")
+SEEDS = (*PROBES, "num_seeds", "wire", "dtype")
+IMPORTANCE = ("importance_clip", "importance_start")
+LORA = ("lora_rank", "lora_alpha")
+PROMPT = ("num_virtual_tokens",)
+
+ALGORITHMS: dict[str, Algorithm] = {
+    row.name: row
+    for row in (
+        Algorithm(
+            "fedkseed", "FedKSeed", "draws seeds uniformly",
+            "scalars", "two-point", "uniform", on_flower=True, settings=(*SEEDS, *IMPORTANCE),
+        ),
+        Algorithm(
+            "fedkseed-pro", "FedKSeed-Pro", "prefers seeds whose gradients were large",
+            "scalars", "two-point", "importance", on_flower=True, settings=(*SEEDS, *IMPORTANCE),
+        ),
+        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient"),
+        Algorithm("fedit", "FedIT", "LoRA by Adam", "tensors", "gradient", attaches="lora", steps="adam", settings=LORA),
+        Algorithm("fedit-sgd", "FedIT-SGD", "LoRA by SGD", "tensors", "gradient", attaches="lora", settings=LORA),
+        Algorithm(
+            "fedprompt", "FedPrompt", "a soft prompt by Adam",
+            "tensors", "gradient", attaches="prompt", steps="adam", settings=PROMPT,
+        ),
+        Algorithm(
+            "fedptuning", "FedPTuning", "a soft prompt through an encoder, by Adam",
+            "tensors", "gradient", attaches="prompt-encoder", steps="adam", settings=PROMPT,
+        ),
+        Algorithm("fedzo", "FedZO", "all parameters, zeroth-order", "tensors", "two-point", "fresh", settings=PROBES),
+    )
+}  # fmt: skip
+"""All of them, by name."""
+
+SOME_TAKE = frozenset(setting for row in ALGORITHMS.values() for setting in row.settings)
 """The settings that not every algorithm takes."""
 
 
-def takes(algorithm: str, setting: str) -> bool:
-    """Whether a setting means anything to an algorithm."""
-    return setting not in TAKEN_BY or algorithm in TAKEN_BY[setting]
+def that_take(setting: str) -> Iterator[str]:
+    """The names of the algorithms that take a setting."""
+    return (name for name, row in ALGORITHMS.items() if row.takes(setting))

@@ -1,10 +1,17 @@
 """The settings of a federation: frozen, validated, the same words as flags, TOML keys and attributes."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedkseed.federation.algorithms import SOFT_PROMPTS, TAKEN_BY, Algorithm
+from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
+from fedkseed.noise.families import FAMILIES
+
+if TYPE_CHECKING:  # which cannot know the tables' names
+    AlgorithmName: TypeAlias = str
+    FamilyName: TypeAlias = str
+else:
+    AlgorithmName, FamilyName = Literal[tuple(ALGORITHMS)], Literal[tuple(FAMILIES)]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[float, Field(ge=1e-37, le=1e37)]
@@ -17,11 +24,8 @@ class FederationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    algorithm: Algorithm = Field(
-        "fedkseed",
-        description="fedkseed draws seeds uniformly, fedkseed-pro prefers those whose gradients were large; baselines that "
-        "send tensors: fedavg (all parameters, SGD), fedit and fedit-sgd (LoRA, by Adam and by SGD), fedprompt and fedptuning "
-        "(soft prompts, Adam), fedzo (all parameters, zeroth-order)",
+    algorithm: AlgorithmName = Field(
+        "fedkseed", description="; ".join(f"{row.name}: {row.about}" for row in ALGORITHMS.values())
     )
     num_rounds: Count = Field(40, description="rounds of federated training")
     fraction_train: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="m: fraction of the clients in a round")
@@ -34,8 +38,8 @@ class FederationConfig(BaseModel):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the rounds")
     eps: Step = Field(5e-4, description="half the distance of the two probes of a step")
     num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="K: number of candidate seeds")
-    noise: Literal["hadamard", "gaussian"] = Field(
-        "hadamard", description="perturbations: hadamard (all seeds cost what one costs) or gaussian (as published)"
+    noise: FamilyName = Field(
+        "hadamard", description="perturbations: " + ", ".join(f"{row.name} ({row.about})" for row in FAMILIES.values())
     )
     weighting: Literal["examples", "equal"] = Field(
         "examples", description="a client's weight: its number of records, or equal"
@@ -65,19 +69,24 @@ class FederationConfig(BaseModel):
 
     @model_validator(mode="after")
     def _only_what_the_algorithm_takes(self) -> Self:
-        for name, algorithms in TAKEN_BY.items():
+        for name in sorted(SOME_TAKE):
             field = type(self).model_fields.get(name)
-            if field is not None and self.algorithm not in algorithms and getattr(self, name) != field.default:
+            if field is not None and not self.facts.takes(name) and getattr(self, name) != field.default:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
-                    f"leave it out, or choose one of {', '.join(algorithms)}"
+                    f"leave it out, or choose one of {', '.join(that_take(name))}"
                 )
         return self
 
     @property
+    def facts(self) -> Algorithm:
+        """What is to be known of the algorithm."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
     def soft_prompt(self) -> int:
         """How many tokens of the model's context a soft prompt takes."""
-        return self.num_virtual_tokens if self.algorithm in SOFT_PROMPTS else 0
+        return self.num_virtual_tokens if self.facts.has_soft_prompt else 0
 
     def cohort_size(self, num_clients: int) -> int:
         """How many of the clients take part in a round: max(1, int(m N))."""

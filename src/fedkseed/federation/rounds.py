@@ -90,7 +90,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
     Args:
         config: the settings.
         run_id: 8 bytes, the same for all messages of the run.
-        clients: the stable names of all clients; `admit` changes them between rounds.
+        clients: the stable names of all clients; `admit` changes them between rounds; None if nobody is here yet.
         limits: what a reply must keep to.
         num_examples: how many records each client has, by its name; needed where `local_unit` is epochs.
 
@@ -102,14 +102,16 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         self,
         config: FederationConfig,
         run_id: bytes,
-        clients: Sequence[str],
+        clients: Sequence[str] | None,
         limits: Limits | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self.run_id, self.limits = config, run_id, limits or Limits()
         self._attempt = 0
         self._pending: dict[str, RequestT] = {}
-        self.admit(clients, num_examples)
+        self.clients: tuple[str, ...] = ()
+        if clients is not None:
+            self.admit(clients, num_examples)
 
     @property
     @abstractmethod
@@ -165,6 +167,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         """
         if self.finished:
             raise RunError(f"all {self.config.num_rounds} rounds are done; raise --num-rounds to go on")
+        if not self.clients:
+            raise RunError("nobody is here; admit clients before a round is planned")
         if self._attempt >= MAX_ATTEMPTS:
             raise RunError(f"round {self.checkpoint.round + 1} failed {MAX_ATTEMPTS} times; see the refusals, then resume")
         server_round = self.checkpoint.round + 1

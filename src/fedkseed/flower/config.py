@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from fedkseed.errors import ConfigError
-from fedkseed.federation.algorithms import SEEDS, takes
+from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
-from fedkseed.runs.folder import CONFIG, DRIVER, RunFolder
-from fedkseed.runs.settings import SimulationConfig
-from fedkseed.runs.validation import first_problem
+from fedkseed.runs.folder import CONFIG, RunFolder, read_settings, settings_of
+from fedkseed.runs.settings import RunConfig, SimulationConfig
+from fedkseed.runs.validation import Words, validated
 
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns")
 SIMULATED_KEYS = ("partition-id", "num-partitions")
-CHANGEABLE = ("run", "num_rounds", "min_clients", "deadline", "eval_every", "eval_limit", "eval_data")
+CHANGEABLE = ("run", "clients", "num_rounds", "min_clients", "deadline", "eval_every", "eval_limit", "eval_data")
 """What may differ when a run is gone on with: none of it says what a client computes."""
 
 
-class FlowerConfig(SimulationConfig):
-    """Everything that the server app decides; `data` and what belongs to it are for Flower's simulation engine alone."""
+class FlowerConfig(RunConfig):
+    """Everything that the server app decides for nodes in the field, which have records of their own."""
 
-    data: str | None = Field(
-        None, description="simulation engine only: records dealt out to the clients; in the field each node names its own"
-    )
     eval_data: str | None = Field(None, description="records on the server to evaluate on; without, clients evaluate theirs")
     run: Path = Field(description="run folder on the server; a run that it holds is gone on with")
     min_clients: Count = Field(1, description="a round waits until so many clients are there")
@@ -36,50 +33,88 @@ class FlowerConfig(SimulationConfig):
     @field_validator("algorithm")
     @classmethod
     def _runs_on_flower(cls, value: str) -> str:
-        if value not in SEEDS:
-            raise ValueError(f"on Flower only {' and '.join(SEEDS)} run; the baselines run in fedkseed simulate")
+        known = [name for name, row in ALGORITHMS.items() if row.on_flower]
+        if value not in known:
+            raise ValueError(f"on Flower only {' and '.join(known)} run; the baselines run in fedkseed simulate")
         return value
 
     @property
     def expected_clients(self) -> int:
-        """How many clients a round waits for: in a simulation all of them."""
-        return self.num_clients if self.data is not None else self.min_clients
+        """How many clients a round waits for."""
+        return self.min_clients
+
+    def driver(self) -> dict[str, Any]:
+        """What a run's folder keeps of these settings beside those of any run."""
+        return self.model_dump(mode="json", include={"run", "min_clients", "deadline"})
+
+
+class EngineConfig(FlowerConfig, SimulationConfig):
+    """The same for Flower's simulation engine, whose nodes are dealt the records that `data` names."""
+
+    data: str = Field(description="records that are dealt out to the simulated nodes")
+
+    @property
+    def expected_clients(self) -> int:
+        """All of them."""
+        return self.num_clients
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+WORDS = Words(
+    value=lambda path: f"run-config {_kebab(path[0])}",
+    missing=lambda name: f"run-config has no {_kebab(name)}; set it in pyproject.toml or with flwr run --run-config",
+    unknown=lambda name: f"run-config key {_kebab(name)!r}",
+    key=_kebab,
+    contradiction="run-config: ",
+)
 
 
 def read_config(run_config: Mapping[str, Any]) -> FlowerConfig:
     """The settings of a run's kebab-case configuration; an empty text stands for a key that is not set.
 
     Raises:
-        ConfigError: a key is unknown, missing, or its value out of range.
+        ConfigError: a key is unknown, missing, or its value out of range; or it deals out records, and there are none.
     """
     settings = {key.replace("-", "_"): value for key, value in run_config.items() if value != ""}
-    try:
-        return FlowerConfig(**settings)
-    except ValidationError as error:
-        problem = first_problem(error)
-        if not problem.path:
-            raise ConfigError(f"run-config: {problem.text}") from error
-        key = problem.path[0].replace("_", "-")
-        if problem.kind == "missing":
-            raise ConfigError(f"run-config has no {key}; set it in pyproject.toml or with flwr run --run-config") from error
-        if problem.kind == "unknown":
-            known = ", ".join(sorted(name.replace("_", "-") for name in FlowerConfig.model_fields))
-            raise ConfigError(f"run-config key {key!r} is unknown; expected one of: {known}") from error
-        raise ConfigError(f"run-config {key} is {str(problem.value)!r}: {problem.text}") from error
+    if "data" in settings:
+        return validated(EngineConfig, settings, WORDS)
+    for name in sorted(settings.keys() & SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()):
+        raise ConfigError(
+            f"run-config {_kebab(name)} is {settings[name]!r}, but nodes have records of their own; leave it empty, "
+            "or give data, which Flower's simulation engine deals out"
+        )
+    return validated(FlowerConfig, settings, WORDS)
 
 
-def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[str | int, FlowerConfig]:
-    """Who this node is, and the run's settings with the node's own model and data.
+@dataclass(frozen=True)
+class Node:
+    """Who a node is.
 
-    Returns:
-        The client's name from `--node-config`, or its number in Flower's simulation engine; the settings.
+    Attributes:
+        client: its name from `--node-config`, or its number in Flower's simulation engine.
+        config: the run's settings, with the node's own model and columns.
+        data: its own records; None in the simulation engine.
+        eval_data: its own records to evaluate on, if it has any.
+    """
+
+    client: str | int
+    config: FlowerConfig
+    data: str | None = None
+    eval_data: str | None = None
+
+
+def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Node:
+    """Who this node is, from the run's configuration and its own.
 
     Raises:
         ConfigError: the node's configuration has an unknown key or lacks one, or see `read_config`.
     """
     if "partition-id" in node_config:
         config = read_config(run_config)
-        if config.data is None:
+        if not isinstance(config, EngineConfig):
             raise ConfigError("run-config has no data; the simulation engine deals out the records of one jsonl file")
         num_nodes = node_config["num-partitions"]
         if config.partition != "client" and config.num_clients != num_nodes:
@@ -87,7 +122,7 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
                 f"run-config num-clients is {config.num_clients}, the federation has {num_nodes} SuperNodes; "
                 f"start it with flwr run --federation-config 'num-supernodes={config.num_clients}'"
             )
-        return int(node_config["partition-id"]), config
+        return Node(int(node_config["partition-id"]), config)
     unknown = sorted(set(node_config) - set(NODE_KEYS))
     if unknown:
         raise ConfigError(f"node-config key {unknown[0]!r} is unknown; expected one of: {', '.join(NODE_KEYS)}")
@@ -99,10 +134,12 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
             raise ConfigError(
                 f"node-config {key} is {node_config[key]!r}: no such file; give the path of a jsonl, CSV or parquet file"
             )
-    # the server's files are not the node's
-    own = {key: value for key, value in run_config.items() if key not in ("data", "eval-data")}
-    own |= {key: value for key, value in node_config.items() if key != "name"}
-    return str(node_config["name"]), read_config(own)
+    # the server's records are not the node's, and its settings of them say nothing about the node's
+    dealt = {_kebab(name) for name in SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()}
+    own = {key: value for key, value in run_config.items() if key != "eval-data" and key not in dealt}
+    own |= {key: node_config[key] for key in ("model", "columns") if key in node_config}
+    eval_data = node_config.get("eval-data")
+    return Node(str(node_config["name"]), read_config(own), str(node_config["data"]), str(eval_data) if eval_data else None)
 
 
 def open_run(config: FlowerConfig) -> RunFolder:
@@ -112,20 +149,17 @@ def open_run(config: FlowerConfig) -> RunFolder:
         ConfigError: the folder holds a run with other settings.
         RunError: it cannot be read or written.
     """
-    run = RunFolder(config.run, config)
-    file = config.run / CONFIG
-    if file.exists():
-        try:
-            before = tomllib.loads(file.read_text(encoding="utf-8"))
-            before |= before.pop(DRIVER, {})
-        except ValueError as error:
-            raise ConfigError(f"{file} is not TOML ({error}); restore it from a copy") from error
-        now = {name: value for name, value in config.model_dump(mode="json").items() if value is not None}
+    driver = config.driver()
+    if (config.run / CONFIG).exists():
+        before, noted = read_settings(config.run)
+        now, before = settings_of(config) | driver, before | noted
         for name in sorted((before.keys() | now.keys()) - set(CHANGEABLE)):
-            if takes(config.algorithm, name) and before.get(name) != now.get(name):
+            if config.facts.takes(name) and before.get(name) != now.get(name):
                 raise ConfigError(
-                    f"run-config {name.replace('_', '-')} is {now.get(name)!r}, the run in {config.run} was started with "
+                    f"run-config {_kebab(name)} is {now.get(name)!r}, the run in {config.run} was started with "
                     f"{before.get(name)!r}; go on with the run's own settings, or choose another run folder"
                 )
-    run.write_config(config)
+        driver |= {"clients": noted["clients"]} if "clients" in noted else {}
+    run = RunFolder(config.run, config)
+    run.write_config(config, driver)
     return run

@@ -4,74 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from logging import DEBUG, INFO
 from typing import Any
 
-import torch
 from flwr.supercore import log
 
-from fedkseed.data import EncodedExample, encode, get_template, pad_token_id
+from fedkseed.data import EncodedExample, encode, get_template, pad_token_id, read_source
 from fedkseed.errors import ConfigError, ProtocolError
-from fedkseed.evaluation import EvalLoss, evaluate_loss
-from fedkseed.flower.config import FlowerConfig, node_settings
+from fedkseed.flower.config import EngineConfig, FlowerConfig, node_settings
 from fedkseed.flower.envelope import Evaluation, Hello
+from fedkseed.flower.log import Log
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.messages import TrainRequest
 from fedkseed.kseed.server import seed_pool
-from fedkseed.models.binding import Binding, bind
-from fedkseed.models.identity import BaseIdentity
-from fedkseed.models.loading import Dtype, base_path, load_model, load_tokenizer
+from fedkseed.models.loading import Dtype, load_model, load_tokenizer
 from fedkseed.noise.pool import SeedPool
-from fedkseed.runs.observer import Probe
-from fedkseed.runs.records import Records, check_context, prepare, read_source
-from fedkseed.runs.simulation import EVAL_BATCH, Stopwatch, TextTask, TimedModel
-
-
-@dataclass(frozen=True)
-class BoundModel:
-    """A loaded model, bound to the run's pool, and the identity of its base weights."""
-
-    model: torch.nn.Module
-    bound: Binding
-    identity: BaseIdentity
-
-    @property
-    def weight_bytes(self) -> int:
-        """What sending the weights would take."""
-        return sum(p.nbytes for p in self.model.parameters())
-
-    def evaluate(self, ledger: Ledger, examples: list[EncodedExample], pad_id: int) -> EvalLoss:
-        """The loss of some records under a ledger's model."""
-        self.bound.rebuild(ledger.coefficients)
-        return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id)
+from fedkseed.runs.records import Records, check_context, prepare, sample
+from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, TimedModel, bind_loaded
 
 
 # One model and one data set stay in a process that lives on, as the simulation engine's actors do. A SuperNode starts a
 # process for each message, so that there everything is loaded anew.
 @lru_cache(maxsize=1)
 def load_bound(source: str, dtype: Dtype, device: str, pool: SeedPool) -> BoundModel:
-    """Load a base model and bind it; its weights are re-read through a memory map where its files allow.
+    """Load a base model and bind it; see `bind_loaded`.
 
     Raises:
         FedKSeedError: the model cannot be loaded or used.
     """
-    model = load_model(source, dtype, device)
-    model.requires_grad_(True)
-    bound = bind(model, pool, base_path(source, model))
-    return BoundModel(model, bound, bound.identity())
+    return bind_loaded(source, load_model(source, dtype, device), pool)
 
 
 @lru_cache(maxsize=1)
-def simulated_records(config: FlowerConfig) -> Records:
+def simulated_records(config: EngineConfig) -> Records:
     """The records of all clients of Flower's simulation engine, dealt out as `fedkseed simulate` does.
 
     Raises:
         FedKSeedError: the data cannot be read or dealt out.
     """
-    return prepare(config, _Log())
+    return prepare(config, Log(DEBUG))
 
 
 def read_examples(config: FlowerConfig, source: str, what: str) -> list[EncodedExample]:
@@ -89,6 +62,11 @@ def read_examples(config: FlowerConfig, source: str, what: str) -> list[EncodedE
     return list(encoded.examples)
 
 
+def drawn(config: FlowerConfig, examples: list[EncodedExample]) -> list[EncodedExample]:
+    """The records that are evaluated on: all, or the same seeded draw as in a simulation."""
+    return [examples[i] for i in sample(len(examples), config.eval_limit, config.seed)]
+
+
 class Participant:
     """A client in the field, or one of Flower's simulation engine.
 
@@ -102,8 +80,9 @@ class Participant:
 
     def __init__(self, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> None:
         begin = time.perf_counter()
-        who, config = node_settings(run_config, node_config)
-        if isinstance(who, int):
+        node = node_settings(run_config, node_config)
+        who, config = node.client, node.config
+        if isinstance(who, int) and isinstance(config, EngineConfig):
             records = simulated_records(config)
             names = sorted(records.clients)
             if who >= len(names):
@@ -111,11 +90,10 @@ class Participant:
             self.name = names[who]
             self._examples, self._held_out, self._pad_id = records.clients[self.name], [], records.pad_id
         else:
-            self.name = who
+            self.name = str(who)
             self._pad_id = pad_token_id(load_tokenizer(config.model))
-            self._examples = read_examples(config, config.data or "", "training")
-            self._held_out = read_examples(config, config.eval_data, "evaluation") if config.eval_data else []
-        self._held_out = self._held_out[: config.eval_limit]
+            self._examples = read_examples(config, node.data or "", "training")
+            self._held_out = drawn(config, read_examples(config, node.eval_data, "evaluation")) if node.eval_data else []
         self._loaded = load_bound(config.model, config.dtype, config.device, seed_pool(config))
         self._seconds_loading = time.perf_counter() - begin
 
@@ -163,20 +141,3 @@ class Participant:
         return Evaluation(
             ledger=ledger.digest(), loss=result.loss, num_examples=result.num_examples, num_tokens=result.num_tokens
         ).encode()
-
-
-class _Log:
-    """An observer for `prepare`: notes go to Flower's log."""
-
-    def note(self, text: str) -> None:
-        """See `fedkseed.runs.observer.Observer`."""
-        log(DEBUG, text)
-
-    def progress(self, activity: str, done: int, total: int) -> None:
-        """See `fedkseed.runs.observer.Observer`."""
-
-    def probe(self, probe: Probe) -> None:
-        """See `fedkseed.runs.observer.Observer`; not called by `prepare`."""
-
-    def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.runs.observer.Observer`; not called by `prepare`."""

@@ -6,14 +6,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkseed.data import EncodedExample, pad_token_id
-from fedkseed.errors import LedgerError
 from fedkseed.evaluation import EvalLoss
-from fedkseed.flower.config import FlowerConfig, open_run, read_config
-from fedkseed.flower.participant import load_bound, read_examples, simulated_records
+from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run, read_config
+from fedkseed.flower.participant import drawn, load_bound, read_examples, simulated_records
 from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.server import seed_pool
 from fedkseed.models.loading import load_tokenizer
+from fedkseed.runs.algorithms import check_base
 
 
 def server_app() -> ServerApp:
@@ -37,26 +37,25 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     held_out = _held_out(config)
     loaded = load_bound(config.model, config.dtype, config.device, seed_pool(config))
     run = open_run(config)
-    ledger = run.load_ledger()
-    if ledger is not None and (difference := ledger.base.difference(loaded.identity, loaded.bound.names)):
-        raise LedgerError(f"{run.ledger_path} is of another base model than {config.model}: {difference}")
+    base = check_base(run.load_ledger(), loaded, config.model)
+    weight_bytes = sum(p.nbytes for p in loaded.model.parameters())
     if held_out is None:
         load_bound.cache_clear()  # only the identity is needed, not the weights
-        return FedKSeed(run, config, loaded.identity, loaded.weight_bytes)
+        return FedKSeed(run, config, base, weight_bytes)
     examples, pad_id = held_out
 
     def evaluate(ledger: Ledger) -> EvalLoss:
         return loaded.evaluate(ledger, examples, pad_id)
 
-    return FedKSeed(run, config, loaded.identity, loaded.weight_bytes, evaluate)
+    return FedKSeed(run, config, base, weight_bytes, evaluate)
 
 
 def _held_out(config: FlowerConfig) -> tuple[list[EncodedExample], int] | None:
     """Records to evaluate on here, and what padding holds; None where clients evaluate their own."""
-    if config.data is not None:
+    if isinstance(config, EngineConfig):
         records = simulated_records(config)
         return records.held_out, records.pad_id
     if config.eval_data is not None:
-        examples = read_examples(config, config.eval_data, "evaluation")[: config.eval_limit]
+        examples = drawn(config, read_examples(config, config.eval_data, "evaluation"))
         return examples, pad_token_id(load_tokenizer(config.model))
     return None

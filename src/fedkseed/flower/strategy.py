@@ -1,10 +1,11 @@
-"""The Flower strategy: a loop over the same `Server` as in a simulation, over nodes that come, go and may lie."""
+"""The Flower strategy: how the bytes of a driver's rounds get to nodes that come, go and may lie, and back."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from logging import INFO, WARNING
 from typing import Any
 
@@ -13,18 +14,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
-from fedkseed.errors import ProtocolError, TooFewRepliesError
+from fedkseed.errors import ProtocolError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Limits, Outcome, count_steps
 from fedkseed.flower.config import FlowerConfig
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
 from fedkseed.flower.exchange import POLL_SECONDS, Exchange
+from fedkseed.flower.log import Log
 from fedkseed.flower.roll import Member, Roll
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.messages import TrainRequest
 from fedkseed.kseed.server import Server, start
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.runs.events import evaluation_event, round_event
+from fedkseed.runs.driver import Driver
+from fedkseed.runs.events import summary
 from fedkseed.runs.folder import RunFolder
 
 WAITING_NOTE_SECONDS = 60.0
@@ -57,14 +59,23 @@ class FedKSeed(Strategy):
         evaluate: Callable[[Ledger], EvalLoss] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self.run, self.config, self.limits = run, config, limits
-        self.ledger = run.load_ledger() or start(config, base)
-        self.outcome: Outcome | None = None
+        self.run, self.config = run, config
         self._base, self._weight_bytes, self._evaluate_here = base, weight_bytes, evaluate
-        self._server: Server | None = None
+        self._server = Server(config, run.load_ledger() or start(config, base), None, limits)
+        self._driver = Driver(run, self._server, Log(describe=partial(summary, num_rounds=config.num_rounds)))
         self._members: dict[str, Member] = {}
-        self._asked: dict[str, tuple[TrainRequest, Message]] = {}
+        self._asked: dict[str, Message] = {}
         self._result = Result()
+
+    @property
+    def ledger(self) -> Ledger:
+        """After the last closed round."""
+        return self._server.ledger
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Of the last attempt at a round."""
+        return self._driver.outcome
 
     def summary(self) -> None:
         """Log what will be done."""
@@ -73,40 +84,26 @@ class FedKSeed(Strategy):
         log(INFO, "run folder: %s", self.run.path)
 
     def start(self, grid: Grid) -> Result:  # type: ignore[override]
-        """Do all rounds that are left; after each the ledger is on the disk.
-
-        Raises:
-            TooFewRepliesError: a round failed three times for want of replies; the ledger is safe.
-            RunError: a file cannot be written; the ledger is safe.
-        """
+        """Do all rounds that are left; see `fedkseed.runs.driver.Driver.drive`."""
         self.summary()
         roll = Roll(grid, self._base.fingerprint, self._check_hello)
-        self.run.cut_metrics(self.ledger.round)
-        evaluated = {event["server_round"] for event in self.run.metrics() if event["event"] == "evaluation"}
-        if self._due() and self.ledger.round not in evaluated:
-            self._evaluate(grid, roll)
-        while self.ledger.round < self.config.num_rounds:
-            self._round(grid, roll)
-            if self._due():
-                self._evaluate(grid, roll)
+        self._driver.drive(partial(self._attempt, grid, roll), partial(self._evaluate, grid, roll))
         log(INFO, "done: %s, digest %s", self.run.ledger_path, self.ledger.digest())
         return self._result
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """The next round's requests to the clients that are here; arrays and config are ignored."""
-        requests = {request.client: request for request in self._the_server().plan()}
-        messages = {
-            client: Message(
-                wrap(request.encode()),
-                self._members[client].node_id,
+        self._asked = {
+            request.client: Message(
+                wrap(data),
+                self._members[request.client].node_id,
                 MessageType.TRAIN,
                 ttl=self.config.deadline,
                 group_id=str(server_round),
             )
-            for client, request in requests.items()
+            for request, data in self._driver.plan()
         }
-        self._asked = {client: (requests[client], messages[client]) for client in requests}
-        return list(messages.values())
+        return list(self._asked.values())
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord | None]:
         """Absorb replies, in whatever order they came, into the ledger, and write it; bad ones are refused and logged.
@@ -118,7 +115,7 @@ class FedKSeed(Strategy):
             TooFewRepliesError: it was the last attempt at this round.
             RunError: the ledger cannot be written.
         """
-        clients = {message.metadata.message_id: client for client, (_, message) in self._asked.items()}
+        clients = {message.metadata.message_id: client for client, message in self._asked.items()}
         arrived: list[tuple[str, bytes]] = []
         unreadable: dict[str, str] = {}
         for reply in replies:
@@ -129,36 +126,9 @@ class FedKSeed(Strategy):
             try:
                 arrived.append((client, unwrap(reply)))
             except ProtocolError as error:
-                unreadable[client] = str(error)
-        server = self._the_server()
-        self.outcome = outcome = server.absorb(arrived)
-        lr = next(request.lr for request, _ in self._asked.values())
-        event = round_event(outcome, lr)
-        event["refused"] |= unreadable
-        event["missing"] = [client for client in outcome.missing if client not in unreadable]
-        for client, reason in sorted(event["refused"].items()):
-            node_id = self._asked[client][1].metadata.dst_node_id
-            log(WARNING, "round %s: reply of %s (node %s) refused: %s", server_round, client, node_id, reason)
-        if event["missing"]:
-            log(WARNING, "round %s: no reply of %s in time", server_round, ", ".join(event["missing"]))
-        if outcome.status == "failed":
-            raise TooFewRepliesError(
-                f"round {server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
-                f"the ledger of round {self.ledger.round} is safe in {self.run.path}: "
-                "lower min-replies or raise deadline, then start the app again"
-            )
-        if outcome.status == "repeat":
-            return None, None
-        event |= {
-            "bytes_down": sum(len(request.encode()) for request, _ in self._asked.values()) / len(self._asked),
-            "bytes_up": sum(len(data) for _, data in arrived) / len(arrived),
-            "seconds": time.perf_counter() - self._begin,
-        }
-        # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
-        self.run.append_metrics(event)
-        server.ledger.save(self.run.ledger_path)
-        self.ledger = server.ledger
-        return None, _metrics(event)
+                unreadable[client] = f"node {reply.metadata.src_node_id}: {error}"
+        event = self._driver.close(arrived, unreadable)
+        return None, None if event is None else _metrics(event)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """The ledger in its published form, for every client here that has records to evaluate on."""
@@ -193,46 +163,29 @@ class FedKSeed(Strategy):
             {name: {"loss": e.loss, "num_tokens": e.num_tokens} for name, e in sorted(found.items())},
         )
 
-    def _the_server(self) -> Server:
-        """The state machine, with the clients that are here now."""
-        if self._server is None:
-            self._server = Server(self.config, self.ledger, list(self._members), self.limits, self._sizes())
-        return self._server
-
-    def _round(self, grid: Grid, roll: Roll) -> None:
+    def _attempt(self, grid: Grid, roll: Roll) -> bool:
+        self._gather(roll)
         server_round = self.ledger.round + 1
-        metrics = None
-        while metrics is None:
-            self._gather(roll)
-            self._begin = time.perf_counter()
-            exchange = Exchange(grid)
-            exchange.send(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
-            replies = [reply for _, reply in exchange.wait(self.config.deadline)]
-            metrics = self.aggregate_train(server_round, replies)[1]
-        self._result.train_metrics_clientapp[server_round] = metrics
-        log(INFO, "round %s/%s: %s", server_round, self.config.num_rounds, dict(metrics))
+        exchange = Exchange(grid)
+        exchange.send(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
+        metrics = self.aggregate_train(server_round, [reply for _, reply in exchange.wait(self.config.deadline)])[1]
+        if metrics is not None:
+            self._result.train_metrics_clientapp[server_round] = metrics
+        return metrics is not None
 
     def _evaluate(self, grid: Grid, roll: Roll) -> None:
-        self._begin = time.perf_counter()
-        server_round = self.ledger.round
+        self._begin, server_round = time.perf_counter(), self.ledger.round
         if self._evaluate_here is not None:
-            metrics: MetricRecord | None = self._evaluated(self._evaluate_here(self.ledger))
-            self._result.evaluate_metrics_serverapp[server_round] = metrics or MetricRecord()
-        else:
-            self._gather(roll)
-            exchange = Exchange(grid)
-            exchange.send(self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid))
-            metrics = self.aggregate_evaluate(server_round, [reply for _, reply in exchange.wait(self.config.deadline)])
-            self._result.evaluate_metrics_clientapp[server_round] = metrics or MetricRecord()
-        if metrics is not None:
-            log(INFO, "round %s/%s: %s", server_round, self.config.num_rounds, dict(metrics))
+            self._result.evaluate_metrics_serverapp[server_round] = self._evaluated(self._evaluate_here(self.ledger))
+            return
+        self._gather(roll)
+        exchange = Exchange(grid)
+        exchange.send(self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid))
+        metrics = self.aggregate_evaluate(server_round, [reply for _, reply in exchange.wait(self.config.deadline)])
+        self._result.evaluate_metrics_clientapp[server_round] = metrics or MetricRecord()
 
     def _evaluated(self, result: EvalLoss, clients: dict[str, Any] | None = None) -> MetricRecord:
-        event = evaluation_event(self.ledger.round, result, self._weight_bytes, time.perf_counter() - self._begin)
-        if not math.isfinite(result.loss):
-            log(WARNING, "round %s: the held-out loss is %s; the run has diverged: lower lr", self.ledger.round, result.loss)
-        self.run.append_metrics(event | ({"clients": clients} if clients else {}))
-        return _metrics(event)
+        return _metrics(self._driver.evaluated(result, self._weight_bytes, time.perf_counter() - self._begin, clients))
 
     def _gather(self, roll: Roll) -> None:
         """Wait until enough clients are here, and let the server draw from them."""
@@ -246,7 +199,10 @@ class FedKSeed(Strategy):
                 noted = time.monotonic()
                 log(INFO, "waiting for clients: %s of %s are here", here, wanted)
             time.sleep(POLL_SECONDS)
-        self._the_server().admit(list(self._members), self._sizes())
+        self._server.admit(list(self._members), self._sizes())
+        known = set(self.run.driver.get("clients", ()))
+        if not self._members.keys() <= known:  # a report wants to know who was here, asked or not
+            self.run.write_config(self.config, {**self.run.driver, "clients": sorted(known | self._members.keys())})
 
     def _sizes(self) -> dict[str, int]:
         return {name: member.hello.num_examples for name, member in self._members.items()}
@@ -254,9 +210,6 @@ class FedKSeed(Strategy):
     def _check_hello(self, hello: Hello) -> None:
         """Whether the client's steps fit into a request: its own count of records must not end the run."""
         count_steps(self.config, hello.num_examples, hello.name)
-
-    def _due(self) -> bool:
-        return self.ledger.round % self.config.eval_every == 0 or self.ledger.round == self.config.num_rounds
 
 
 def _metrics(event: dict[str, Any]) -> MetricRecord:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError
-from fedkseed.federation.envelope import Request
+from fedkseed.federation.task import Task, batches, by_step, check_addressee
 from fedkseed.kseed.messages import TrainReply, TrainRequest
 from fedkseed.kseed.rounding import pack
 from fedkseed.kseed.steps import GRAD_EXPONENT, Movable, StepSettings, local_steps
@@ -25,19 +25,6 @@ class Model(Movable, Protocol):
 
     def rebuild(self, coefficients: NDArray[np.float32]) -> None:
         """Set the weights to base plus coefficients."""
-        ...
-
-
-class Task(Protocol):
-    """A client's private records, and the loss of the model on some of them."""
-
-    @property
-    def num_examples(self) -> int:
-        """How many records there are."""
-        ...
-
-    def loss(self, records: NDArray[np.int64]) -> float:
-        """Mean loss at the model's current weights on the records at these positions."""
         ...
 
 
@@ -87,40 +74,3 @@ class Client:
             loss=float(kept.mean()) if kept.size else None,
         )
         return reply.encode()
-
-
-def check_addressee(request: Request, name: str, base: bytes) -> None:
-    """Refuse a request for another client or base model.
-
-    Raises:
-        ProtocolError: it is.
-    """
-    if request.client != name:
-        raise ProtocolError(f"request is for client {request.client!r}; this is {name!r}")
-    if request.base != base:
-        raise ProtocolError(
-            f"request is for base model {request.base.hex()[:16]}..., this client has {base.hex()[:16]}...; "
-            "load the same base weights as the server"
-        )
-
-
-def by_step(order: Iterator[NDArray[np.int64]]) -> Callable[[int], NDArray[np.int64]]:
-    """The batch of a step, the same one as often as the step is asked for; steps come in their order."""
-    current: NDArray[np.int64] = np.empty(0, np.int64)
-    at = -1
-
-    def batch(step: int) -> NDArray[np.int64]:
-        nonlocal current, at
-        if step != at:
-            current, at = next(order), step
-        return current
-
-    return batch
-
-
-def batches(num_examples: int, batch_size: int, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Batches of record positions without end: each pass over the records is in a fresh random order."""
-    while True:
-        order = draw.permutation(num_examples)
-        for first in range(0, num_examples, batch_size):
-            yield order[first : first + batch_size]

@@ -27,7 +27,8 @@ from fedkseed.federation.envelope import (
     unpack_fields,
 )
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed
-from fedkseed.noise.pool import FAMILIES, MAX_SIZE, SeedPool
+from fedkseed.noise.families import BY_CODE
+from fedkseed.noise.pool import MAX_SIZE, SeedPool
 
 REQUEST, REPLY = "k?", "k!"
 """The first field of a message; two letters, since headers count in the budget."""
@@ -83,7 +84,7 @@ class TrainRequest(Request):
 
     def encode(self) -> bytes:
         """The message's bytes."""
-        pool = [self.pool.key, self.pool.size, FAMILIES.index(self.pool.family)]
+        pool = [self.pool.key, self.pool.size, self.pool.facts.code]
         indices = np.array(self.indices, INDEX).tobytes()
         numbers = [float(self.lr), float(self.eps), self.batch_size, float(self.max_grad), self.loss_clip]
         head = [self.run_id, self.server_round, self.attempt, self.client]
@@ -101,8 +102,8 @@ class TrainRequest(Request):
         precision, exponent, numbers, digest, indices, lr, eps, batch_size, max_grad, loss_clip = fields[8:]
         check_integer("pool key", key, 0, 2**64 - 1)
         check_integer("pool size", size, 1, MAX_SIZE)
-        check_integer("family", family, 0, len(FAMILIES) - 1)
-        pool = SeedPool(key, size, FAMILIES[family])
+        check_integer("family", family, 0, max(BY_CODE))
+        pool = SeedPool(key, size, BY_CODE[family].name)
         packed = _unflat(precision, exponent, numbers)
         steps = tuple(read_array("indices", indices, INDEX).tolist())
         head = (run_id, server_round, attempt, client, base, digest)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig, Limits
 from fedkseed.federation.rounds import Rounds
-from fedkseed.kseed.importance import importances, probabilities
+from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.kseed.ledger import History, Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
+from fedkseed.kseed.optimizer import SGD
 from fedkseed.kseed.rounding import pack
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
@@ -46,7 +47,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
         self,
         config: FederationConfig,
         ledger: Ledger,
-        clients: Sequence[str],
+        clients: Sequence[str] | None,
         limits: Limits | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
@@ -69,14 +70,11 @@ class Server(Rounds[TrainRequest, TrainReply]):
 
     def probabilities(self) -> NDArray[np.float64]:
         """How likely each seed is to be drawn for a step now, float64[K]."""
-        history = self._history
-        if self.config.algorithm == "fedkseed-pro":
-            return probabilities(importances(history.grad_sums, history.grad_counts, self.config.importance_start))
-        return np.full(self.ledger.pool.size, 1 / self.ledger.pool.size)
+        return seed_probabilities(self.config, self._history.grad_sums, self._history.grad_counts)
 
     def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> dict[str, TrainRequest]:
         config = self.config
-        likely = self.probabilities() if config.algorithm == "fedkseed-pro" else None
+        likely = None if config.facts.draws == "uniform" else self.probabilities()
         coefficients, digest = pack(self._history.accumulators, config.wire), coefficients_digest(self.ledger.coefficients)
         return {
             client: TrainRequest(
@@ -123,18 +121,30 @@ class Server(Rounds[TrainRequest, TrainReply]):
         return tuple(draw.choice(self.ledger.pool.size, self.steps[client], p=likely).tolist())
 
     def _close(self, replies: Mapping[str, TrainReply], weights: Mapping[str, float]) -> None:
-        """a_k <- a_k - lr sum_i p_i (sum of client i's g at k), in float64 and in the order of the clients' names."""
-        total = np.zeros(self.ledger.pool.size)
-        sums, counts = self._history.grad_sums.copy(), self._history.grad_counts.copy()
+        """Average what the replies say of the K numbers, in the order of the clients' names, and take the optimiser's step."""
+        history, total = self._history, np.zeros(self.ledger.pool.size)
+        sums, counts = history.grad_sums.copy(), history.grad_counts.copy()
         lr = next(iter(self._pending.values())).lr
         for name, reply in replies.items():
-            grads = reply.projected_grads.unpack().astype(np.float64)
-            indices = np.array(self._pending[name].indices[: len(grads)])
-            kept = np.ones(len(grads), bool)
-            kept[list(reply.dropped)] = False
-            change = np.zeros_like(total)
-            np.add.at(change, indices, grads)
-            total += weights[name] * change
-            np.add.at(sums, indices[kept], np.minimum(np.abs(grads[kept]), self.config.importance_clip))
-            np.add.at(counts, indices[kept], 1)
-        self.ledger = self.ledger.advance(History(self._history.accumulators - lr * total, sums, counts))
+            request = self._pending[name]
+            total += weights[name] * gradient(request, reply)
+            self._remember(request, reply, sums, counts)
+        change, _ = SGD.step(total, lr, {})
+        self.ledger = self.ledger.advance(History(history.accumulators + change, sums, counts))
+
+    def _remember(self, request: TrainRequest, reply: TrainReply, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+        """Add a reply's |clipped projected gradients| to each seed's sum and count, in place."""
+        grads = reply.projected_grads.unpack().astype(np.float64)
+        kept = np.ones(len(grads), bool)
+        kept[list(reply.dropped)] = False
+        indices = np.array(request.indices[: len(grads)])[kept]
+        np.add.at(sums, indices, np.minimum(np.abs(grads[kept]), self.config.importance_clip))
+        np.add.at(counts, indices, 1)
+
+
+def gradient(request: TrainRequest, reply: TrainReply) -> NDArray[np.float64]:
+    """What a reply says of the K numbers, float64[K]: the sum of its projected gradients at each seed."""
+    grads = reply.projected_grads.unpack().astype(np.float64)
+    total = np.zeros(request.pool.size)
+    np.add.at(total, np.array(request.indices[: len(grads)]), grads)
+    return total

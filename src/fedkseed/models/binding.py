@@ -75,7 +75,7 @@ class Binding:
             return
         self._rebuilt = None
         self._rebuild_all(mixture)
-        if self.pool.family == "gaussian" and _fit_again(self._tunable):
+        if self.pool.facts.pass_per_seed and _fit_again(self._tunable):
             self._rebuilt = coefficients.tobytes(), {e.name: e.parameter.detach().clone() for e in self._tunable}
 
     def move(self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]) -> None:
@@ -99,7 +99,7 @@ class Binding:
             raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
         if self._full:
             self._add_full(self.pool.mixture(at, delta))
-        if self._half and self.pool.family == "hadamard":
+        if self._half and self.pool.facts.moves_exactly:
             self._rebuild_half(self.pool.mixture_of(moved.astype(np.float32)))
         elif self._half:
             self._follow_centre(self.pool.mixture(at, delta))

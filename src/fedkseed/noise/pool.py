@@ -5,20 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
-from fedkseed.noise import GaussianMixture, HadamardMixture, Mixture, Slot, get_backend, halves, philox, tensor_id
+from fedkseed.noise.backend import Mixture, Slot, get_backend
+from fedkseed.noise.families import FAMILIES, Family, block_size
+from fedkseed.noise.philox import tensor_id
 
-Family = Literal["hadamard", "gaussian"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
 MAX_SIZE = 65536
-MIN_BLOCK = 128
 MAX_ELEMENTS = 2**34
-SEED_STREAM = 0x5EED5EED
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -50,7 +47,7 @@ class SeedPool:
 
     key: int
     size: int
-    family: Family = "hadamard"
+    family: str = "hadamard"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", _integer("key", self.key, 0, 2**64 - 1))
@@ -61,7 +58,12 @@ class SeedPool:
     @property
     def block(self) -> int:
         """B: the smallest power of two that is at least K and at least 128."""
-        return max(MIN_BLOCK, 1 << (self.size - 1).bit_length())
+        return block_size(self.size)
+
+    @property
+    def facts(self) -> Family:
+        """What is to be known of the family."""
+        return FAMILIES[self.family]
 
     def perturbation(self, name: str, n: int, index: int, backend: str = "auto") -> NDArray[np.float32]:
         """z_index on the tensor of that name with n elements (row-major): float32[n].
@@ -131,12 +133,7 @@ class SeedPool:
         return np.array(at, np.int64), np.array([delta[k] for k in at], np.float64)
 
     def _mixture(self, indices: NDArray[np.int64], amounts: NDArray[np.float32]) -> Mixture:
-        if self.family == "hadamard":
-            return HadamardMixture(self.key, _table(indices, amounts, self.block))
-        # Leaving out zeros changes no bit: the sum starts from +0, so it is never -0, and adding a zero leaves it.
-        indices, amounts = indices[amounts != 0], amounts[amounts != 0]
-        r0, r1, _, _ = philox((indices, 0, 0, SEED_STREAM), halves(self.key))
-        return GaussianMixture(r0.astype(np.uint64) | r1.astype(np.uint64) << np.uint64(32), amounts)
+        return self.facts.mix(self.key, self.size, indices, amounts)
 
     def _sum(self, name: str, n: int, mixture: Mixture, backend: str) -> NDArray[np.float32]:
         import torch
@@ -146,19 +143,3 @@ class SeedPool:
         chosen.prepare([Slot(out, None, tensor_id(name))])(mixture)
         array: NDArray[np.float32] = out.cpu().numpy()
         return array
-
-
-def _table(indices: NDArray[np.int64], amounts: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """A = H a, float32[size]: butterflies in float64 on strides 1, 2, 4, ..., rounded once (docs/noise.md).
-
-    Each pass leaves the sums in the first half and the differences in the second, so that the next stride's pairs are
-    neighbours again, NumPy's loops are long, and after the last pass all are in their places (Pease 1968).
-    """
-    x, y = np.zeros(size, np.float64), np.empty(size, np.float64)
-    x[indices] = amounts
-    for _ in range(size.bit_length() - 1):
-        np.add(x[::2], x[1::2], out=y[: size // 2])
-        np.subtract(x[::2], x[1::2], out=y[size // 2 :])
-        x, y = y, x
-    with np.errstate(over="ignore"):
-        return x.astype(np.float32)

@@ -73,7 +73,7 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
         if others := [name for name, value in vars(args).items() if name != "resume" and value != defaults[name]]:
             raise ConfigError(f"--{others[0]} can't be given with --resume, which keeps the run's flags; leave it out")
         flags = argparse.Namespace(**{**defaults, **vars(read_flags(args.resume)), "resume": args.resume})
-        return RunFolder.open(args.resume).config, flags, args.resume
+        return RunFolder.open(args.resume).simulation, flags, args.resume
     return translate(args), args, new_folder(args.log_root if args.log else Path("runs"))
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedkseed.noise.pool import FAMILIES, SeedPool
+from fedkseed.noise.families import FAMILIES
+from fedkseed.noise.pool import SeedPool
 from fedkseed.runs.simulation import Simulation
 
 TIMED_SEEDS = 4
@@ -43,7 +44,7 @@ def estimate(simulation: Simulation, num_held_out: int) -> dict[str, Cost]:
     for family in FAMILIES:
         pool = SeedPool(0, config.num_seeds, family)
         pass_over = _seconds(lambda pool=pool: pool.perturbation(name, largest, 0)) * scale  # type: ignore[misc]
-        if family == "gaussian":
+        if pool.facts.pass_per_seed:
             some = np.zeros(pool.size, np.float32)
             some[:TIMED_SEEDS] = 1
             rebuild = _seconds(lambda pool=pool, some=some: pool.combine(name, largest, some)) * scale  # type: ignore[misc]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedkseed.federation.algorithms import SEEDS
-from fedkseed.kseed.importance import importances, probabilities
+from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.report import drawing, units
 from fedkseed.report.drawing import Draw
 from fedkseed.report.reading import RunRecord, is_finite
@@ -116,7 +115,7 @@ def _bytes(record: RunRecord) -> Chart:
 
 def _seed_use(record: RunRecord) -> Chart | None:
     name, title = "seed_use", "How often seeds were used"
-    if record.config.algorithm not in SEEDS:
+    if not record.config.facts.has_ledger:
         return None
     history = record.ledger.history if record.ledger else None
     if history is None:
@@ -129,7 +128,7 @@ def _seed_use(record: RunRecord) -> Chart | None:
         f"Histogram: {units.counted(int(counts.sum()), 'step')} over {units.counted(counts.size, 'seed')}, "
         f"each used {counts.min()} to {counts.max()} times; {unused:,} were never used."
     )
-    pro = record.config.algorithm == "fedkseed-pro"
+    pro = record.config.facts.draws == "importance"
     caption = (
         "Where columns on the right stand above the dots, FedKSeed-Pro came back to seeds that it prefers."
         if pro
@@ -140,12 +139,12 @@ def _seed_use(record: RunRecord) -> Chart | None:
 
 def _seed_probabilities(record: RunRecord) -> Chart | None:
     name, title = "seed_probabilities", "Seed probabilities for the next round"
-    if record.config.algorithm != "fedkseed-pro":
+    if record.config.facts.draws != "importance":
         return None
     history = record.ledger.history if record.ledger else None
     if history is None or not history.grad_counts.any():
         return _absent(name, title, "All seeds are equally likely until steps have been taken.")
-    share = probabilities(importances(history.grad_sums, history.grad_counts))
+    share = seed_probabilities(record.config, history.grad_sums, history.grad_counts)
     ratios = share * share.size
     alt = (
         f"Probabilities of {units.counted(share.size, 'seed')}, largest first: from {ratios.max():.2f} to {ratios.min():.2f} "
@@ -162,7 +161,7 @@ def _participation(record: RunRecord) -> Chart:
     seen = participation(record.rounds)
     if not seen:
         return _absent(name, title, "No client has been asked yet.")
-    never = max(0, record.config.num_clients - len(seen))
+    never = max(0, (record.num_clients or 0) - len(seen))
     rest = [0] * never
     draw = drawing.participation(
         [p.accepted for p in seen] + rest, [p.refused for p in seen] + rest, [p.missing for p in seen] + rest
@@ -178,7 +177,7 @@ def _participation(record: RunRecord) -> Chart:
 
 def _coefficients(record: RunRecord) -> Chart | None:
     name, title = "coefficients", "Distribution of the coefficients"
-    if record.config.algorithm not in SEEDS:
+    if not record.config.facts.has_ledger:
         return None
     if record.ledger is None:
         return _absent(name, title, "There is no ledger yet.")
@@ -207,7 +206,7 @@ def _time(record: RunRecord) -> Chart:
     alt = f"Stacked columns of seconds by round, {units.duration(total)} in all: {shares}."
     caption = (
         "Forward passes should dominate: noise and rebuild are what FedKSeed adds to them."
-        if record.config.algorithm in SEEDS
+        if record.config.facts.measures == "two-point"
         else 'Backpropagation and the optimiser\'s steps, of which FedKSeed has none, are in "other".'
     )
     return Chart(name, title, alt, caption, drawing.time_split(list(table), split))

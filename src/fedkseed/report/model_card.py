@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.settings import SimulationConfig
+from fedkseed.runs.settings import RunConfig
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
-METHODS = {"fedkseed": "FedKSeed", "fedkseed-pro": "FedKSeed-Pro"}
 LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,9 +19,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
 
 
-def model_card(
-    base: str, ledger: Ledger, config: SimulationConfig | None = None, losses: tuple[float, float] | None = None
-) -> str:
+def model_card(base: str, ledger: Ledger, config: RunConfig | None = None, losses: tuple[float, float] | None = None) -> str:
     """The card's text: Markdown below the YAML that hubs read. It names no licence, which is the base model's to give.
 
     Args:
@@ -31,7 +28,7 @@ def model_card(
         config: settings of the ledger's run, where they are known; its paths are not told.
         losses: held-out loss before and after, where the run measured them.
     """
-    method = METHODS[config.algorithm] if config else "FedKSeed"
+    method = config.facts.title if config else "FedKSeed"
     published = ledger.published()
     rows = {
         "base model": f"`{base}`, fingerprint `{ledger.base.fingerprint}`",

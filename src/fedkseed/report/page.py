@@ -8,14 +8,13 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from fedkseed.federation.algorithms import SEEDS, takes
 from fedkseed.report import units
 from fedkseed.report.charts import Chart
 from fedkseed.report.drawing import DARK, LIGHT, css_variables
 from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
-from fedkseed.runs.folder import TENSORS
-from fedkseed.runs.settings import SimulationConfig
+from fedkseed.runs.algorithms import TENSORS
+from fedkseed.runs.settings import RunConfig
 
 MAX_ROWS = 200
 """Rows of a table of clients or reasons; the rest is counted."""
@@ -70,9 +69,9 @@ def _style() -> str:
 
 def _status(record: RunRecord) -> list[Html]:
     config = record.config
-    seeds = f"K = {config.num_seeds:,} {config.noise} seeds, " if config.algorithm in SEEDS else ""
+    seeds = f"K = {config.num_seeds:,} {config.noise} seeds, " if config.facts.has_ledger else ""
     about = (
-        f"{config.algorithm} on {config.model}: {units.counted(config.num_clients, 'client')}, "
+        f"{config.algorithm} on {config.model}: {_clients_of(record)}, "
         f"{seeds}{units.counted(config.local_steps, 'step')} per client and round."
     )
     lines = [_tag("p", about, class_="quiet")]
@@ -86,6 +85,10 @@ def _status(record: RunRecord) -> list[Html]:
         text = f"Diverged: a loss is not a finite number, first in round {record.diverged_at}. Start anew with a lower"
         lines.append(_tag("p", [_tag("span", [text, " ", _tag("code", "--lr"), "."])], class_="status bad"))
     return lines
+
+
+def _clients_of(record: RunRecord) -> str:
+    return units.counted(record.num_clients, "client") if record.num_clients else "clients that are not known"
 
 
 def _card(name: str, figure: str, *details: str) -> Html:
@@ -208,7 +211,7 @@ def _bytes_table(record: RunRecord, moved: Traffic) -> Html:
     caption = (
         f"Bytes per client and round as encoded, headers included, and in total for "
         f"{units.counted(moved.exchanges, 'request')}. The paper's number is for K = 4,096 and 200 steps; "
-        f"this run has {f'K = {config.num_seeds:,} and ' if config.algorithm in SEEDS else ''}"
+        f"this run has {f'K = {config.num_seeds:,} and ' if config.facts.has_ledger else ''}"
         f"{units.counted(config.local_steps, 'step')}."
     )
     if config.min_replies > 1:
@@ -256,7 +259,7 @@ def _rounds(record: RunRecord) -> Html:
 def _clients(record: RunRecord) -> Html:
     seen = participation(record.rounds)
     rows: list[list[Text]] = [[p.client, str(p.accepted), str(p.refused), str(p.missing)] for p in seen[:MAX_ROWS]]
-    caption = f"{len(seen):,} of {units.counted(record.config.num_clients, 'client')} have been asked; rounds of each."
+    caption = f"{len(seen):,} of {_clients_of(record)} have been asked; rounds of each."
     if len(seen) > MAX_ROWS:
         caption += f" The {MAX_ROWS} most often asked are shown."
     return _details("Every client", _table(caption, ["client", "accepted", "refused", "no reply"], rows, 1))
@@ -281,7 +284,7 @@ def _refusals(record: RunRecord) -> list[Html]:
 
 def _ledger(record: RunRecord) -> list[Html]:
     ledger = record.ledger
-    if record.config.algorithm not in SEEDS:
+    if not record.config.facts.has_ledger:
         text = f"A run of {record.config.algorithm} has no ledger: its tuned model is the tensors in {TENSORS}."
         return [_tag("h2", "Tensors"), _tag("div", _tag("p", text), class_="panel")]
     if ledger is None:
@@ -306,10 +309,10 @@ def _ledger(record: RunRecord) -> list[Html]:
     return [_tag("h2", "Ledger"), _tag("div", _table(caption, ["what", "value"], rows, 9, "facts"), class_="panel")]
 
 
-def _settings(config: SimulationConfig) -> list[Html]:
+def _settings(config: RunConfig) -> list[Html]:
     rows: list[list[Text]] = []
     for name, field in type(config).model_fields.items():
-        if not takes(config.algorithm, name):
+        if not config.facts.takes(name):
             continue
         value = getattr(config, name)
         label = Html(_tag("code", name).text + _quiet(field.description or "").text)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedkseed.errors import RunError, RunFolderError
+from fedkseed.errors import RunError
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.folder import CONFIG, METRICS, RunFolder
-from fedkseed.runs.settings import SimulationConfig, build
+from fedkseed.runs.folder import METRICS, RunFolder
+from fedkseed.runs.settings import RunConfig
 
 LARGEST_LOSS = 1e30
 """A loss beyond this is divergence like NaN, and more than a chart's arithmetic bears."""
@@ -70,13 +69,15 @@ class RunRecord:
 
     Attributes:
         config: the settings; the data files that they name need not exist any more.
+        num_clients: how many there were, as far as is known.
         evaluations: by round, ascending.
         rounds: by round, ascending; none beyond the ledger's.
         ledger: None before the first round is done.
         weight_bytes: size of all float weights in the run's precision; None if the run did not note it.
     """
 
-    config: SimulationConfig
+    config: RunConfig
+    num_clients: int | None
     evaluations: tuple[Evaluation, ...]
     rounds: tuple[Round, ...]
     ledger: Ledger | None
@@ -115,7 +116,7 @@ def read(path: Path) -> RunRecord:
         RunError: a file in it is damaged.
         LedgerError: its ledger is damaged or of another version.
     """
-    run = RunFolder(path, _settings(path))
+    run = RunFolder.open(path)
     # the ledger first: a run that goes on meanwhile can then only add events that are left out below
     ledger = run.load_ledger()
     try:
@@ -129,29 +130,13 @@ def read(path: Path) -> RunRecord:
         raise RunError(f"{path / METRICS} is damaged ({_cause(error)}); restore it from a copy, or --resume the run") from error
     return RunRecord(
         run.config,
+        run.num_clients,
         _ascending(evaluations),
         _ascending(rounds),
         ledger,
         run.ledger_path.stat().st_size if ledger else 0,
         sizes[0] if sizes else None,
     )
-
-
-def _settings(path: Path) -> SimulationConfig:
-    """The settings of a run whose data may lie elsewhere by now, or on another machine."""
-    file = path / CONFIG
-    try:
-        settings = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunFolderError(
-            f"{path} holds no run (no {CONFIG}); give the folder that fedkseed simulate --run has made"
-        ) from error
-    except OSError as error:
-        raise RunFolderError(f"{file}: cannot read the run's settings ({error.strerror}); give a run's folder") from error
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise RunError(f"{file} is not TOML ({error}); restore it from a copy") from error
-    data: dict[str, Path] = {name: Path(str(settings[name])) for name in ("data", "eval_data") if name in settings}
-    return build(settings | dict.fromkeys(data, file)).model_copy(update=data)
 
 
 def _evaluation(event: dict[str, Any]) -> Evaluation:

@@ -1,4 +1,4 @@
-"""The lines of `metrics.jsonl`, whoever drives the rounds; the driver adds bytes and seconds."""
+"""The lines of `metrics.jsonl`, whoever drives the rounds, and the same for a person; the driver adds bytes and seconds."""
 
 from typing import Any
 
@@ -34,3 +34,17 @@ def evaluation_event(server_round: int, result: EvalLoss, weight_bytes: int, sec
         "weight_bytes": weight_bytes,
         "seconds": seconds,
     }
+
+
+def summary(event: dict[str, Any], num_rounds: int) -> str:
+    """One line for an event."""
+    place = f"round {event['server_round']}/{num_rounds}"
+    if event["event"] == "evaluation":
+        return f"{place}: held-out loss {event['eval_loss']:.4f}"
+    loss = "-" if event["train_loss"] is None else f"{event['train_loss']:.4f}"
+    dropped = f", {event['dropped_steps']} steps dropped" if event["dropped_steps"] else ""
+    refused = f", {len(event['refused'])} replies refused" if event["refused"] else ""
+    return (
+        f"{place}: loss {loss} at {event['num_replies']} clients, {event['bytes_down']:,.0f} bytes down and "
+        f"{event['bytes_up']:,.0f} up each, {event['seconds']:.1f} s{dropped}{refused}"
+    )

@@ -1,4 +1,4 @@
-"""A run on disk: `config.toml`, `metrics.jsonl` and `ledger.safetensors` (of a baseline `tensors.safetensors`).
+"""A run on disk: `config.toml`, `metrics.jsonl` and a checkpoint, which is `ledger.safetensors` or `tensors.safetensors`.
 
 The last of these plus the config is everything.
 """
@@ -10,22 +10,21 @@ import os
 import secrets
 import time
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from fedkseed.baselines import TunedTensors
 from fedkseed.errors import RunError, RunFolderError
 from fedkseed.federation import Checkpoint
-from fedkseed.federation.algorithms import SEEDS, takes
 from fedkseed.files import write_atomically
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.settings import SimulationConfig, build
+from fedkseed.runs.algorithms import LEDGER, checkpoint_path, kind_of
+from fedkseed.runs.settings import DRIVER, WORDS, RunConfig, SimulationConfig
+from fedkseed.runs.validation import validated
 
-CONFIG, METRICS, LEDGER, TENSORS = "config.toml", "metrics.jsonl", "ledger.safetensors", "tensors.safetensors"
-DRIVER = "driver"
-"""The table of the settings that only the driver of the rounds knows, such as Flower's deadline."""
+CONFIG, METRICS = "config.toml", "metrics.jsonl"
 
 
 def new_folder(root: Path, prefix: str = "") -> Path:
@@ -34,13 +33,19 @@ def new_folder(root: Path, prefix: str = "") -> Path:
 
 
 class RunFolder:
-    """The folder of one run; made by `create`, opened again by `open`."""
+    """The folder of one run; made by `create`, opened again by `open`.
 
-    def __init__(self, path: Path, config: SimulationConfig) -> None:
-        self.path, self.config = path, config
+    Attributes:
+        path: where it is.
+        config: the settings: a `SimulationConfig` where the clients were simulated.
+        driver: what the driver of the rounds noted beside them; empty for `fedkseed simulate`.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, driver: Mapping[str, Any] | None = None) -> None:
+        self.path, self.config, self.driver = path, config, dict(driver or {})
 
     @classmethod
-    def create(cls, path: Path, config: SimulationConfig) -> RunFolder:
+    def create(cls, path: Path, config: RunConfig) -> RunFolder:
         """Make the folder and write the resolved settings.
 
         Raises:
@@ -58,53 +63,62 @@ class RunFolder:
         Raises:
             RunFolderError: it does.
         """
-        for name in (CONFIG, METRICS, LEDGER, TENSORS):
-            if (path / name).exists():
+        for file in (path / CONFIG, path / METRICS, checkpoint_path(path)):
+            if file.exists():
                 raise RunFolderError(
-                    f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
+                    f"{path} holds a run already ({file.name}); go on with --resume {path}, or choose another --run"
                 )
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The run in a folder, with the settings that it was started with.
+        """The run in a folder, with the settings that it was started with; files that they name need not exist any more.
 
         Raises:
-            RunError: there is no run, or its settings cannot be read.
+            RunFolderError: there is no run.
+            RunError: its settings cannot be read.
             ConfigError: its settings are not valid (any more).
         """
-        try:
-            raw = (path / CONFIG).read_bytes()
-        except OSError as error:
-            raise RunFolderError(f"{path} holds no run (no {CONFIG}); start one with fedkseed simulate --run {path}") from error
-        try:
-            settings = tomllib.loads(raw.decode())
-            settings.pop(DRIVER, None)
-            return cls(path, build(settings))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RunError(f"{path / CONFIG} is not TOML ({error}); restore it from a copy") from error
+        settings, driver = read_settings(path)
+        simulated = "data" in settings or not driver
+        return cls(path, validated(SimulationConfig if simulated else RunConfig, settings, WORDS, stored=True), driver)
 
     @property
     def ledger_path(self) -> Path:
-        """Where the ledger is."""
+        """Where a ledger is, if the algorithm has one."""
         return self.path / LEDGER
-
-    @property
-    def tensors_path(self) -> Path:
-        """Where a baseline's tensors are."""
-        return self.path / TENSORS
 
     @property
     def checkpoint_path(self) -> Path:
         """Where the algorithm's checkpoint is, whichever it is."""
-        return self.ledger_path if self.config.algorithm in SEEDS else self.tensors_path
+        return self.path / kind_of(self.config.facts).file
 
-    def write_config(self, config: SimulationConfig) -> None:
-        """Replace the settings, such as after more rounds were asked for."""
-        dumped = config.model_dump(mode="json").items()
-        settings = {name: value for name, value in dumped if value is not None and takes(config.algorithm, name)}
-        driver = {name: settings.pop(name) for name in sorted(settings.keys() - SimulationConfig.model_fields.keys())}
-        if driver:
-            settings[DRIVER] = driver
+    @property
+    def simulation(self) -> SimulationConfig:
+        """The settings, of a run whose clients were simulated.
+
+        Raises:
+            RunFolderError: they were not.
+        """
+        if not isinstance(self.config, SimulationConfig):
+            raise RunFolderError(
+                f"{self.path} is a run on Flower, whose records are its clients' own: go on with it by starting its app again "
+                f"with run = {self.path}; fedkseed evaluate {self.path} needs --data"
+            )
+        return self.config
+
+    @property
+    def num_clients(self) -> int | None:
+        """How many clients there were, as far as the settings or the driver say."""
+        if "clients" in self.driver:
+            return len(self.driver["clients"])
+        return self.config.num_clients if isinstance(self.config, SimulationConfig) else None
+
+    def write_config(self, config: RunConfig, driver: Mapping[str, Any] | None = None) -> None:
+        """Replace the settings, such as after more rounds were asked for, and what the driver notes unless that is None."""
+        if driver is not None:
+            self.driver = dict(driver)
+        noted = {name: value for name, value in self.driver.items() if value is not None}
+        settings = settings_of(config) | ({DRIVER: noted} if noted else {})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG, tomli_w.dumps(settings).encode())
@@ -113,16 +127,12 @@ class RunFolder:
         self.config = config
 
     def load_ledger(self) -> Ledger | None:
-        """The last ledger; None before the first round is done."""
+        """The last ledger; None before the first round is done, or where the algorithm has none."""
         return Ledger.load(self.ledger_path) if self.ledger_path.exists() else None
-
-    def load_tensors(self) -> TunedTensors | None:
-        """A baseline's last tensors; None before the first round is done."""
-        return TunedTensors.load(self.tensors_path) if self.tensors_path.exists() else None
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Where the run is, whichever its algorithm; None before the first round is done."""
-        return self.load_ledger() if self.config.algorithm in SEEDS else self.load_tensors()
+        return kind_of(self.config.facts).load(self.checkpoint_path) if self.checkpoint_path.exists() else None
 
     def metrics(self) -> list[dict[str, Any]]:
         """All events so far; a line that a kill left unfinished is left out."""
@@ -156,3 +166,34 @@ class RunFolder:
 
     def _cannot_write(self, error: OSError) -> RunError:
         return RunError(f"{self.path / METRICS}: cannot write ({error.strerror}); make room, then --resume {self.path}")
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that a run's `config.toml` holds: those that its algorithm takes, but not what is None."""
+    dumped = config.model_dump(mode="json", include=set(_kind_of(config).model_fields)).items()
+    return {name: value for name, value in dumped if value is not None and config.facts.takes(name)}
+
+
+def _kind_of(config: RunConfig) -> type[RunConfig]:
+    """Without what a driver adds."""
+    return SimulationConfig if isinstance(config, SimulationConfig) else RunConfig
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run's `config.toml` says: the settings, and the driver's notes.
+
+    Raises:
+        RunFolderError: there is no run.
+        RunError: the file cannot be read, or is not TOML.
+    """
+    file = path / CONFIG
+    try:
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunFolderError(f"{path} holds no run (no {CONFIG}); start one with fedkseed simulate --run {path}") from error
+    except OSError as error:
+        raise RunFolderError(f"{file}: cannot read the run's settings ({error.strerror}); give a run's folder") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise RunError(f"{file} is not TOML ({error}); restore it from a copy") from error
+    driver = settings.pop(DRIVER, {})
+    return settings, driver if isinstance(driver, dict) else {}

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from fedkseed.baselines import require_peft
 from fedkseed.data import (
-    COLUMNS,
     EncodedData,
     EncodedExample,
     Example,
@@ -22,14 +20,11 @@ from fedkseed.data import (
     iid,
     is_natural_instructions,
     pad_token_id,
-    parse_columns,
-    read_examples,
-    read_tasks,
+    read_source,
     shuffle_within_categories,
     split_off,
 )
 from fedkseed.errors import ConfigError, DataError, ProtocolError
-from fedkseed.federation.algorithms import ZEROTH_ORDER
 from fedkseed.federation.envelope import check_name
 from fedkseed.models.loading import context_length, load_tokenizer, require_device
 from fedkseed.noise import get_backend
@@ -72,9 +67,9 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
         DataError: a file cannot be read or used, or cannot be dealt out as asked.
         ModelError: the tokenizer is missing or lacks what is needed.
     """
-    require_peft(config.algorithm)
+    require_peft(config.facts)
     require_device(config.device)
-    if config.algorithm in ZEROTH_ORDER:
+    if config.facts.needs_noise:
         get_backend("auto", torch.device(config.device).type)
     tokenizer = load_tokenizer(config.model)
     pad_id = pad_token_id(tokenizer)
@@ -131,17 +126,18 @@ def load_examples(config: SimulationConfig, observer: Observer | None = None) ->
     """
     if config.data is None:
         raise DataError("--data is missing; give it on the command line or as data in the --config file")
-    examples = read_source(config.data, "train", config.max_length, config.seed, config.columns, observer)
+    heard = observer.progress if observer else None
+    examples = read_source(config.data, "train", config.max_length, config.seed, config.columns, heard)
     if config.subsample < 1:
         size = max(1, int(config.subsample * len(examples)))
         chosen = generator(config.seed, "subsample").choice(len(examples), size, replace=False)
         examples = [examples[i] for i in sorted(chosen.tolist())]
     if config.eval_data is not None:
-        return examples, read_source(config.eval_data, "test", config.max_length, config.seed, config.columns, observer)
+        return examples, read_source(config.eval_data, "test", config.max_length, config.seed, config.columns, heard)
     if config.held_out_category is not None:
         return _by_category(examples, config.held_out_category, config.data)
     if is_natural_instructions(Path(config.data)):
-        return examples, read_source(config.data, "test", config.max_length, config.seed, None, observer)
+        return examples, read_source(config.data, "test", config.max_length, config.seed, None, heard)
     if len(examples) < 2:
         raise DataError(f"{config.data} has {len(examples)} record; expected enough to hold some out, or give --eval-data")
     kept, held_out = split_off(len(examples), EVAL_FRACTION, generator(config.seed, "evaluation split"))
@@ -154,34 +150,6 @@ def sample(num_examples: int, limit: int | None, seed: int, purpose: str = "eval
         return list(range(num_examples))
     chosen: list[int] = generator(seed, purpose).choice(num_examples, limit, replace=False).tolist()
     return sorted(chosen)
-
-
-def read_source(
-    source: str,
-    split: Literal["train", "test"],
-    max_length: int,
-    seed: int,
-    columns: str | None,
-    observer: Observer | None = None,
-) -> list[Example]:
-    """The records that `--data` or `--eval-data` names.
-
-    Args:
-        source: a file, a Natural Instructions folder or a hub id.
-        split: of Natural Instructions: which of the tasks.
-        max_length: of Natural Instructions: inputs have fewer characters, as the published code has it.
-        seed: of Natural Instructions: draws the instances.
-        columns: see `parse_columns`; None for the usual names.
-        observer: hears how far it is.
-
-    Raises:
-        DataError: the source cannot be read or used.
-    """
-    path = Path(source)
-    if is_natural_instructions(path):
-        heard = partial(observer.progress, f"reading {split} tasks") if observer else None
-        return read_tasks(path, split, max_length, seed, heard)
-    return read_examples(source, parse_columns(columns) if columns else COLUMNS)
 
 
 def _by_category(examples: Sequence[Example], category: str, source: str) -> tuple[list[Example], list[Example]]:

@@ -1,47 +1,28 @@
-"""The settings of a simulated federation: what the server decides, and which model, data and clients there are."""
+"""The settings of a run: what the server decides, which model it is of, and, where clients are simulated, their data."""
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedkseed.data import TEMPLATES, get_template, is_hub_id, is_natural_instructions, parse_columns
-from fedkseed.errors import ConfigError
 from fedkseed.federation.config import Count, FederationConfig, Positive
-from fedkseed.runs.validation import first_problem
+from fedkseed.runs.validation import Words, validated
 
 
-class SimulationConfig(FederationConfig):
-    """Everything that a run's outcome depends on, beside the files that it names."""
+class RunConfig(FederationConfig):
+    """What every run is told, wherever its clients are."""
 
     model: str = Field(description="base model: a Hugging Face model folder or hub id")
-    data: str | None = Field(
-        None,
-        description="training records: a jsonl, CSV or parquet file with instruction, input/context, output/response, "
-        "category (or chat messages); a Natural Instructions folder; a dataset's hub id",
-    )
     columns: str | None = Field(
         None, description="what the fields are called in the data, such as instruction=question,output=answer,client=site"
     )
-    subsample: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="use a seeded fraction of the training records")
     eval_data: str | None = Field(
         None, description="held-out records (default: the test tasks of Natural Instructions, else a seeded 5 % of --data)"
     )
-    held_out_category: str | None = Field(None, description="hold out the records of this category, which no client gets")
-    num_clients: Count = Field(200, description="N: number of clients that the records are dealt out to")
     max_length: Annotated[int, Field(ge=2)] = Field(1024, description="longest record in tokens; longer ones are cut")
-    partition: Literal["iid", "dirichlet", "client"] = Field(
-        "dirichlet",
-        description="how records are dealt out; client: by the records' own client field (the task, in Natural "
-        "Instructions), whatever --num-clients",
-    )
-    alpha: Positive = Field(0.5, description="of the Dirichlet partition over categories: small is unlike, large is alike")
-    min_partition_size: Count = Field(1, description="records that each client of a Dirichlet partition gets at least")
     template: str = Field("plain", description=f"prompt template: {', '.join(TEMPLATES)} (the tokenizer's own), or a TOML file")
-    responses: Literal["own", "shuffled"] = Field(
-        "own", description="shuffled is the control: each training record gets another one's response of its category"
-    )
     eval_every: Count = Field(1, description="evaluate every so many rounds, and after the last")
     eval_limit: Count | None = Field(None, description="evaluate on a seeded draw of so many held-out records")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -49,24 +30,15 @@ class SimulationConfig(FederationConfig):
     )
     device: str = Field("cpu", description="where the model runs: cpu, cuda, or one GPU of several, such as cuda:1")
 
-    @field_validator("model", "data", "eval_data", "template", mode="before")
+    @field_validator("model", "eval_data", "template", mode="before")
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("data", "eval_data")
+    @field_validator("eval_data")
     @classmethod
-    def _is_source(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None:
-            return None
-        path = Path(value)
-        if path.is_dir() and not is_natural_instructions(path):
-            raise ValueError(f"a folder, but not of Natural Instructions; give a file to {flag(info.field_name or '')}")
-        if path.exists():
-            return str(path.resolve())  # a run is gone on with from any folder
-        if not is_hub_id(value):
-            raise ValueError(f"no such file; give the path of a jsonl file to {flag(info.field_name or '')}")
-        return value
+    def _eval_data_is_source(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return _checked_source(value, info)
 
     @field_validator("columns")
     @classmethod
@@ -77,15 +49,11 @@ class SimulationConfig(FederationConfig):
 
     @field_validator("template")
     @classmethod
-    def _is_template(cls, value: str) -> str:
+    def _is_template(cls, value: str, info: ValidationInfo) -> str:
+        if value in TEMPLATES or _is_stored(info):
+            return value
         get_template(value)
-        return value if value in TEMPLATES else str(Path(value).resolve())
-
-    @model_validator(mode="after")
-    def _one_held_out_set(self) -> Self:
-        if self.eval_data is not None and self.held_out_category is not None:
-            raise ValueError("--held-out-category and --eval-data both say what is held out; give one of them")
-        return self
+        return str(Path(value).resolve())
 
     @field_validator("device")
     @classmethod
@@ -100,35 +68,89 @@ class SimulationConfig(FederationConfig):
         return str(Path(value).resolve()) if Path(value).is_dir() else value
 
 
+class SimulationConfig(RunConfig):
+    """Everything that the outcome of a run with simulated clients depends on, beside the files that it names."""
+
+    data: str | None = Field(
+        None,
+        description="training records: a jsonl, CSV or parquet file with instruction, input/context, output/response, "
+        "category (or chat messages); a Natural Instructions folder; a dataset's hub id",
+    )
+    subsample: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="use a seeded fraction of the training records")
+    held_out_category: str | None = Field(None, description="hold out the records of this category, which no client gets")
+    num_clients: Count = Field(200, description="N: number of clients that the records are dealt out to")
+    partition: Literal["iid", "dirichlet", "client"] = Field(
+        "dirichlet",
+        description="how records are dealt out; client: by the records' own client field (the task, in Natural "
+        "Instructions), whatever --num-clients",
+    )
+    alpha: Positive = Field(0.5, description="of the Dirichlet partition over categories: small is unlike, large is alike")
+    min_partition_size: Count = Field(1, description="records that each client of a Dirichlet partition gets at least")
+    responses: Literal["own", "shuffled"] = Field(
+        "own", description="shuffled is the control: each training record gets another one's response of its category"
+    )
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("data")
+    @classmethod
+    def _data_is_source(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return _checked_source(value, info)
+
+    @model_validator(mode="after")
+    def _one_held_out_set(self) -> Self:
+        if self.eval_data is not None and self.held_out_category is not None:
+            raise ValueError("--held-out-category and --eval-data both say what is held out; give one of them")
+        return self
+
+
+DRIVER = "driver"
+"""The table in a run's `config.toml` of what only the driver of its rounds knows: Flower's deadline, who the clients were."""
+
+
+def _is_stored(info: ValidationInfo) -> bool:
+    """Whether these settings were checked before, maybe on another machine; see `validated`."""
+    return bool(info.context and info.context["stored"])
+
+
+def _checked_source(value: str | None, info: ValidationInfo) -> str | None:
+    if value is None or _is_stored(info):
+        return value
+    path = Path(value)
+    if path.is_dir() and not is_natural_instructions(path):
+        raise ValueError(f"a folder, but not of Natural Instructions; give a file to {flag(info.field_name or '')}")
+    if path.exists():
+        return str(path.resolve())  # a run is gone on with from any folder
+    if not is_hub_id(value):
+        raise ValueError(f"no such file; give the path of a jsonl file to {flag(info.field_name or '')}")
+    return value
+
+
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def flags(config: SimulationConfig) -> list[str]:
+def flags(config: RunConfig) -> list[str]:
     """The command line's words for settings; those at their defaults are left out."""
     chosen = config.model_dump(mode="json", exclude_defaults=True).items()
     return [word for name, value in chosen if value is not None for word in (flag(name), str(value))]
 
 
+WORDS = Words(
+    value=lambda path: flag(path[0]),
+    missing=lambda name: f"{flag(name)} is missing; give it on the command line or as {name} in the --config file",
+    unknown=lambda name: f"setting {name!r}",
+)
+
+
 def build(settings: dict[str, Any]) -> SimulationConfig:
-    """Validate settings.
+    """Validate the settings of a simulation.
 
     Raises:
         ConfigError: a setting is unknown, missing, or out of its range; the message names the flag, the value and the fix.
     """
-    try:
-        return SimulationConfig(**settings)
-    except ValidationError as error:
-        problem = first_problem(error)
-        if not problem.path:
-            raise ConfigError(problem.text) from error
-        name = problem.path[0]
-        if problem.kind == "missing":
-            raise ConfigError(
-                f"{flag(name)} is missing; give it on the command line or as {name} in the --config file"
-            ) from error
-        if problem.kind == "unknown":
-            known = ", ".join(sorted(SimulationConfig.model_fields))
-            raise ConfigError(f"setting {name!r} is unknown; expected one of: {known}") from error
-        raise ConfigError(f"{flag(name)} is {str(problem.value)!r}: {problem.text}") from error
+    return validated(SimulationConfig, settings, WORDS)

@@ -1,33 +1,64 @@
-"""What pydantic found wrong with settings, in a form that an error of one line is made from."""
+"""What pydantic found wrong with settings, as an error of one line in the words of whoever gave them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+
+from fedkseed.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+Path = tuple[str, ...]
+"""Where a value stands: the setting's name, with more parts inside lists and tables."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The first of the things that were wrong.
+class Words:
+    """How errors speak of settings: those who read them gave flags, lines of a file, or keys of Flower's.
 
     Attributes:
-        path: where: the setting's name, with more parts inside lists; empty for settings that contradict each other.
-        kind: whether it is missing, unknown, or has a value that it cannot have.
-        value: that value.
-        text: what was expected, without a capital.
+        value: what the setting at a path is called where its value is wrong.
+        missing: the whole message for a setting that is missing, by its name.
+        unknown: what one that does not exist is called, by its name.
+        key: how names are spelled in the list of those that do exist.
+        contradiction: what stands before the text on settings that contradict each other.
     """
 
-    path: tuple[str, ...]
-    kind: Literal["missing", "unknown", "value"]
-    value: Any
-    text: str
+    value: Callable[[Path], str]
+    missing: Callable[[str], str]
+    unknown: Callable[[str], str]
+    key: Callable[[str], str] = str
+    contradiction: str = ""
 
 
-def first_problem(error: ValidationError) -> Problem:
-    """The first problem of a validation error."""
-    found = error.errors()[0]
-    kinds: dict[str, Literal["missing", "unknown"]] = {"missing": "missing", "extra_forbidden": "unknown"}
-    text = found["msg"].removeprefix("Value error, ")
-    path = tuple(str(part) for part in found["loc"])
-    # of settings that contradict each other the message begins with a flag's name
-    return Problem(path, kinds.get(found["type"], "value"), found["input"], text[0].lower() + text[1:] if path else text)
+def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: bool = False) -> M:
+    """Settings of a kind, checked.
+
+    Args:
+        kind: the model.
+        settings: its fields by name.
+        words: how errors speak of them.
+        stored: they were checked before, maybe on another machine: files that they name need not exist.
+
+    Raises:
+        ConfigError: one is unknown, missing or out of its range, or two contradict each other; the message names it, its
+            value and what was expected.
+    """
+    try:
+        return kind.model_validate(dict(settings), context={"stored": stored})
+    except ValidationError as error:
+        found = error.errors()[0]
+        path: Path = tuple(str(part) for part in found["loc"])
+        text = found["msg"].removeprefix("Value error, ")
+        if not path:  # begins with a flag's name
+            raise ConfigError(words.contradiction + text) from error
+        if found["type"] == "missing":
+            raise ConfigError(words.missing(path[-1])) from error
+        if found["type"] == "extra_forbidden":
+            known = ", ".join(sorted(map(words.key, kind.model_fields)))
+            raise ConfigError(f"{words.unknown(path[-1])} is unknown; expected one of: {known}") from error
+        value = found["input"]
+        raise ConfigError(f"{words.value(path)} is {str(value)!r}: {text[0].lower()}{text[1:]}") from error

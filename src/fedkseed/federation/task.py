@@ -1,0 +1,73 @@
+"""A client's private records as an algorithm sees them: a number of examples, their loss, batches of their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.errors import ProtocolError
+from fedkseed.federation.envelope import Request
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Task(Protocol):
+    """A client's private records, and the loss of the model on some of them."""
+
+    @property
+    def num_examples(self) -> int:
+        """How many records there are."""
+        ...
+
+    def loss(self, records: NDArray[np.int64]) -> float:
+        """Mean loss at the model's current weights on the records at these positions."""
+        ...
+
+
+class DifferentiableTask(Task, Protocol):
+    """A task whose loss can be backpropagated."""
+
+    def differentiable_loss(self, records: NDArray[np.int64]) -> torch.Tensor:
+        """The loss as a tensor to call `backward` on, 0-dim."""
+        ...
+
+
+def check_addressee(request: Request, name: str, base: bytes) -> None:
+    """Refuse a request for another client or base model.
+
+    Raises:
+        ProtocolError: it is.
+    """
+    if request.client != name:
+        raise ProtocolError(f"request is for client {request.client!r}; this is {name!r}")
+    if request.base != base:
+        raise ProtocolError(
+            f"request is for base model {request.base.hex()[:16]}..., this client has {base.hex()[:16]}...; "
+            "load the same base weights as the server"
+        )
+
+
+def by_step(order: Iterator[NDArray[np.int64]]) -> Callable[[int], NDArray[np.int64]]:
+    """The batch of a step, the same one as often as the step is asked for; steps come in their order."""
+    current: NDArray[np.int64] = np.empty(0, np.int64)
+    at = -1
+
+    def batch(step: int) -> NDArray[np.int64]:
+        nonlocal current, at
+        if step != at:
+            current, at = next(order), step
+        return current
+
+    return batch
+
+
+def batches(num_examples: int, batch_size: int, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Batches of record positions without end: each pass over the records is in a fresh random order."""
+    while True:
+        order = draw.permutation(num_examples)
+        for first in range(0, num_examples, batch_size):
+            yield order[first : first + batch_size]

@@ -1,0 +1,160 @@
+"""What every loop over rounds shares: going on where a run was, closing a round, evaluating, saying what goes wrong.
+
+A driver of rounds (a simulation, Flower's strategy) brings only how bytes get to clients and back.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fedkseed.errors import TooFewRepliesError
+from fedkseed.evaluation import EvalLoss
+from fedkseed.federation import Checkpoint, Outcome, Rounds
+from fedkseed.federation.envelope import Request
+from fedkseed.runs.events import evaluation_event, round_event
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.observer import Observer
+from fedkseed.runs.settings import RunConfig
+
+DIVERGED = 1.1
+"""A held-out loss that is so many times the best one before it is called divergence."""
+
+
+class Driver:
+    """The rounds of one run.
+
+    Args:
+        run: its folder.
+        server: where the run is.
+        observer: who watches.
+
+    Attributes:
+        outcome: of the last attempt at a round.
+    """
+
+    def __init__(self, run: RunFolder, server: Rounds[Any, Any], observer: Observer) -> None:
+        self.run, self.server, self.observer = run, server, observer
+        self.outcome: Outcome | None = None
+        self._requests: list[tuple[Request, bytes]] = []
+        self._begin = time.perf_counter()
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self.run.config
+
+    @property
+    def round(self) -> int:
+        """How many rounds are done."""
+        return self.server.checkpoint.round
+
+    def drive(self, attempt: Callable[[], bool], evaluate: Callable[[], None]) -> Checkpoint:
+        """Do all rounds that are left; after each the checkpoint is on the disk.
+
+        Args:
+            attempt: `plan`s a round, takes the requests to the clients, `close`s it with what came back; says whether it
+                is closed.
+            evaluate: measures the checkpoint's model and tells `evaluated`.
+
+        Raises:
+            TooFewRepliesError: a round failed three times for want of replies; the checkpoint is safe.
+            RunError: a file cannot be written; the checkpoint is safe.
+        """
+        self.run.cut_metrics(self.round)
+        if self._due() and not any(event["server_round"] == self.round for event in self._evaluations()):
+            evaluate()
+        while not self.server.finished:
+            while not attempt():
+                pass
+            if self._due():
+                evaluate()
+        return self.server.checkpoint
+
+    def plan(self) -> list[tuple[Request, bytes]]:
+        """The requests of the next attempt at a round, and their bytes."""
+        self._begin = time.perf_counter()
+        self._requests = [(request, request.encode()) for request in self.server.plan()]
+        return self._requests
+
+    def close(
+        self,
+        replies: Sequence[tuple[str, bytes]],
+        unreadable: Mapping[str, str] | None = None,
+        measured: Callable[[], Mapping[str, Any]] = dict,
+    ) -> dict[str, Any] | None:
+        """Absorb what came of a planned round, and write down what that led to.
+
+        Args:
+            replies: (sender, bytes) in any order.
+            unreadable: why what came from others is not even bytes, by sender.
+            measured: what the driver adds to the event, asked when all replies are absorbed.
+
+        Returns:
+            The event, or None if the round has to be planned again.
+
+        Raises:
+            TooFewRepliesError: it was the last attempt at this round.
+            RunError: a file cannot be written.
+        """
+        self.outcome = outcome = self.server.absorb(replies)
+        event = round_event(outcome, self._requests[0][0].lr)
+        event["refused"] |= dict(unreadable or {})
+        event["missing"] = [client for client in outcome.missing if client not in event["refused"]]
+        for client, reason in sorted(event["refused"].items()):
+            self.observer.note(f"round {outcome.server_round}: reply of {client} refused: {reason}")
+        if event["missing"]:
+            self.observer.note(f"round {outcome.server_round}: no reply of {', '.join(event['missing'])} in time")
+        if outcome.status == "failed":
+            raise TooFewRepliesError(
+                f"round {outcome.server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
+                f"round {self.round} is safe in {self.run.path}: lower --min-replies, or wait longer, then go on"
+            )
+        if outcome.status == "repeat":
+            return None
+        event |= {
+            "bytes_down": sum(len(data) for _, data in self._requests) / len(self._requests),
+            "bytes_up": sum(len(data) for _, data in replies) / len(replies),
+            "seconds": time.perf_counter() - self._begin,
+            **measured(),
+        }
+        # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
+        self.run.append_metrics(event)
+        self.server.checkpoint.save(self.run.checkpoint_path)
+        self.observer.event(event)
+        return event
+
+    def evaluated(
+        self, result: EvalLoss, weight_bytes: int, seconds: float, clients: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write down the held-out loss of the checkpoint's model, and say so when the run goes the wrong way.
+
+        Args:
+            result: the loss.
+            weight_bytes: what sending the weights would take.
+            seconds: what the evaluation took.
+            clients: the clients' own losses, where they measured them.
+        """
+        event = evaluation_event(self.round, result, weight_bytes, seconds) | ({"clients": clients} if clients else {})
+        self._warn(result.loss)
+        self.run.append_metrics(event)
+        self.observer.event(event)
+        return event
+
+    def _warn(self, loss: float) -> None:
+        best = min((event["eval_loss"] for event in self._evaluations()), default=loss)
+        if math.isfinite(loss) and loss <= DIVERGED * best:
+            return
+        self.observer.note(
+            f"round {self.round}: the held-out loss is {loss:.4f}, it was {best:.4f}: the run diverges. "
+            f"Start anew with a lower --lr than {self.config.lr:g}"
+            + (", or with --lr auto; fedkseed tune explains it" if self.config.facts.measures == "two-point" else "")
+        )
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        return [event for event in self.run.metrics() if event["event"] == "evaluation"]
+
+    def _due(self) -> bool:
+        return self.round % self.config.eval_every == 0 or self.round == self.config.num_rounds

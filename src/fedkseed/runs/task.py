@@ -1,0 +1,136 @@
+"""The model and the records of a run as its clients see them: loaded and bound once, timed, with a loss."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkseed.data import EncodedExample, collate
+from fedkseed.evaluation import EvalLoss, evaluate_loss, mean_loss
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.binding import Binding, bind
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.loading import base_path
+
+if TYPE_CHECKING:
+    from fedkseed.noise.pool import SeedPool
+
+EVAL_BATCH = 8
+
+
+class Stopwatch:
+    """Seconds by activity since it was last read."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Count the time inside as that activity."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[activity] += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far, and start anew."""
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A model bound to a run's pool.
+
+    Attributes:
+        model: the module.
+        bound: the same as base plus coefficients.
+    """
+
+    model: torch.nn.Module
+    bound: Binding
+
+    @cached_property
+    def identity(self) -> BaseIdentity:
+        """Which base model it is."""
+        return self.bound.identity()
+
+    def evaluate(self, ledger: Ledger, examples: Sequence[EncodedExample], pad_id: int) -> EvalLoss:
+        """The loss of some records under a ledger's model."""
+        self.bound.rebuild(ledger.coefficients)
+        return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id)
+
+
+def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool) -> BoundModel:
+    """Bind a model as it was loaded, all of its parameters tunable.
+
+    On a CPU the base is read again from the model's own files where they allow it; on a GPU it stays in memory, since the
+    file would go through the bus at every rebuild.
+
+    Args:
+        source: the folder or hub id that it was loaded from.
+        model: as it was loaded.
+        pool: of the run.
+
+    Raises:
+        FedKSeedError: the model cannot be bound; see `fedkseed.bind`.
+    """
+    model.requires_grad_(True)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return BoundModel(model, bind(model, pool, base_path(source, model) if on_cpu else None))
+
+
+class TimedModel:
+    """A bound model whose sweeps are timed."""
+
+    def __init__(self, bound: Binding, watch: Stopwatch) -> None:
+        self.pool, self._bound, self._watch = bound.pool, bound, watch
+
+    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
+        """See `Binding.rebuild`."""
+        with self._watch("rebuild"):
+            self._bound.rebuild(coefficients)
+
+    def move(self, indices: Sequence[int], amounts: Sequence[float]) -> None:
+        """See `Binding.move`."""
+        with self._watch("noise"):
+            self._bound.move(indices, amounts)
+
+
+class TextTask:
+    """A client's records and their loss under a model; see `fedkseed.federation.task.DifferentiableTask`."""
+
+    def __init__(self, model: torch.nn.Module, examples: Sequence[EncodedExample], pad_id: int, watch: Stopwatch) -> None:
+        self._model, self._examples, self._pad_id, self._watch = model, examples, pad_id, watch
+        self._device = next(model.parameters()).device
+
+    @property
+    def num_examples(self) -> int:
+        """How many records the client holds."""
+        return len(self._examples)
+
+    def loss(self, records: NDArray[np.int64]) -> float:
+        """Mean loss over the response tokens of some records."""
+        with self._watch("forward"), torch.inference_mode():
+            return self._loss(records).item()
+
+    def differentiable_loss(self, records: NDArray[np.int64]) -> torch.Tensor:
+        """The same, 0-dim, for backpropagation."""
+        with self._watch("forward"):
+            return self._loss(records)
+
+    def _loss(self, records: NDArray[np.int64]) -> torch.Tensor:
+        batch = collate([self._examples[i] for i in records], self._pad_id, self._device)
+        return mean_loss(self._model, batch)
