@@ -30,23 +30,21 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file, save_file
-from test_flower_strategy import MemoryGrid, node, started
-from test_simulation import Watcher, tiny_model
 
 from fedkseed.baselines import Parameters, TunedTensors, attach, fingerprint
-from fedkseed.federation.algorithms import ALGORITHMS, SEEDS
-from fedkseed.flower import exchange as module_of_poll_seconds
-from fedkseed.flower import strategy as other_module_of_poll_seconds
+from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.flower.envelope import unwrap
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
-from fedkseed.runs import simulation as module_of_mean_loss
+from fedkseed.runs import task as module_of_mean_loss
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.records import Records, prepare
 from fedkseed.runs.settings import build
 from fedkseed.runs.simulation import Simulation
+from tests.support.flower_grid import MemoryGrid, node, started
+from tests.support.runs import Watcher
+from tests.support.tiny import tiny_model
 
 VECTORS = Path(__file__).parent / "vectors" / "golden_digests.json"
 CLIENTS = {"ada": 3, "bob": 5, "cy": 6, "dee": 8}
@@ -166,7 +164,7 @@ def give_first_tensors(run: RunFolder) -> None:
     shapes = Parameters(attach(model, run.config)).shapes
     if before.isdisjoint(shapes):
         first = {name: few_bits(shape, i) for i, (name, shape) in enumerate(sorted(shapes.items()))}
-        TunedTensors(run.config.algorithm, base, 0, first).save(run.tensors_path)
+        TunedTensors(run.config.algorithm, base, 0, first).save(run.checkpoint_path)
 
 
 # --- Runs and their digests ---
@@ -241,7 +239,7 @@ def go(run: RunFolder, heard: Overheard, junk_in: int | None = None, stop_in: in
 
 def fresh(files: Path, folder: Path, name: str, **changes: Any) -> RunFolder:
     run = RunFolder.create(folder, build(run_settings(files, name, **changes)))
-    if run.config.algorithm not in SEEDS:
+    if not run.config.facts.has_ledger:
         give_first_tensors(run)
     return run
 
@@ -249,7 +247,7 @@ def fresh(files: Path, folder: Path, name: str, **changes: Any) -> RunFolder:
 def digests(run: RunFolder, heard: Overheard, federation: Simulation) -> dict[str, Any]:
     """What is golden of a run that is over."""
     found: dict[str, Any] = heard.digests() | {"checkpoint": sha256(run.checkpoint_path.read_bytes())}
-    if run.config.algorithm in SEEDS:
+    if run.config.facts.has_ledger:
         federation.restore()
         weights = sorted(federation.model.named_parameters())
         found["published"] = sha256(Ledger.load(run.ledger_path).published().encode())
@@ -293,7 +291,7 @@ def test_every_algorithm_has_a_run(golden: dict[str, dict[str, Any]]) -> None:
 def test_a_run_gives_its_golden_digests(files: Path, tmp_path: Path, golden: dict[str, dict[str, Any]], name: str) -> None:
     found, federation = whole(files, tmp_path / "run", name)
     assert found == golden[name]
-    assert found["checkpoint"] == federation.server.checkpoint.digest() or federation.config.algorithm in SEEDS
+    assert found["checkpoint"] == federation.server.checkpoint.digest() or federation.config.facts.has_ledger
     rounds = [event for event in federation.run.metrics() if event["event"] == "round"]
     assert [event["num_replies"] for event in rounds] == [3] * 4
     dropped = sum(event["dropped_steps"] for event in rounds)
@@ -325,12 +323,9 @@ def test_a_run_that_is_stopped_after_round_2_goes_on_to_the_same(
 
 
 @pytest.fixture
-def in_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See test_flower_strategy.py."""
-    for attribute in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, attribute, 1)
-    for module in (module_of_poll_seconds, other_module_of_poll_seconds):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+def in_a_task() -> Iterator[None]:
+    with as_in_a_task():
+        yield
 
 
 ON_FLOWER = (

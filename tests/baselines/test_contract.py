@@ -39,7 +39,7 @@ from fedkseed.data import EncodedExample, Example, collate
 from fedkseed.errors import ConfigError, ModelError, RunError
 from fedkseed.evaluation import evaluate_loss, response_loss
 from fedkseed.evaluation.generation import generate
-from fedkseed.federation.algorithms import ALGORITHMS, SEEDS, TAKEN_BY, takes
+from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, that_take
 from fedkseed.flower.config import read_config
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.randomness import derive
@@ -53,7 +53,7 @@ soft_prompts = pytest.mark.parametrize("algorithm", ["fedprompt", "fedptuning"])
 
 
 def test_the_table_has_every_baseline() -> None:
-    assert set(ROWS) == set(ALGORITHMS) - set(SEEDS)
+    assert set(ROWS) == {name for name, row in ALGORITHMS.items() if not row.has_ledger}
 
 
 @dataclass(frozen=True)
@@ -446,7 +446,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 def test_every_setting_that_not_all_take_is_tried() -> None:
-    assert OTHER_VALUES.keys() == TAKEN_BY.keys()
+    assert OTHER_VALUES.keys() == SOME_TAKE
 
 
 @pytest.mark.parametrize("setting", OTHER_VALUES)
@@ -454,10 +454,10 @@ def test_every_setting_that_not_all_take_is_tried() -> None:
 def test_a_setting_that_an_algorithm_does_not_take_is_refused(tiny: Path, algorithm: str, setting: str) -> None:
     value = OTHER_VALUES[setting]
     given = {"model": str(tiny / "model"), "data": str(tiny / "records.jsonl"), "lr": 0.1, "algorithm": algorithm}
-    if takes(algorithm, setting):
+    if ALGORITHMS[algorithm].takes(setting):
         assert getattr(build(given | {setting: value}), setting) == value
         return
-    flag, others = setting.replace("_", "-"), ", ".join(TAKEN_BY[setting])
+    flag, others = setting.replace("_", "-"), ", ".join(that_take(setting))
     message = f"--{flag} is {value!r} and --algorithm {algorithm} does not take it; leave it out, or choose one of {others}"
     with pytest.raises(ConfigError) as told:
         build(given | {setting: value})
@@ -468,9 +468,9 @@ def test_a_setting_that_an_algorithm_does_not_take_is_refused(tiny: Path, algori
 def test_the_settings_of_a_run_lack_what_the_algorithm_does_not_take(done: Callable[[str], Done], algorithm: str) -> None:
     written = tomllib.loads((done(algorithm).path / "config.toml").read_text())
     assert written["algorithm"] == algorithm
-    for setting in TAKEN_BY:
+    for setting in SOME_TAKE:
         if setting != "loss_clip":  # None is not written
-            assert (setting in written) == takes(algorithm, setting), setting
+            assert (setting in written) == ALGORITHMS[algorithm].takes(setting), setting
     assert RunFolder.open(done(algorithm).path).config == done(algorithm).simulation.config
 
 

@@ -26,7 +26,7 @@ from fedkseed.baselines import TensorClient, TensorServer, TunedTensors
 from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, tensors_digest, unpack_tensors
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation import FederationConfig, Limits
-from fedkseed.federation.algorithms import ZEROTH_ORDER
+from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.kseed.messages import TrainReply
 from fedkseed.kseed.rounding import pack
 from fedkseed.randomness import derive
@@ -497,7 +497,7 @@ def toy(
     model = torch.nn.Linear(3, 1, bias=False)
     start = TunedTensors(algorithm, BASE, 0, {"weight": torch.tensor([[0.5, -0.25, 2.0]])})
     settings = config(algorithm, lr=lr, local_steps=steps, batch_size=2, **changes)
-    task = Toy(model, spoilt, 2 if algorithm in ZEROTH_ORDER else 1)
+    task = Toy(model, spoilt, 2 if ALGORITHMS[algorithm].measures == "two-point" else 1)
     (request,) = TensorServer(settings, start, ["ada"]).plan()
     return TensorClient("ada", settings, model, BASE, task), request, task
 

@@ -14,8 +14,8 @@ from tests.support import laws
 import fedkseed as fk
 from fedkseed.errors import ProtocolError
 from fedkseed.federation import FederationConfig
-from fedkseed.kseed.client import Client
 from fedkseed.federation.task import batches
+from fedkseed.kseed.client import Client
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.rounding import pack
 from fedkseed.kseed.server import Server, start

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
-from fedkseed.federation.algorithms import takes
 from fedkseed.kseed.importance import importances, probabilities
 from fedkseed.kseed.ledger import History, Ledger
 from fedkseed.kseed.server import start
@@ -236,7 +235,7 @@ def test_every_setting_is_shown(make: Maker) -> None:
     text = words(run)
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if takes(config.algorithm, name):
+        if config.facts.takes(name):
             assert f"{name} {field.description} {'not set' if value is None else value}" in text
 
 

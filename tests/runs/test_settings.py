@@ -11,7 +11,7 @@ from tests.support.tiny import tiny_settings
 
 from fedkseed.errors import ConfigError
 from fedkseed.federation import FederationConfig, Limits
-from fedkseed.federation.algorithms import takes
+from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import SimulationConfig, build, flag
 
@@ -48,7 +48,7 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(fedkseed: CommandL
     assert {name: found[name] for name in left} == left  # file > default
     fields = SimulationConfig.model_fields
     for name in set(fields) - set(given) - set(in_file):
-        assert found.get(name) == (fields[name].default if takes("fedkseed", name) else None)
+        assert found.get(name) == (fields[name].default if ALGORITHMS["fedkseed"].takes(name) else None)
     steps = [line for line in result.stdout.splitlines() if "clients" in line]
     assert steps  # and it ran
 
