@@ -267,7 +267,7 @@ def test_a_checkpoint_of_another_base_or_algorithm_is_refused(
         tiny_model(tiny / "other", seed=1)
     settings = build(row_settings(tiny, algorithm, num_rounds=4, model=str(tiny / "other")))
     folder = RunFolder.create(tmp_path / "run", settings)
-    saved.save(folder.tensors_path)
+    saved.save(folder.checkpoint_path)
     with pytest.raises(RunError, match=r"tensors\.safetensors is of another base model than .*other; go on with the run's own"):
         Simulation(folder, prepare(settings, Watcher()), Watcher())
     with pytest.raises(RunError, match=r"on another base model; load the one that the run started from"):
@@ -336,19 +336,23 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
     asked: list[str] = []
-    require_peft(algorithm)
+    require_peft(ALGORITHMS[algorithm])
     # by its module: the package has a function of that name
     monkeypatch.setattr(sys.modules["fedkseed.baselines.attach"], "find_spec", asked.append)
     model, settings = base_model(tiny), build(row_settings(tiny, algorithm))
     names = set(dict(model.named_parameters()))
     message = rf"--algorithm {algorithm} needs an extra; install it with: pip install 'fedkseed\[baselines\]'"
-    for call in (lambda: require_peft(algorithm), lambda: attach(model, settings), lambda: prepare(settings, Watcher())):
+    for call in (
+        lambda: require_peft(ALGORITHMS[algorithm]),
+        lambda: attach(model, settings),
+        lambda: prepare(settings, Watcher()),
+    ):
         with pytest.raises(ConfigError, match=message):
             call()
     assert asked == ["peft"] * 3
     assert set(dict(model.named_parameters())) == names
     for other_algorithm in set(ALGORITHMS) - {name for name, row in ROWS.items() if row.tunes != "all"}:
-        require_peft(other_algorithm)  # these need nothing
+        require_peft(ALGORITHMS[other_algorithm])  # these need nothing
 
 
 def test_an_architecture_without_adapters_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

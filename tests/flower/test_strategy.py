@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_model
 from fedkseed.errors import ConfigError, LedgerError, RunError
 from fedkseed.federation import Limits
 from fedkseed.flower import client_app
-from fedkseed.flower.config import node_settings, read_config
+from fedkseed.flower.config import EngineConfig, node_settings, read_config
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
 from fedkseed.flower.server_app import build_strategy, server_app
 from fedkseed.kseed.ledger import Ledger
@@ -217,7 +217,7 @@ def test_a_reply_that_flower_cannot_unpack_takes_no_other_with_it(sites: Path, t
 def test_too_large_a_share_is_refused(sites: Path, tmp_path: Path) -> None:
     config = run_config(sites, tmp_path / "run", num_rounds=1)
     a_strategy = build_strategy(read_config(config))
-    a_strategy.limits = Limits(max_share=0.7)
+    a_strategy._server.limits = Limits(max_share=0.7)
     grid = federation(sites, config)
     grid.answers[102] = lying(grid.answers[102], lambda m, data: Message(wrap(another(data, num_examples=9999)), reply_to=m))
     a_strategy.start(grid)
@@ -421,7 +421,8 @@ def test_a_bad_evaluation_is_refused(
 
 def test_settings_are_kebab_case_and_empty_means_unset(sites: Path, tmp_path: Path) -> None:
     config = read_config(run_config(sites, tmp_path / "run", loss_clip="", data=""))
-    assert (config.num_rounds, config.loss_clip, config.data, config.expected_clients) == (3, None, None, 3)
+    assert (config.num_rounds, config.loss_clip, config.expected_clients) == (3, None, 3)
+    assert not isinstance(config, EngineConfig)
 
 
 @pytest.mark.parametrize(

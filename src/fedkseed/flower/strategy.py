@@ -62,7 +62,7 @@ class FedKSeed(Strategy):
         self.run, self.config = run, config
         self._base, self._weight_bytes, self._evaluate_here = base, weight_bytes, evaluate
         self._server = Server(config, run.load_ledger() or start(config, base), None, limits)
-        self._driver = Driver(run, self._server, Log(describe=partial(summary, num_rounds=config.num_rounds)))
+        self._driver = Driver(run, self._server, Log(describe=partial(summary, num_rounds=config.num_rounds)), self._called)
         self._members: dict[str, Member] = {}
         self._asked: dict[str, Message] = {}
         self._result = Result()
@@ -126,7 +126,7 @@ class FedKSeed(Strategy):
             try:
                 arrived.append((client, unwrap(reply)))
             except ProtocolError as error:
-                unreadable[client] = f"node {reply.metadata.src_node_id}: {error}"
+                unreadable[client] = str(error)
         event = self._driver.close(arrived, unreadable)
         return None, None if event is None else _metrics(event)
 
@@ -162,6 +162,9 @@ class FedKSeed(Strategy):
             EvalLoss.of(loss, sum(e.num_examples for e in found.values()), tokens),
             {name: {"loss": e.loss, "num_tokens": e.num_tokens} for name, e in sorted(found.items())},
         )
+
+    def _called(self, client: str) -> str:
+        return f"{client} (node {self._asked[client].metadata.dst_node_id})"
 
     def _attempt(self, grid: Grid, roll: Roll) -> bool:
         self._gather(roll)

@@ -100,7 +100,7 @@ def check_base(ledger: Ledger | None, loaded: BoundModel, source: str) -> BaseId
         LedgerError: it is not.
     """
     if ledger is not None and (difference := ledger.base.difference(loaded.identity, loaded.bound.names)):
-        raise LedgerError(f"the run's ledger is of another base model than {source}: {difference}")
+        raise LedgerError(f"{LEDGER} is of another base model than {source}: {difference}")
     return loaded.identity
 
 
@@ -115,7 +115,7 @@ def over_tensors(
     """
     base = fingerprint(model)
     if saved is not None and saved.base != base:
-        raise RunError(f"the run's tensors are of another base model than {config.model}; go on with the run's own")
+        raise RunError(f"{TENSORS} is of another base model than {config.model}; go on with the run's own")
     attached = attach(model, config)
     parameters = Parameters(attached)
     first = saved or TunedTensors(config.algorithm, base, 0, parameters.read())

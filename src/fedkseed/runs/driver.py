@@ -30,13 +30,17 @@ class Driver:
         run: its folder.
         server: where the run is.
         observer: who watches.
+        called: what a client is called in what a person reads, such as with its node.
 
     Attributes:
         outcome: of the last attempt at a round.
     """
 
-    def __init__(self, run: RunFolder, server: Rounds[Any, Any], observer: Observer) -> None:
+    def __init__(
+        self, run: RunFolder, server: Rounds[Any, Any], observer: Observer, called: Callable[[str], str] = str
+    ) -> None:
         self.run, self.server, self.observer = run, server, observer
+        self._called = called
         self.outcome: Outcome | None = None
         self._requests: list[tuple[Request, bytes]] = []
         self._begin = time.perf_counter()
@@ -104,9 +108,11 @@ class Driver:
         event["refused"] |= dict(unreadable or {})
         event["missing"] = [client for client in outcome.missing if client not in event["refused"]]
         for client, reason in sorted(event["refused"].items()):
-            self.observer.note(f"round {outcome.server_round}: reply of {client} refused: {reason}")
+            self.observer.note(f"round {outcome.server_round}: reply of {self._called(client)} refused: {reason}")
         if event["missing"]:
-            self.observer.note(f"round {outcome.server_round}: no reply of {', '.join(event['missing'])} in time")
+            self.observer.note(
+                f"round {outcome.server_round}: no reply of {', '.join(map(self._called, event['missing']))} in time"
+            )
         if outcome.status == "failed":
             raise TooFewRepliesError(
                 f"round {outcome.server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
