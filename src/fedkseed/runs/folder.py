@@ -189,7 +189,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     file = path / CONFIG
     try:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise RunFolderError(f"{path} holds no run (no {CONFIG}); start one with fedkseed simulate --run {path}") from error
     except OSError as error:
         raise RunFolderError(f"{file}: cannot read the run's settings ({error.strerror}); give a run's folder") from error
