@@ -55,10 +55,10 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="write the scores to this JSON file too")] = None,
 ) -> None:
     """Show the held-out loss of the base model and of the tuned one, and on request how good their answers are."""
-    from fedkseed.cli.evaluate import Choices
-    from fedkseed.cli.evaluate import evaluate as measure
+    from fedkseed.cli.evaluate import evaluate as show
+    from fedkseed.runs.scoring import Choices
 
-    measure(run, ledger, Choices(model, data, columns, template, max_length, limit, answers, by_category, output))
+    show(run, ledger, Choices(model, data, columns, template, max_length, limit, answers), by_category, output)
 
 
 @app.command()
@@ -98,7 +98,7 @@ def compare(
     """
     from fedkseed.cli.compare import compare as carry_out
 
-    carry_out(file, output, jobs)
+    carry_out(file, output, jobs, app)
 
 
 @app.command()

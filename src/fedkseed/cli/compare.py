@@ -1,24 +1,23 @@
 """`fedkseed compare`: do what a comparison's file asks for and show its table."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from fedkseed.cli.display import Notes
+from fedkseed.cli.display import Lines
 from fedkseed.comparison import carry_out, read_comparison, write_report
 
 
-def compare(file: Path, output: Path | None, jobs: int) -> None:
-    """Do the runs that are not done yet, then write and print the table.
+def compare(file: Path, output: Path | None, jobs: int, app: Callable[[], None]) -> None:
+    """Do the runs that are not done yet, by fedkseed's own command line `app`, then write and print the table.
 
     Raises:
         FedKSeedError: the file is not valid, a run cannot be done, or the folder cannot be written.
     """
-    from fedkseed.cli.app import app
-
     comparison = read_comparison(file)
     folder = output or Path("comparisons") / file.stem
-    notes = Notes(Console())
+    notes = Lines(Console())
     rows = carry_out(comparison, folder, jobs, app, notes.note)
     notes.note("\n" + write_report(comparison, rows, folder))
     notes.note(f"{folder}: table.md, comparison.json and the curves as PNG files")

@@ -13,15 +13,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedkseed.errors import ConfigError
 from fedkseed.runs.events import summary
-from fedkseed.runs.observer import Probe
+from fedkseed.runs.observer import Nobody, Probe
 from fedkseed.runs.settings import SimulationConfig
 
 QUIET_SECONDS = 10
 """After so long without a line, plain output says how far a long activity is."""
 
 
-class Notes:
-    """A line for every note, and now and then one for what takes long."""
+class Lines(Nobody):
+    """A line for every note, and now and then one for what takes long; nothing for probes, which are too many."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._said = console, time.monotonic()
@@ -37,15 +37,12 @@ class Notes:
             self.note(f"{activity}: {done:,} of {total:,}")
 
 
-class PlainDisplay(Notes):
+class PlainDisplay(Lines):
     """Lines for events too."""
 
     def __init__(self, config: SimulationConfig, console: Console) -> None:
         super().__init__(console)
         self._config = config
-
-    def probe(self, probe: Probe) -> None:
-        """See `fedkseed.runs.observer.Observer`; too fine for lines."""
 
     def event(self, event: dict[str, Any]) -> None:
         """See `fedkseed.runs.observer.Observer`."""

@@ -1,11 +1,10 @@
-"""`fedkseed evaluate`: a ledger's model beside its base, on held-out records or any others."""
+"""`fedkseed evaluate`: what was measured, as tables and as a file."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,117 +12,35 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedkseed.baselines import TunedTensors, restore
-from fedkseed.cli.display import Notes
-from fedkseed.data import Example, encode, get_template, read_source
+from fedkseed.cli.display import Lines
 from fedkseed.errors import ConfigError
-from fedkseed.evaluation import AllScores, Scores, score
+from fedkseed.evaluation import AllScores, Scores
 from fedkseed.federation import Checkpoint
 from fedkseed.files import write_atomically
-from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.loading import load_model, load_tokenizer
-from fedkseed.runs.algorithms import checkpoint_path
-from fedkseed.runs.folder import CONFIG, RunFolder
-from fedkseed.runs.records import check_context, describe, load_examples, sample
-from fedkseed.runs.settings import RunConfig, SimulationConfig
+from fedkseed.runs.scoring import Choices, measure
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What the command line says instead of the run's settings; None: as the run has it.
-
-    Attributes:
-        model: the base model.
-        data: records to evaluate on; of a Natural Instructions folder the test tasks.
-        columns: what the data's fields are called.
-        template: prompt template.
-        max_length: longest record in tokens.
-        limit: evaluate on a seeded draw of so many.
-        answers: answer a seeded draw of so many of these.
-        by_category: show each category too.
-        output: JSON file to write.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    columns: str | None = None
-    template: str | None = None
-    max_length: int | None = None
-    limit: int | None = None
-    answers: int = 0
-    by_category: bool = False
-    output: Path | None = None
-
-
-def evaluate(run: Path | None, ledger: Path | None, choices: Choices) -> None:
+def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_category: bool, output: Path | None) -> None:
     """Print the loss, and on request the answers' scores, of the base and of the tuned model.
 
     Args:
         run: a run folder, or a ledger file.
         ledger: a ledger other than the run's.
         choices: what else the command line says.
+        by_category: show each category too.
+        output: JSON file to write.
 
     Raises:
         ConfigError: no ledger, no model or no data is known.
         FedKSeedError: the ledger, the model or the data cannot be used.
     """
-    where = ledger or run
-    if where is None:
-        raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
-    if choices.columns is not None and choices.data is None:
-        raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
-    if choices.output is not None and not choices.output.parent.is_dir():
-        raise ConfigError(f"--output {choices.output}: there is no such folder; give a file in a folder that exists")
-    config = _run_config(run or where)
-    baseline = config if config is not None and not config.facts.has_ledger and ledger is None else None
-    tuning = TunedTensors.load(checkpoint_path(where)) if baseline else Ledger.load(checkpoint_path(where))
-    source, records = _source(config, choices, where), _records(config, choices, where)
-    tokenizer = load_tokenizer(source)
-    template = get_template(choices.template or (config.template if config else "plain"))
-    max_length, seed = choices.max_length or (config.max_length if config else 1024), config.seed if config else 0
-    notes = Notes(Console())
-    encoded = encode(records, tokenizer, max_length, template, partial(notes.progress, "tokenising"))
-    notes.note(describe("evaluation", encoded))
-    check_context(source, max_length, encoded.examples, baseline.soft_prompt if baseline else 0)
-    chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
-    examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
-    answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
-    model = load_model(source, config.dtype if config else "auto", "cpu")
-    base = score(model, tokenizer, examples, kept, answered, notes.progress)
-    if isinstance(tuning, Ledger):
-        apply(model, tuning)
-    elif baseline is not None:
-        model = restore(model, baseline, tuning)
-    tuned = score(model, tokenizer, examples, kept, answered, notes.progress)
-    _show(base, tuned, tuning.round, choices.by_category)
-    if choices.output is not None:
-        _write(choices.output, base, tuned, tuning)
-
-
-def _run_config(path: Path) -> RunConfig | None:
-    """The settings of the run whose folder or ledger this is."""
-    folder = path if path.is_dir() else path.parent
-    return RunFolder.open(folder).config if (folder / CONFIG).exists() else None
-
-
-def _source(config: RunConfig | None, choices: Choices, where: Path) -> str:
-    if choices.model is None and config is None:
-        raise ConfigError(f"--model is missing and {where} has no {CONFIG} beside it that names the base model; give --model")
-    return choices.model or (config.model if config else "")
-
-
-def _records(config: RunConfig | None, choices: Choices, where: Path) -> list[Example]:
-    if choices.data is not None:
-        seed, length = (config.seed, config.max_length) if config else (0, 1024)
-        return read_source(choices.data, "test", choices.max_length or length, seed, choices.columns)
-    if config is None:
-        raise ConfigError(f"--data is missing and {where} has no {CONFIG} beside it that names held-out records; give --data")
-    if isinstance(config, SimulationConfig):
-        return load_examples(config)[1]
-    if config.eval_data is not None:
-        return read_source(config.eval_data, "test", config.max_length, config.seed, config.columns)
-    raise ConfigError(f"--data is missing: {where} is a run on Flower, whose records are its clients' own; give --data")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no such folder; give a file in a folder that exists")
+    found = measure(run, ledger, choices, Lines(Console()))
+    _show(found.base, found.tuned, found.tuning.round, by_category)
+    if output is not None:
+        _write(output, found.base, found.tuned, found.tuning)
 
 
 def _show(base: AllScores, tuned: AllScores, rounds: int, by_category: bool) -> None:

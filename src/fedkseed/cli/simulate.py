@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
-from fedkseed.runs.settings import DRIVER, SimulationConfig, build, flag, flags
+from fedkseed.runs.settings import SimulationConfig, build, flag, flags, read_settings_file
 
 AUTO = "auto"
 
@@ -35,7 +34,7 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
     if resume is not None:
         _resume(resume, run, config, given, tensorboard)
         return
-    chosen = {**(_read(config) if config else {}), **given}
+    chosen = {**(read_settings_file(config) if config else {}), **given}
     # checked before the rate is looked for, which takes long
     settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
     from fedkseed.cli.display import watching
@@ -58,16 +57,20 @@ def tune(config: Path | None, **flags: str | None) -> None:
     The settings are those of simulate, whose `--lr auto` takes what this finds. The batch size matters most.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = build({**(_read(config) if config else {}), **given, "lr": 1.0})
+    settings = build({**(read_settings_file(config) if config else {}), **given, "lr": 1.0})
     found = _calibrated(settings, keep_eps=False)
     print(f"\ntake: --lr {found['lr']:g} --eps {found['eps']:g}")
 
 
 def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
-    from fedkseed.cli.tune import find, show
+    from rich.console import Console
+
+    from fedkseed.cli.display import PlainDisplay
+    from fedkseed.cli.tune import show
+    from fedkseed.runs.tuning import find
 
     with _interruptible():
-        found = find(settings)
+        found = find(settings, PlainDisplay(settings, Console()))
     show(found)
     return {"lr": found.lr} if keep_eps else {"lr": found.lr, "eps": found.eps}
 
@@ -143,17 +146,6 @@ def train(
 def command_line(config: SimulationConfig) -> str:
     """The `fedkseed simulate` command with these settings; those at their defaults are left out."""
     return shlex.join(["fedkseed", "simulate", *flags(config)])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        settings.pop(DRIVER, None)  # of another run's config.toml: not a setting
-        return settings
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot read ({error.strerror}); give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not TOML ({error}); expected lines such as num_rounds = 40") from error
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -6,7 +6,7 @@ from fedkseed.data.example import Example, Turn
 from fedkseed.data.jsonl import read_jsonl
 from fedkseed.data.natural_instructions import is_natural_instructions, read_tasks
 from fedkseed.data.partition import dirichlet, iid, split_off
-from fedkseed.data.record import COLUMNS, Columns, parse_columns
+from fedkseed.data.record import COLUMNS, Columns, parse_columns, to_example
 from fedkseed.data.shuffle import shuffle_responses, shuffle_within_categories
 from fedkseed.data.source import is_hub_id, read_examples, read_source
 from fedkseed.data.table import read_csv, read_hub, read_parquet
@@ -42,4 +42,5 @@ __all__ = [
     "shuffle_responses",
     "shuffle_within_categories",
     "split_off",
+    "to_example",
 ]

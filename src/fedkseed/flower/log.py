@@ -8,10 +8,10 @@ from typing import Any
 
 from flwr.supercore import log
 
-from fedkseed.runs.observer import Probe
+from fedkseed.runs.observer import Nobody
 
 
-class Log:
+class Log(Nobody):
     """An observer whose notes go to Flower's log; see `fedkseed.runs.observer.Observer`.
 
     Args:
@@ -25,12 +25,6 @@ class Log:
     def note(self, text: str) -> None:
         """See `Observer`."""
         log(self._level, "%s", text)
-
-    def progress(self, activity: str, done: int, total: int) -> None:
-        """See `Observer`; a log is no place for it."""
-
-    def probe(self, probe: Probe) -> None:
-        """See `Observer`; a log is no place for it."""
 
     def event(self, event: dict[str, Any]) -> None:
         """See `Observer`."""

@@ -23,7 +23,7 @@ from fedkseed.flower.exchange import POLL_SECONDS, Exchange
 from fedkseed.flower.log import Log
 from fedkseed.flower.roll import Member, Roll
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.server import Server, start
+from fedkseed.kseed.server import Server
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.events import summary
@@ -61,7 +61,7 @@ class FedKSeed(Strategy):
     ) -> None:
         self.run, self.config = run, config
         self._base, self._weight_bytes, self._evaluate_here = base, weight_bytes, evaluate
-        self._server = Server(config, run.load_ledger() or start(config, base), None, limits)
+        self._server = Server(config, run.load_ledger() or base, None, limits)
         self._driver = Driver(run, self._server, Log(describe=partial(summary, num_rounds=config.num_rounds)), self._called)
         self._members: dict[str, Member] = {}
         self._asked: dict[str, Message] = {}

@@ -11,15 +11,15 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from fedkseed.errors import FedKSeedError, LedgerError
+from fedkseed.errors import FedKSeedError, InvalidValueError, LedgerError
 from fedkseed.files import safetensors_metadata, write_atomically
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
 from fedkseed.models.identity import BaseIdentity
@@ -28,6 +28,16 @@ from fedkseed.noise.pool import SeedPool
 FORMAT = 1
 METADATA = "fedkseed"
 SHORT_DIGEST: np.dtype[Any] = np.dtype("<u4")
+
+
+class Bound(Protocol):
+    """What a ledger needs of a model; `fedkseed.Binding` has it."""
+
+    pool: SeedPool
+
+    def identity(self) -> BaseIdentity:
+        """Which base model it is."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +55,7 @@ class History:
     grad_counts: NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ledger:
     """A tuned model as coefficients over a base; immutable. Compare `digest()`.
 
@@ -64,6 +74,37 @@ class Ledger:
     round: int
     coefficients: NDArray[np.float32]
     history: History | None
+
+    def __post_init__(self) -> None:
+        if self.history is not None and not np.array_equal(
+            self.coefficients, rounded(self.history.accumulators, self.precision)
+        ):
+            raise InvalidValueError(
+                "the coefficients are not those of the ledger's accumulators, which a run goes on from; "
+                "change a published ledger: dataclasses.replace(ledger.published(), coefficients=...)"
+            )
+
+    def __repr__(self) -> str:
+        kind = "checkpoint" if self.history else "published"
+        size, used = self.pool.size, np.count_nonzero(self.coefficients)
+        return (
+            f"<Ledger, {kind}: {self.round} rounds, {used:,} of K = {size:,} {self.pool.family} seeds in use, "
+            f"base {self.base.fingerprint[:16]}>"
+        )
+
+    @classmethod
+    def of(cls, bound: Bound, coefficients: ArrayLike, round: int = 0) -> Ledger:
+        """A published ledger of coefficients that were found in any way, such as by a loop of one's own.
+
+        Args:
+            bound: the model that they are of, as `fedkseed.bind` gives it.
+            coefficients: a, K finite numbers that float32 holds.
+            round: how many rounds led to them, if that means something.
+
+        Raises:
+            InvalidValueError: see `Binding.rebuild`.
+        """
+        return cls(bound.pool, bound.identity(), "float32", round, bound.pool.check_coefficients(coefficients), None)
 
     @classmethod
     def start(cls, pool: SeedPool, base: BaseIdentity, precision: Precision) -> Ledger:

@@ -35,7 +35,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
 
     Args:
         config: the settings.
-        ledger: where to go on from; `start` gives a fresh one.
+        ledger: where to go on from; the identity of the base to start at it.
         clients, limits, num_examples: see `Rounds`.
 
     Raises:
@@ -46,11 +46,13 @@ class Server(Rounds[TrainRequest, TrainReply]):
     def __init__(
         self,
         config: FederationConfig,
-        ledger: Ledger,
+        ledger: Ledger | BaseIdentity,
         clients: Sequence[str] | None,
         limits: Limits | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
+        if isinstance(ledger, BaseIdentity):
+            ledger = start(config, ledger)
         if ledger.history is None:
             raise LedgerError("a published ledger has no accumulators; go on from a run's own ledger.safetensors")
         if ledger.pool != seed_pool(config) or ledger.precision != config.wire:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedkseed.errors import BindingError, InvalidValueError
 from fedkseed.models.base import Base, FileBase, MemoryBase
@@ -57,15 +57,20 @@ class Binding:
         self._centre: _Centre | None = None
         self._rebuilt: tuple[bytes, dict[str, torch.Tensor]] | None = None
 
-    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
+    def __repr__(self) -> str:
+        d, size = sum(entry.parameter.numel() for entry in self._tunable), self.pool.size
+        return f"<Binding of {type(self.model).__name__}: {d:,} tunable parameters, K = {size:,} {self.pool.family} seeds>"
+
+    def rebuild(self, coefficients: ArrayLike) -> None:
         """Set the weights to `cast(w0 + sum_k a_k z_k)`, wherever they were.
 
         Args:
-            coefficients: a, float32[K], finite.
+            coefficients: a, K finite numbers that float32 holds: an array, a list or a tensor.
 
         Raises:
-            InvalidValueError: another dtype, length or a non-finite coefficient; nothing has changed then.
+            InvalidValueError: another length, or a number that is not finite or beyond float32; nothing has changed then.
         """
+        coefficients = self.pool.check_coefficients(coefficients)
         mixture = self.pool.mixture_of(coefficients)
         self._centre = None
         self._coefficients = coefficients.astype(np.float64)

@@ -108,12 +108,17 @@ def context_length(source: str | Path) -> int | None:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder or source, local_files_only=local_files_only, trust_remote_code=False)
-        return getattr(config, "max_position_embeddings", None)
+        return context_of(config)
 
     folder = _folder(source)
     if folder is not None:
         _require(folder, ("config.json",), "config.json")
     return _load(source, folder, "configuration", load)
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens a model of that configuration takes, if it says."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:

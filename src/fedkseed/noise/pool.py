@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedkseed.errors import InvalidValueError
 from fedkseed.noise.backend import Mixture, Slot, get_backend
@@ -74,16 +74,16 @@ class SeedPool:
         """
         return self._sum(name, n, self.mixture([index], [1.0]), backend)
 
-    def combine(self, name: str, n: int, coefficients: NDArray[np.float32], backend: str = "auto") -> NDArray[np.float32]:
-        """`sum_k a_k z_k` on the tensor of that name with n elements: float32[n], from coefficients a, float32[K].
+    def combine(self, name: str, n: int, coefficients: ArrayLike, backend: str = "auto") -> NDArray[np.float32]:
+        """`sum_k a_k z_k` on the tensor of that name with n elements: float32[n], from coefficients a, K numbers.
 
         Raises:
-            InvalidValueError: n outside [0, 2^34], or coefficients of another dtype or length, or not finite.
+            InvalidValueError: n outside [0, 2^34], or coefficients of another length, not finite, or beyond float32.
             BackendError: the named backend cannot run here.
         """
         return self._sum(name, n, self.mixture_of(coefficients), backend)
 
-    def mixture_of(self, coefficients: NDArray[np.float32]) -> Mixture:
+    def mixture_of(self, coefficients: ArrayLike) -> Mixture:
         """What a backend needs to know of `sum_k a_k z_k`, from all K coefficients a, float32[K]."""
         return self._mixture(np.arange(self.size), self.check_coefficients(coefficients))
 
@@ -92,17 +92,31 @@ class SeedPool:
         at, delta = self.check_amounts(indices, amounts)
         return self._mixture(at, delta.astype(np.float32))
 
-    def check_coefficients(self, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The coefficients, if they are float32[K] and finite."""
-        if not isinstance(coefficients, np.ndarray) or coefficients.dtype != np.float32:
+    def check_coefficients(self, coefficients: ArrayLike) -> NDArray[np.float32]:
+        """The coefficients as float32[K]: of any numbers, in an array, a list or a tensor, that float32 holds exactly.
+
+        Raises:
+            InvalidValueError: they are no numbers, not K, not finite, or float32 would change one.
+        """
+        try:
+            given = np.asarray(coefficients.detach().cpu() if hasattr(coefficients, "detach") else coefficients)
+        except (TypeError, ValueError, RuntimeError):
+            given = np.asarray(None)
+        if given.dtype.kind not in "fiu":
             kind = getattr(coefficients, "dtype", type(coefficients).__name__)
-            raise InvalidValueError(f"coefficients are {kind}; expected a NumPy array of float32")
-        if coefficients.shape != (self.size,):
-            raise InvalidValueError(f"coefficients have shape {coefficients.shape}; the pool has K = {self.size} seeds")
-        if not np.isfinite(coefficients).all():
-            k = int(np.flatnonzero(~np.isfinite(coefficients))[0])
-            raise InvalidValueError(f"coefficient {k} is {coefficients[k]}; all must be finite")
-        return coefficients
+            raise InvalidValueError(f"coefficients are {kind}; expected an array, a list or a tensor of numbers")
+        if given.shape != (self.size,):
+            raise InvalidValueError(f"coefficients have shape {given.shape}; the pool has K = {self.size} seeds")
+        with np.errstate(over="ignore"):
+            values = given.astype(np.float32)
+        for wrong, expected in (
+            (~np.isfinite(given), "all must be finite"),
+            (values.astype(given.dtype) != given, "float32 cannot hold it: round it first, such as with .astype(np.float32)"),
+        ):
+            if wrong.any():
+                k = int(np.flatnonzero(wrong)[0])
+                raise InvalidValueError(f"coefficient {k} is {given[k]}; {expected}")
+        return values
 
     def check_amounts(
         self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]

@@ -19,7 +19,7 @@ from fedkseed.federation.algorithms import Algorithm
 from fedkseed.federation.task import Task
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.server import Server, seed_pool, start
+from fedkseed.kseed.server import Server, seed_pool
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
@@ -84,7 +84,7 @@ def over_seeds(
     loaded = bind_loaded(config.model, model, seed_pool(config))
     check_base(ledger, loaded, config.model)
     base, bound = loaded.identity, loaded.bound
-    server = Server(config, ledger or start(config, base), list(records.clients), num_examples=records.sizes)
+    server = Server(config, ledger or base, list(records.clients), num_examples=records.sizes)
     shared = TimedModel(bound, watch)
     clients = {
         name: Client(name, shared, base, TextTask(model, examples, records.pad_id, watch))

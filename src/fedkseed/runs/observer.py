@@ -27,6 +27,22 @@ class Probe:
     loss: float
 
 
+class Nobody:
+    """An observer that hears nothing."""
+
+    def note(self, text: str) -> None:
+        """See `Observer`."""
+
+    def progress(self, activity: str, done: int, total: int) -> None:
+        """See `Observer`."""
+
+    def probe(self, probe: Probe) -> None:
+        """See `Observer`."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """See `Observer`."""
+
+
 class Observer(Protocol):
     """Who watches a run: the live display, plain lines, or nobody."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -26,9 +27,10 @@ from fedkseed.data import (
 )
 from fedkseed.errors import ConfigError, DataError, ProtocolError
 from fedkseed.federation.envelope import check_name
-from fedkseed.models.loading import context_length, load_tokenizer, require_device
+from fedkseed.models.loading import context_length, context_of, load_tokenizer, require_device
 from fedkseed.noise import get_backend
 from fedkseed.randomness import generator
+from fedkseed.runs.inputs import Inputs
 from fedkseed.runs.observer import Observer
 from fedkseed.runs.settings import SimulationConfig
 
@@ -57,8 +59,13 @@ class Records:
         return {name: len(examples) for name, examples in self.clients.items()}
 
 
-def prepare(config: SimulationConfig, observer: Observer) -> Records:
+def prepare(config: SimulationConfig, observer: Observer, inputs: Inputs | None = None) -> Records:
     """Read, tokenise and deal out the data: everything that can go wrong before the model is loaded.
+
+    Args:
+        config: the settings.
+        observer: who watches.
+        inputs: objects in place of what the settings name.
 
     Raises:
         ConfigError: the algorithm's extra is missing, records are too long for the model, or a round asks too few clients.
@@ -71,9 +78,10 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     require_device(config.device)
     if config.facts.needs_noise:
         get_backend("auto", torch.device(config.device).type)
-    tokenizer = load_tokenizer(config.model)
+    given = inputs or Inputs()
+    tokenizer = given.tokenizer or load_tokenizer(config.model)
     pad_id = pad_token_id(tokenizer)
-    train, held_out = load_examples(config, observer)
+    train, held_out = load_examples(config, observer, given)
     if config.responses == "shuffled":
         train = shuffle_within_categories(train, generator(config.seed, "shuffled responses"))
     template = get_template(config.template)
@@ -83,7 +91,8 @@ def prepare(config: SimulationConfig, observer: Observer) -> Records:
     )
     observer.note(describe("training", encoded))
     observer.note(describe("held-out", evaluation))
-    check_context(config.model, config.max_length, [*encoded.examples, *evaluation.examples], config.soft_prompt)
+    room = context_length(config.model) if given.model is None else context_of(given.model.config)
+    check_room(room, config.model, config.max_length, [*encoded.examples, *evaluation.examples], config.soft_prompt)
     parts = deal([train[i] for i in encoded.kept], config)
     clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
     cohort = config.cohort_size(len(clients))
@@ -103,7 +112,12 @@ def check_context(model: str, max_length: int, examples: Sequence[EncodedExample
     Raises:
         ConfigError: one of them is; the message names --max-length, which cuts them.
     """
-    longest, room = max(len(example.input_ids) for example in examples), context_length(model)
+    check_room(context_length(model), model, max_length, examples, soft_prompt)
+
+
+def check_room(room: int | None, model: str, max_length: int, examples: Sequence[EncodedExample], soft_prompt: int = 0) -> None:
+    """The same for a model that takes `room` tokens, as far as is known."""
+    longest = max(len(example.input_ids) for example in examples)
     if room is not None and longest + soft_prompt > room:
         beside = f" and the soft prompt {soft_prompt}" if soft_prompt else ""
         raise ConfigError(f"--max-length is {max_length} and a record has {longest} tokens{beside}; {model} takes {room}")
@@ -115,7 +129,9 @@ def client_names(num_clients: int) -> list[str]:
     return [f"client-{i:0{width}}" for i in range(num_clients)]
 
 
-def load_examples(config: SimulationConfig, observer: Observer | None = None) -> tuple[list[Example], list[Example]]:
+def load_examples(
+    config: SimulationConfig, observer: Observer | None = None, inputs: Inputs | None = None
+) -> tuple[list[Example], list[Example]]:
     """The clients' records and the held-out ones, before tokenising.
 
     Held out is `--eval-data`; else the category of `--held-out-category`; else the test tasks of a Natural Instructions
@@ -126,18 +142,22 @@ def load_examples(config: SimulationConfig, observer: Observer | None = None) ->
     """
     if config.data is None:
         raise DataError("--data is missing; give it on the command line or as data in the --config file")
-    heard = observer.progress if observer else None
-    examples = read_source(config.data, "train", config.max_length, config.seed, config.columns, heard)
+    heard, given = observer.progress if observer else None, inputs or Inputs()
+
+    def read(source: str, split: Literal["train", "test"]) -> list[Example]:
+        return read_source(source, split, config.max_length, config.seed, config.columns, heard)
+
+    examples = given.data or read(config.data, "train")
     if config.subsample < 1:
         size = max(1, int(config.subsample * len(examples)))
         chosen = generator(config.seed, "subsample").choice(len(examples), size, replace=False)
         examples = [examples[i] for i in sorted(chosen.tolist())]
     if config.eval_data is not None:
-        return examples, read_source(config.eval_data, "test", config.max_length, config.seed, config.columns, heard)
+        return examples, given.eval_data or read(config.eval_data, "test")
     if config.held_out_category is not None:
         return _by_category(examples, config.held_out_category, config.data)
     if is_natural_instructions(Path(config.data)):
-        return examples, read_source(config.data, "test", config.max_length, config.seed, None, heard)
+        return examples, read(config.data, "test")
     if len(examples) < 2:
         raise DataError(f"{config.data} has {len(examples)} record; expected enough to hold some out, or give --eval-data")
     kept, held_out = split_off(len(examples), EVAL_FRACTION, generator(config.seed, "evaluation split"))

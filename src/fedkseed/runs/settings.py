@@ -1,12 +1,14 @@
 """The settings of a run: what the server decides, which model it is of, and, where clients are simulated, their data."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedkseed.data import TEMPLATES, get_template, is_hub_id, is_natural_instructions, parse_columns
+from fedkseed.errors import ConfigError
 from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.runs.validation import Words, validated
 
@@ -107,6 +109,8 @@ class SimulationConfig(RunConfig):
         return self
 
 
+IN_MEMORY = "in memory: "
+"""How the name of a model or of records begins that were given as objects."""
 DRIVER = "driver"
 """The table in a run's `config.toml` of what only the driver of its rounds knows: Flower's deadline, who the clients were."""
 
@@ -117,7 +121,7 @@ def _is_stored(info: ValidationInfo) -> bool:
 
 
 def _checked_source(value: str | None, info: ValidationInfo) -> str | None:
-    if value is None or _is_stored(info):
+    if value is None or value.startswith(IN_MEMORY) or _is_stored(info):
         return value
     path = Path(value)
     if path.is_dir() and not is_natural_instructions(path):
@@ -154,3 +158,19 @@ def build(settings: dict[str, Any]) -> SimulationConfig:
         ConfigError: a setting is unknown, missing, or out of its range; the message names the flag, the value and the fix.
     """
     return validated(SimulationConfig, settings, WORDS)
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, such as another run's `config.toml`, not yet validated.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot read ({error.strerror}); give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML ({error}); expected lines such as num_rounds = 40") from error
+    settings.pop(DRIVER, None)  # of another run's config.toml: not a setting
+    return settings

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fedkseed.errors import ConfigError, RunError
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.envelope import Request
+from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
 from fedkseed.runs.algorithms import kind_of
 from fedkseed.runs.driver import Driver
-from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.folder import CONFIG, RunFolder, new_folder, settings_of
+from fedkseed.runs.inputs import separate
 from fedkseed.runs.memory import peak_memory
-from fedkseed.runs.observer import Observer, Probe
-from fedkseed.runs.records import Records
+from fedkseed.runs.observer import Nobody, Observer, Probe
+from fedkseed.runs.records import Records, prepare
+from fedkseed.runs.settings import SimulationConfig, build, read_settings_file
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Simulation:
@@ -27,16 +36,19 @@ class Simulation:
         run: the run's folder; its checkpoint, if there is one, is gone on from.
         records: the data.
         observer: who watches.
+        model: the loaded base model, in place of the one that the settings name; it is tuned in place.
 
     Raises:
         FedKSeedError: the model or the checkpoint cannot be used.
     """
 
-    def __init__(self, run: RunFolder, records: Records, observer: Observer) -> None:
+    def __init__(self, run: RunFolder, records: Records, observer: Observer, model: PreTrainedModel | None = None) -> None:
         config = run.config
         self.run, self.config, self.observer = run, config, observer
         self._records, self._watch = records, Stopwatch()
-        model = load_model(config.model, config.dtype, config.device)
+        if model is None:
+            model = load_model(config.model, config.dtype, config.device)
+        model.train(False)
         d, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
         observer.note(f"model: {config.model}, {d:,} parameters in {dtype}")
         federation = kind_of(config.facts).federate(config, model, run.load_checkpoint(), records, self._watch)
@@ -74,3 +86,82 @@ class Simulation:
         result = evaluate_loss(self.model, self._records.held_out, EVAL_BATCH, self._records.pad_id, heard)
         self._watch.read()  # the rebuild here is part of the evaluation's own seconds
         self._driver.evaluated(result, sum(p.nbytes for p in self.model.parameters()), time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a simulation led to.
+
+    Attributes:
+        folder: the run's folder, which the commands take too.
+        checkpoint: the tuned model: a `Ledger`, of a baseline its tensors.
+        history: the held-out loss by round; round 0 is the base model.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    history: Mapping[int, float]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The tuned model as K numbers.
+
+        Raises:
+            RunError: a baseline's is none.
+        """
+        if not isinstance(self.checkpoint, Ledger):
+            raise RunError(f"the run in {self.folder} is of a baseline, which has no ledger; its tensors are `checkpoint`")
+        return self.checkpoint
+
+
+def simulate(
+    settings: Mapping[str, Any] | str | Path | SimulationConfig,
+    run: str | Path | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Tune a model by a federation of simulated clients; what `fedkseed simulate` does (docs/python.md).
+
+    Args:
+        settings: those of `fedkseed simulate` with underscores: a dict, a TOML file or `SimulationConfig`. In a dict, `model`
+            may be a pair (loaded model, tokenizer), which is tuned in place; `data` and `eval_data` may be records: a list
+            of dicts, a DataFrame, a dataset.
+        run: the run's folder; one that holds a run with these settings is gone on with. None makes one under `runs/`.
+        observer: who watches: None for nobody, `fedkseed.Progress()` for a bar.
+
+    Raises:
+        ConfigError: a setting is unknown, missing or out of its range; or the folder's run has others.
+        FedKSeedError: the data, the model or the folder cannot be used.
+    """
+    if isinstance(settings, SimulationConfig):
+        settings = settings.model_dump()
+    elif isinstance(settings, (str, Path)):
+        settings = read_settings_file(Path(settings))
+    named, inputs = separate(settings)
+    config, watch = build(named), observer or Nobody()
+    folder = open_or_create(new_folder(Path("runs")) if run is None else Path(run), config)
+    simulation = Simulation(folder, prepare(config, watch, inputs), watch, inputs.model)
+    checkpoint = simulation.train()
+    simulation.restore()
+    losses = {e["server_round"]: e["eval_loss"] for e in folder.metrics() if e["event"] == "evaluation"}
+    return Result(folder.path, checkpoint, losses)
+
+
+def open_or_create(path: Path, config: SimulationConfig) -> RunFolder:
+    """A new run's folder, or that of the run with these settings (but for more rounds) that lies there.
+
+    Raises:
+        ConfigError: it holds a run with others.
+        RunError: it cannot be read or written.
+    """
+    if not (path / CONFIG).exists():
+        return RunFolder.create(path, config)
+    folder = RunFolder.open(path)
+    before, now = settings_of(folder.config), settings_of(config)
+    for name in sorted((before.keys() | now.keys()) - {"num_rounds"}):
+        if before.get(name) != now.get(name):
+            raise ConfigError(
+                f"{name} is {now.get(name)!r}, the run in {path} was started with {before.get(name)!r}; "
+                "give its own settings to go on with it, or another folder"
+            )
+    folder.write_config(config)
+    return folder

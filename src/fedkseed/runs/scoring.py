@@ -1,0 +1,134 @@
+"""A ledger's model, or a baseline's tensors, beside the base: on held-out records or any others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedkseed.baselines import TunedTensors, restore
+from fedkseed.data import Example, encode, get_template, read_source
+from fedkseed.errors import ConfigError
+from fedkseed.evaluation import AllScores, score
+from fedkseed.federation import Checkpoint
+from fedkseed.kseed.apply import apply
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.runs.algorithms import checkpoint_path
+from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.observer import Nobody, Observer
+from fedkseed.runs.records import check_context, describe, load_examples, sample
+from fedkseed.runs.settings import RunConfig, SimulationConfig
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is said instead of the run's settings; None: as the run has it.
+
+    Attributes:
+        model: the base model.
+        data: records to evaluate on; of a Natural Instructions folder the test tasks.
+        columns: what the data's fields are called.
+        template: prompt template.
+        max_length: longest record in tokens.
+        limit: evaluate on a seeded draw of so many.
+        answers: answer a seeded draw of so many of these.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    columns: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    limit: int | None = None
+    answers: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured.
+
+    Attributes:
+        base: of the base model.
+        tuned: of the tuned one.
+        tuning: what tunes it.
+    """
+
+    base: AllScores
+    tuned: AllScores
+    tuning: Checkpoint
+
+
+def evaluate(
+    run: str | Path | None = None, *, ledger: str | Path | None = None, observer: Observer | None = None, **choices: Any
+) -> Evaluated:
+    """The held-out loss, and on request the answers' scores, of the base model and of the tuned one.
+
+    Args:
+        run: a run's folder, or a ledger file.
+        ledger: another ledger than the run's, such as a published one.
+        observer: who watches; None for nobody.
+        choices: what is said instead of the run's settings; see `Choices`.
+
+    Raises:
+        ConfigError: no ledger, no model or no data is known.
+        FedKSeedError: the ledger, the model or the data cannot be used.
+    """
+    return measure(
+        None if run is None else Path(run), None if ledger is None else Path(ledger), Choices(**choices), observer or Nobody()
+    )
+
+
+def measure(run: Path | None, ledger: Path | None, choices: Choices, observer: Observer) -> Evaluated:
+    """The same, with the choices in one."""
+    where = ledger or run
+    if where is None:
+        raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
+    if choices.columns is not None and choices.data is None:
+        raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
+    config = _run_config(run or where)
+    baseline = config if config is not None and not config.facts.has_ledger and ledger is None else None
+    tuning = TunedTensors.load(checkpoint_path(where)) if baseline else Ledger.load(checkpoint_path(where))
+    source, records = _source(config, choices, where), _records(config, choices, where)
+    tokenizer = load_tokenizer(source)
+    template = get_template(choices.template or (config.template if config else "plain"))
+    max_length, seed = choices.max_length or (config.max_length if config else 1024), config.seed if config else 0
+    encoded = encode(records, tokenizer, max_length, template, partial(observer.progress, "tokenising"))
+    observer.note(describe("evaluation", encoded))
+    check_context(source, max_length, encoded.examples, baseline.soft_prompt if baseline else 0)
+    chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
+    examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
+    answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
+    model: Any = load_model(source, config.dtype if config else "auto", "cpu")
+    base = score(model, tokenizer, examples, kept, answered, observer.progress)
+    if isinstance(tuning, Ledger):
+        apply(model, tuning)
+    elif baseline is not None:
+        model = restore(model, baseline, tuning)
+    return Evaluated(base, score(model, tokenizer, examples, kept, answered, observer.progress), tuning)
+
+
+def _run_config(path: Path) -> RunConfig | None:
+    """The settings of the run whose folder or ledger this is."""
+    folder = path if path.is_dir() else path.parent
+    return RunFolder.open(folder).config if (folder / CONFIG).exists() else None
+
+
+def _source(config: RunConfig | None, choices: Choices, where: Path) -> str:
+    if choices.model is None and config is None:
+        raise ConfigError(f"--model is missing and {where} has no {CONFIG} beside it that names the base model; give --model")
+    return choices.model or (config.model if config else "")
+
+
+def _records(config: RunConfig | None, choices: Choices, where: Path) -> list[Example]:
+    if choices.data is not None:
+        seed, length = (config.seed, config.max_length) if config else (0, 1024)
+        return read_source(choices.data, "test", choices.max_length or length, seed, choices.columns)
+    if config is None:
+        raise ConfigError(f"--data is missing and {where} has no {CONFIG} beside it that names held-out records; give --data")
+    if isinstance(config, SimulationConfig):
+        return load_examples(config)[1]
+    if config.eval_data is not None:
+        return read_source(config.eval_data, "test", config.max_length, config.seed, config.columns)
+    raise ConfigError(f"--data is missing: {where} is a run on Flower, whose records are its clients' own; give --data")

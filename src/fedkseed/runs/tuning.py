@@ -1,0 +1,67 @@
+"""A learning rate and a probe distance for the settings of a run, measured on its clients' records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkseed.data import collate
+from fedkseed.errors import ConfigError
+from fedkseed.evaluation import mean_loss
+from fedkseed.kseed.calibration import Calibration, calibrate
+from fedkseed.kseed.server import seed_pool
+from fedkseed.models.loading import load_model
+from fedkseed.randomness import generator
+from fedkseed.runs.inputs import Inputs, separate
+from fedkseed.runs.observer import Nobody, Observer
+from fedkseed.runs.records import prepare
+from fedkseed.runs.settings import SimulationConfig, build, read_settings_file
+from fedkseed.runs.task import bind_loaded
+
+
+def tune(settings: Mapping[str, Any] | str | Path, observer: Observer | None = None) -> Calibration:
+    """Find a workable `lr` and `eps` for a model and data, in a few hundred forward passes; what `fedkseed tune` does.
+
+    Args:
+        settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model is left as it was.
+        observer: who watches; None for nobody.
+
+    Returns:
+        What was found, and how: `.lr` and `.eps` are to be taken.
+
+    Raises:
+        FedKSeedError: a setting, the data or the model cannot be used, or no rate was found.
+    """
+    chosen = read_settings_file(Path(settings)) if isinstance(settings, (str, Path)) else dict(settings)
+    named, inputs = separate({**chosen, "lr": 1.0})
+    return find(build(named), observer or Nobody(), inputs)
+
+
+def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = None) -> Calibration:
+    """The same for settings that are valid.
+
+    Raises:
+        FedKSeedError: the data or the model cannot be used, or no rate was found.
+    """
+    if config.facts.measures != "two-point":
+        raise ConfigError(
+            f"--algorithm {config.algorithm} has no calibration, which is of zeroth-order steps; give --lr, "
+            "or find it by a grid with fedkseed compare"
+        )
+    given = inputs or Inputs()
+    records = prepare(config, observer, given)
+    pooled = [example for examples in records.clients.values() for example in examples]
+    model = given.model if given.model is not None else load_model(config.model, config.dtype, config.device)
+    bound = bind_loaded(config.model, model, seed_pool(config)).bound
+    observer.note("calibrating: a few hundred forward passes on batches of the clients' records")
+
+    def loss(batch: int) -> float:
+        draw = generator(config.seed, "calibration", batch)
+        chosen = draw.choice(len(pooled), min(config.batch_size, len(pooled)), replace=False)
+        with torch.inference_mode():
+            return mean_loss(model, collate([pooled[i] for i in chosen], records.pad_id, model.device)).item()
+
+    return calibrate(bound, loss, generator(config.seed, "calibration directions"))
