@@ -104,7 +104,7 @@ def _comparison(content: dict[str, Any]) -> Comparison:
         number = int(path[1])
         return f"method {entries[number]['name'] or f'number {number + 1}'!r}: {path[2]}"
 
-    words = Words(value=called, missing=lambda name: f"{name} is missing", unknown=lambda name: f"key {name!r}")
+    words = Words(value=called, missing=lambda name: f"{name} is missing", unknown=lambda name: f"key {name!r}", shown=repr)
     return validated(Comparison, {**content, "methods": entries}, words)
 
 

@@ -25,6 +25,7 @@ class Words:
         unknown: what one that does not exist is called, by its name.
         key: how names are spelled in the list of those that do exist.
         contradiction: what stands before the text on settings that contradict each other.
+        shown: a wrong value as it was given: flags are texts.
     """
 
     value: Callable[[Path], str]
@@ -32,6 +33,7 @@ class Words:
     unknown: Callable[[str], str]
     key: Callable[[str], str] = str
     contradiction: str = ""
+    shown: Callable[[Any], str] = lambda value: repr(str(value))
 
 
 def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: bool = False) -> M:
@@ -60,5 +62,4 @@ def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: 
         if found["type"] == "extra_forbidden":
             known = ", ".join(sorted(map(words.key, kind.model_fields)))
             raise ConfigError(f"{words.unknown(path[-1])} is unknown; expected one of: {known}") from error
-        value = found["input"]
-        raise ConfigError(f"{words.value(path)} is {str(value)!r}: {text[0].lower()}{text[1:]}") from error
+        raise ConfigError(f"{words.value(path)} is {words.shown(found['input'])}: {text[0].lower()}{text[1:]}") from error
