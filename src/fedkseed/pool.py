@@ -11,7 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
-from fedkseed.noise import GaussianMixture, HadamardMixture, Mixture, Slot, get_backend, halves, philox, tensor_id
+from fedkseed.noise import (
+    Directions,
+    GaussianDirections,
+    GaussianMixture,
+    HadamardDirections,
+    HadamardMixture,
+    Mixture,
+    Slot,
+    get_backend,
+    halves,
+    philox,
+    tensor_id,
+)
 
 Family = Literal["hadamard", "gaussian"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -90,6 +102,23 @@ class SeedPool:
         at, delta = self.check_amounts(indices, amounts)
         return self._mixture(at, delta.astype(np.float32))
 
+    def directions(self, indices: NDArray[np.int64] | None = None) -> Directions:
+        """What a backend needs to know to fold gradients: along all K seeds, or (gaussian: only) along some."""
+        if self.family == "hadamard":
+            return HadamardDirections(self.key, self.block)
+        return GaussianDirections(self._seed_keys(np.arange(self.size) if indices is None else indices))
+
+    def numbers(self, sums: NDArray[np.float64], indices: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """u = Z'g, float64[K] or of some seeds, from what a fold along `directions` of the same indices has added up.
+
+        With the hadamard family that is the table T, float64[B], and u the first K entries of H T.
+        """
+        if self.family == "gaussian":
+            return sums
+        with np.errstate(invalid="ignore"):  # infinities of both signs
+            numbers = _hadamard(sums)[: self.size]
+        return numbers if indices is None else numbers[indices]
+
     def check_coefficients(self, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
         """The coefficients, if they are float32[K] and finite."""
         if not isinstance(coefficients, np.ndarray) or coefficients.dtype != np.float32:
@@ -101,6 +130,12 @@ class SeedPool:
             k = int(np.flatnonzero(~np.isfinite(coefficients))[0])
             raise InvalidValueError(f"coefficient {k} is {coefficients[k]}; all must be finite")
         return coefficients
+
+    def check_indices(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+        """The indices, int64, if all are in [0, K)."""
+        if not isinstance(indices, (Sequence, np.ndarray)) or isinstance(indices, str) or getattr(indices, "shape", None) == ():
+            raise InvalidValueError(f"indices are {indices!r:.80}; expected a sequence of numbers")
+        return np.array([_integer("index", index, 0, self.size - 1) for index in indices], np.int64)
 
     def check_amounts(
         self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]
@@ -135,8 +170,12 @@ class SeedPool:
             return HadamardMixture(self.key, _table(indices, amounts, self.block))
         # Leaving out zeros changes no bit: the sum starts from +0, so it is never -0, and adding a zero leaves it.
         indices, amounts = indices[amounts != 0], amounts[amounts != 0]
+        return GaussianMixture(self._seed_keys(indices), amounts)
+
+    def _seed_keys(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
         r0, r1, _, _ = philox((indices, 0, 0, SEED_STREAM), halves(self.key))
-        return GaussianMixture(r0.astype(np.uint64) | r1.astype(np.uint64) << np.uint64(32), amounts)
+        keys: NDArray[np.uint64] = r0.astype(np.uint64) | r1.astype(np.uint64) << np.uint64(32)
+        return keys
 
     def _sum(self, name: str, n: int, mixture: Mixture, backend: str) -> NDArray[np.float32]:
         import torch
@@ -149,16 +188,23 @@ class SeedPool:
 
 
 def _table(indices: NDArray[np.int64], amounts: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """A = H a, float32[size]: butterflies in float64 on strides 1, 2, 4, ..., rounded once (docs/noise.md).
+    """A = H a, float32[size]: transformed in float64, rounded once (docs/noise.md)."""
+    x = np.zeros(size, np.float64)
+    x[indices] = amounts
+    with np.errstate(over="ignore"):
+        return _hadamard(x).astype(np.float32)
+
+
+def _hadamard(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """H x: butterflies in float64 on strides 1, 2, 4, ... (docs/noise.md).
 
     Each pass leaves the sums in the first half and the differences in the second, so that the next stride's pairs are
     neighbours again, NumPy's loops are long, and after the last pass all are in their places (Pease 1968).
     """
-    x, y = np.zeros(size, np.float64), np.empty(size, np.float64)
-    x[indices] = amounts
-    for _ in range(size.bit_length() - 1):
-        np.add(x[::2], x[1::2], out=y[: size // 2])
-        np.subtract(x[::2], x[1::2], out=y[size // 2 :])
+    half = len(x) // 2
+    x, y = x.copy(), np.empty_like(x)
+    for _ in range(len(x).bit_length() - 1):
+        np.add(x[::2], x[1::2], out=y[:half])
+        np.subtract(x[::2], x[1::2], out=y[half:])
         x, y = y, x
-    with np.errstate(over="ignore"):
-        return x.astype(np.float32)
+    return x
