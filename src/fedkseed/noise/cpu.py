@@ -156,14 +156,14 @@ def _add_signed(
 
 @intrinsic
 def _prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; nothing happens where there is no memory."""
+    """Ask for the cache line at an address, into the second cache; nothing happens where there is no memory."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, nearest, data = (ir.Constant(word, value) for value in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(args[0], byte), read, nearest, data])
+        read, second, data = (ir.Constant(word, value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], byte), read, second, data])
         return context.get_dummy_value()
 
     return types.void(types.intp), build
@@ -417,7 +417,9 @@ def _inside(part, position, t0, t1, k0, k1, block_bits):  # type: ignore[no-unty
 @njit(nogil=True, cache=True)
 def _hadamard_fold(work, tables, key, lanes, thread, threads, total):  # type: ignore[no-untyped-def]
     # The table is filled part by part, PART entries that stay in the first cache beside the gradient that streams through: the
-    # upper bits of a block's shift say which PART elements of the block belong to them.
+    # upper bits of a block's shift say which PART elements of the block belong to them. The processor cannot guess where the
+    # next block's are, so they are asked for while these are added; into the second cache, since in the first they would push
+    # out the table (measured: 0.28 ns an element; into the first 0.45, unasked 0.6).
     size = tables.shape[1]
     block_bits = 0
     while 1 << block_bits < size:
@@ -435,6 +437,7 @@ def _hadamard_fold(work, tables, key, lanes, thread, threads, total):  # type: i
             source = work[row, BASE]
             direct = work[row, BASE_FORMAT] == FLOAT32
             width = 4 if direct else 2
+            lines = width * CHUNK // 64 if parts > 1 else 0
             tensor = np.uint64(work[row, TENSOR])
             t0, t1 = tensor & MASK, tensor >> HALF_WORD
             lo, hi = _share(begin, work[row, SIZE], lane, lanes, total)
@@ -446,6 +449,9 @@ def _hadamard_fold(work, tables, key, lanes, thread, threads, total):  # type: i
                     following = at_block + step * size
                     following += _inside(part, work[row, START] + following, t0, t1, k0, k1, block_bits)
                     n = min(PART, hi - at)
+                    if n <= 0:  # the tensor ends before
+                        at = following
+                        continue
                     first = (work[row, START] + at) >> 7
                     for i in range(PART_CHUNKS):  # vectorised, as in the sweep
                         chunk = first + i
@@ -461,7 +467,7 @@ def _hadamard_fold(work, tables, key, lanes, thread, threads, total):  # type: i
                         _widen(source, work[row, BASE_FORMAT], at + whole * CHUNK, values[whole * CHUNK : n])
                         values[n : chunks * CHUNK] = np.float32(0)  # adding zeros changes no entry
                     for i in range(chunks):
-                        for line in range(width * CHUNK // 64):
+                        for line in range(lines):
                             _prefetch(source + width * (following + i * CHUNK) + 64 * line)
                         address = source + 4 * (at + i * CHUNK) if i < whole else values.ctypes.data + 4 * i * CHUNK
                         position = ((first + i) & (size // CHUNK - 1)) * CHUNK
