@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +18,10 @@ from fedkseed.errors import BindingError, InvalidValueError
 from fedkseed.models.base import Base, FileBase, MemoryBase
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.parameters import NamedParameter, named_parameters, tensor_digest, value_digest
+from fedkseed.models.projection import FLOATS, Projection, check_gradient
 from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place
 from fedkseed.noise import Mixture, Sweep
 from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Binding:
@@ -114,6 +115,74 @@ class Binding:
         """Move the weights by `amount * z_index`; see `move`."""
         self.move([index], [amount])
 
+    def project(
+        self, gradients: Mapping[str, torch.Tensor], indices: Sequence[int] | NDArray[np.integer] | None = None
+    ) -> NDArray[np.float64]:
+        """`u = Z'g`, the adjoint of a move: `u_k` is the gradient's product with z_k (docs/noise.md, "The adjoint").
+
+        Args:
+            gradients: gradients of tunable parameters by their canonical names, float32, float16 or bfloat16; one that is
+                missing counts as zeros.
+            indices: of which seeds, integers in [0, K); None for all. A gaussian seed costs a pass over the gradients.
+
+        Returns:
+            float64[K], or as many as indices, in their order. They are not finite where a gradient is not.
+
+        Raises:
+            InvalidValueError: a name that is no tunable parameter's, a gradient of another shape or type, or an index
+                outside its range.
+        """
+        tunable = {entry.name: entry.parameter for entry in self._tunable}
+        for name, gradient in gradients.items():
+            if name not in tunable:
+                raise InvalidValueError(f"there is no gradient of {name!r} to project: {self._why_not(name)}")
+            check_gradient(name, gradient)
+            if gradient.shape != tunable[name].shape:
+                shapes = f"{tuple(gradient.shape)}; the parameter's is {tuple(tunable[name].shape)}"
+                raise InvalidValueError(f"gradient of {name} has shape {shapes}")
+        projection = Projection(self.pool, self._backends, indices)
+        projection.add_all(gradients)
+        return projection.numbers()
+
+    @contextmanager
+    def folding(self, indices: Sequence[int] | NDArray[np.integer] | None = None) -> Iterator[Projection]:
+        """Fold every tunable parameter's gradient as soon as backward has made it, and free it.
+
+            with bound.folding() as fold:
+                loss.backward()
+            u = fold.numbers()
+
+        So there is one gradient in memory at a time. Every backward pass inside counts; its gradients are added up in
+        float64. Parameters have no `grad` afterwards. Frozen ones are none of its business.
+
+        Args:
+            indices: see `project`.
+
+        Raises:
+            InvalidValueError: a tunable parameter has a gradient already, or requires none any more; or see `project`.
+        """
+        for entry in self._tunable:
+            if entry.parameter.grad is not None:
+                raise InvalidValueError(f"{entry.name} has a gradient already; call model.zero_grad() before folding")
+            if not entry.parameter.requires_grad:
+                raise InvalidValueError(f"{entry.name} requires no gradient any more; call requires_grad_(True) before folding")
+        projection = Projection(self.pool, self._backends, indices)
+
+        def fold(name: str, parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                projection.add(name, gradient)
+
+        parameters: list[tuple[str, Any]] = [
+            (entry.name, entry.parameter) for entry in self._tunable
+        ]  # torch's hooks are untyped
+        hooks = [x.register_post_accumulate_grad_hook(partial(fold, name)) for name, x in parameters]
+        try:
+            yield projection
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def digest(self) -> str:
         """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""
         digest = hashlib.sha256()
@@ -136,6 +205,15 @@ class Binding:
             stretches = self._base_values(entry.name) if entry.name in tunable else iter([x])
             digests[entry.name] = value_digest(entry.name, x.shape, x.dtype, stretches)
         return BaseIdentity.of(digests, [name for name in digests if name not in tunable])
+
+    def _why_not(self, name: str) -> str:
+        """Why a parameter of that name has no gradient to project."""
+        for entry in self._entries:
+            if name == entry.name:
+                return "it is frozen"
+            if name in entry.aliases:
+                return f"it is tied, under the name {entry.name!r}"
+        return "no parameter has that name"
 
     def _base_values(self, name: str) -> Iterator[torch.Tensor]:
         for batch in self._base.batches([name]):
