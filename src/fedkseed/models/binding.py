@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,29 @@ from fedkseed.models.base import Base, FileBase, MemoryBase
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.parameters import NamedParameter, named_parameters, tensor_digest, value_digest
 from fedkseed.models.projection import FLOATS, Projection, check_gradient
-from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place
+from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place, scaled
 from fedkseed.noise import Mixture, Sweep
 from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
+
+Scale = Literal["none", "proportional"]
+"""How a page moves a weight: by its sum, or by the weight at the page's start times its sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClosedPage:
+    """A page that no longer changes: its pool, its coefficients, float32[K], and its scale."""
+
+    pool: SeedPool
+    coefficients: NDArray[np.float32]
+    scale: Scale = "none"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClosedPage):
+            return NotImplemented
+        same = (self.pool, self.scale) == (other.pool, other.scale)
+        return same and self.coefficients.tobytes() == other.coefficients.tobytes()
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Binding:
@@ -36,27 +56,62 @@ class Binding:
 
     Attributes:
         model: the bound module.
-        pool: the pool of perturbations.
+        pool: the pool of perturbations; of the open page, if there are several.
+        scale: how that page moves a weight.
     """
 
     def __init__(self, model: torch.nn.Module, pool: SeedPool, base: str | Path | None, backend: str) -> None:
-        self.model, self.pool = model, pool
+        self.model = model
         self._entries = named_parameters(model)
         self._tunable = [entry for entry in self._entries if entry.parameter.requires_grad]
         check_tunable(self._tunable)
         check_apart(self._entries)
         self._backends = backends_for(self._tunable, backend)
-        self._base: Base = MemoryBase(self._tunable) if base is None else FileBase(base, self._tunable)
+        self._base: Base = MemoryBase.copy(self._tunable) if base is None else FileBase(base, self._tunable)
+        self._closed: list[ClosedPage] = []
+        self._open(pool, "none", self._base)
+
+    def _open(self, pool: SeedPool, scale: Scale, base: Base) -> None:
+        """See the weights as a base plus, or times one plus, a sum over a pool."""
+        self.pool, self.scale, self._page_base = pool, scale, base
         parameters = {entry.name: entry.parameter for entry in self._tunable}
-        self._full = {name: x for name, x in parameters.items() if x.dtype == torch.float32}
-        self._half = {name: x for name, x in parameters.items() if x.dtype != torch.float32}
-        self._from_base = partial(from_base, self._backends, self._base)
+        follows = scale == "none"  # a product cannot be moved in place
+        self._full = {name: x for name, x in parameters.items() if follows and x.dtype == torch.float32}
+        self._half = {name: x for name, x in parameters.items() if name not in self._full}
+        self._from_base = partial(from_base if follows else scaled, self._backends, base)
         self._rebuild_all = KeptSweep(parameters, self._from_base)
         self._rebuild_half = KeptSweep(self._half, self._from_base)
         self._add_full = KeptSweep(self._full, partial(in_place, self._backends))
         self._coefficients = np.zeros(pool.size, np.float64)  # where half-precision weights are
         self._centre: _Centre | None = None
         self._rebuilt: tuple[bytes, dict[str, torch.Tensor]] | None = None
+
+    def open_page(self, pool: SeedPool, closed: Sequence[ClosedPage] = (), scale: Scale = "none") -> None:
+        """See the weights as the base, closed pages on it, and an open page, which `rebuild` and `move` are then about.
+
+        The sum of base and closed pages is kept in float32 (4 bytes a tunable parameter, none without closed pages) and is
+        gone on from where more pages are closed, to the bits of one that starts from the base (docs/noise.md, "Pages").
+        The weights themselves are left as they are until the next `rebuild`.
+
+        Args:
+            pool: the open page's perturbations.
+            closed: the pages before it, in their order.
+            scale: how the open page moves a weight: `none`, by the sum; `proportional`, by the base's weight times it.
+
+        Raises:
+            InvalidValueError: coefficients that `rebuild` would not take; nothing has changed then.
+        """
+        for page in closed:
+            page.pool.check_coefficients(page.coefficients)
+        if self._closed != list(closed[: len(self._closed)]):
+            self._closed, self._page_base = [], self._base
+        for page in closed[len(self._closed) :]:
+            values = {e.name: torch.empty_like(e.parameter, dtype=torch.float32) for e in self._tunable}
+            turn = from_base if page.scale == "none" else scaled
+            turn(self._backends, self._page_base, values)(page.pool.mixture_of(page.coefficients))
+            self._page_base = MemoryBase(values)
+            self._closed.append(page)
+        self._open(pool, scale, self._page_base)
 
     def __repr__(self) -> str:
         d, size = sum(entry.parameter.numel() for entry in self._tunable), self.pool.size
@@ -105,7 +160,7 @@ class Binding:
             raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
         if self._full:
             self._add_full(self.pool.mixture(at, delta))
-        if self._half and self.pool.facts.moves_exactly:
+        if self._half and (self.pool.facts.moves_exactly or self.scale == "proportional"):
             self._rebuild_half(self.pool.mixture_of(moved.astype(np.float32)))
         elif self._half:
             self._follow_centre(self.pool.mixture(at, delta))
@@ -141,8 +196,21 @@ class Binding:
                 shapes = f"{tuple(gradient.shape)}; the parameter's is {tuple(tunable[name].shape)}"
                 raise InvalidValueError(f"gradient of {name} has shape {shapes}")
         projection = Projection(self.pool, self._backends, indices)
-        projection.add_all(gradients)
+        if self.scale == "none":
+            projection.add_all(gradients)
+        else:
+            for name, gradient in gradients.items():
+                self._fold(projection, name, gradient)
         return projection.numbers()
+
+    def _fold(self, projection: Projection, name: str, gradient: torch.Tensor) -> None:
+        """Add a tensor's gradient; of weights that move in proportion, times the base's weights."""
+        if self.scale == "none":
+            projection.add(name, gradient)
+            return
+        for stretch in (stretch for batch in self._page_base.batches([name]) for stretch in batch):
+            part = gradient.reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
+            projection.add(name, part.float() * stretch.values.to(part.device, torch.float32), stretch.start)
 
     @contextmanager
     def folding(self, indices: Sequence[int] | NDArray[np.integer] | None = None) -> Iterator[Projection]:
@@ -171,7 +239,7 @@ class Binding:
         def fold(name: str, parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
-                projection.add(name, gradient)
+                self._fold(projection, name, gradient)
 
         parameters: list[tuple[str, Any]] = [
             (entry.name, entry.parameter) for entry in self._tunable
