@@ -1,7 +1,7 @@
 """Pages: a tuned model as several pools' numbers, one after the other; only the last page still changes (docs/round.md).
 
-A page's numbers are a sum of parts, each as it travelled: a page of float numbers has one part, which every round replaces;
-a page of few bits has one for each of its rounds. So whoever has some of the parts needs only the others.
+A page's numbers are a sum of parts, each as it travelled. On a wire of four bits or more a page has one part, which every
+round replaces; on one of two bits or a sign it has one for each of its rounds, and whoever has some needs only the others.
 """
 
 from __future__ import annotations
@@ -78,5 +78,5 @@ def pages_digest(pages: Sequence[Page]) -> bytes:
 
 
 def is_replaced(wire: str) -> bool:
-    """Whether a page on this wire has one part that every round replaces, instead of one more for each round."""
-    return BITS[wire] >= 16
+    """Whether a page on this wire has one part that every round replaces; else it gets one more in each round."""
+    return BITS[wire] >= 4
