@@ -4,6 +4,7 @@ from itertools import cycle
 
 import numpy as np
 import torch
+from fedkseed.weights import named_parameters
 
 import fedkseed as fk
 
@@ -41,6 +42,14 @@ class Tensors(torch.nn.Module):
             module.register_parameter(leaf, torch.nn.Parameter(torch.randn(shape) * 0.02))
 
 
+def fold(bound: fk.Binding, gradients: dict[str, torch.Tensor]) -> None:
+    """Gradients one by one, as backward makes them."""
+    with bound.folding() as projection:
+        for name, gradient in gradients.items():
+            projection.add(name, gradient)
+    projection.numbers()
+
+
 def main(rounds: int = 15) -> None:
     model = Tensors()
     weights = [p.detach() for p in model.parameters()]
@@ -73,15 +82,34 @@ def main(rounds: int = 15) -> None:
         if size == 4096:
             contenders["perturb"] = lambda bound=bound: bound.perturb(7, 1e-3)
             contenders["move_2"] = lambda bound=bound: bound.move([7, 9], [1e-3, -1e-3])
+    gradients = {e.name: torch.randn_like(e.parameter) for e in named_parameters(model)}
+    flat = [g.reshape(-1) for g in gradients.values()]
+
+    def dot() -> None:
+        for g in flat:
+            torch.dot(g, g)
+
+    contenders["dot"] = dot
+    for size in (1024, 4096, 65536):
+        bound = fk.bind(model, fk.SeedPool(1, size))
+        contenders[f"project_{size}"] = lambda bound=bound: bound.project(gradients)
+        contenders[f"fold_{size}"] = lambda bound=bound: fold(bound, gradients)
     fast = measure(contenders, rounds)
 
     gaussian = fk.bind(model, fk.SeedPool(1, 4096, "gaussian"))
     # two sets in turn, since rebuilding twice from the same coefficients is a copy
     eight = cycle([np.where(np.arange(4096) % 512 == place, np.float32(1e-6), np.float32(0)) for place in (0, 1)])
     slow = measure(
-        {"published": published, "one": lambda: gaussian.perturb(7, 1e-3), "eight": lambda: gaussian.rebuild(next(eight))}, 3
+        {
+            "published": published,
+            "one": lambda: gaussian.perturb(7, 1e-3),
+            "eight": lambda: gaussian.rebuild(next(eight)),
+            "fold": lambda: gaussian.project(gradients, range(8)),
+        },
+        3,
     )
     per_seed = [seconds / 8 for seconds in slow["eight"]]
+    per_fold = [seconds / 8 for seconds in slow["fold"]]
     rows: list[Row] = [
         absolute("torch.add(w0, x, out=w), per parameter", fast["add_out"], 1e9 / d, "ns"),
         absolute("w.add_(x), per parameter", fast["add_in_place"], 1e9 / d, "ns"),
@@ -91,10 +119,19 @@ def main(rounds: int = 15) -> None:
         ratio("hadamard, K = 65,536: rebuild / torch.add", fast["rebuild_65536"], fast["add_out"]),
         ratio("hadamard: one perturbation / w.add_(x)", fast["perturb"], fast["add_in_place"], must=2, aim=1.3),
         ratio("hadamard: move along two / w.add_(x)", fast["move_2"], fast["add_in_place"]),
+        absolute("torch.dot(g, g), per parameter", fast["dot"], 1e9 / d, "ns"),
+        ratio("hadamard, K = 4096: fold, tensor by tensor / torch.dot", fast["fold_4096"], fast["dot"], must=2, aim=1.5),
+        ratio("hadamard, K = 1024: fold, tensor by tensor / torch.dot", fast["fold_1024"], fast["dot"]),
+        ratio("hadamard, K = 65,536: fold, tensor by tensor / torch.dot", fast["fold_65536"], fast["dot"], must=2, aim=1.5),
+        ratio("hadamard, K = 4096: all gradients in one call / torch.dot", fast["project_4096"], fast["dot"], must=2, aim=1.5),
+        ratio(
+            "hadamard, K = 65,536: all gradients in one call / torch.dot", fast["project_65536"], fast["dot"], must=2, aim=1.5
+        ),
         absolute("published pass, one seed", slow["published"], 1, "s"),
         absolute("gaussian, one seed of a rebuild", per_seed, 1, "s"),
         ratio("gaussian: one seed of a rebuild / published pass", per_seed, slow["published"], must=1 / 2, aim=1 / 5),
         ratio("gaussian: one perturbation / published pass", slow["one"], slow["published"]),
+        ratio("gaussian: one seed of a fold / one seed of a rebuild", per_fold, per_seed),
         Row(
             "all 4096 seeds: published way / hadamard rebuild",
             4096 * np.median(slow["published"]) / np.median(fast["rebuild_4096"]),

@@ -229,6 +229,33 @@ def gaussian_sum(key: int, name: str, n: int, coefficients: NDArray[F32], start:
     return total
 
 
+# --- The adjoint ---
+
+
+def seed_noise(
+    family: str, key: int, size: int, name: str, n: int, k: int, start: int = 0, **variant: bool
+) -> NDArray[np.float64]:
+    """z_k on elements start .. start + n - 1; every value is a binary32 number."""
+    if family == "gaussian":
+        return gaussian_z(key, name, n, k, start).astype(np.float64)
+    sign, bucket = signs_and_buckets(key, size, name, n, start, **variant)
+    return 1.0 - 2 * ((sign + parity(bucket & k)) & 1)
+
+
+def number(
+    family: str, key: int, size: int, name: str, g: NDArray[np.float64], k: int, start: int = 0, **variant: bool
+) -> tuple[float, float]:
+    """u_k = sum_i g_i z_k[i], rounded once, and the sum of the terms' magnitudes; products of binary32 numbers are exact."""
+    terms = g * seed_noise(family, key, size, name, len(g), k, start, **variant)
+    return math.fsum(terms), math.fsum(np.abs(terms))
+
+
+def adjoint_error(family: str, size: int, elements: Sequence[int]) -> float:
+    """The largest error of u_k as a part of the terms' magnitudes, for stretches of so many elements: (N + 64) 2^-53."""
+    block = block_size(size) if family == "hadamard" else 128
+    return (sum(-(-n // block) for n in elements) + 64) * 2.0**-53
+
+
 # --- From coefficients to weights ---
 
 

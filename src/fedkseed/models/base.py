@@ -1,8 +1,10 @@
 """Base weights: where `w0` is read from at each rebuild, a copy in memory or safetensors files through a memory map."""
 
+from __future__ import annotations
+
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,10 +38,15 @@ class Base(Protocol):
 
 
 class MemoryBase:
-    """A copy of the weights as they were when the model was bound."""
+    """Tensors in memory, by canonical name: such as a copy of the weights as they were when the model was bound."""
 
-    def __init__(self, entries: Sequence[NamedParameter]) -> None:
-        self._tensors = {entry.name: entry.parameter.detach().clone() for entry in entries}
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    @classmethod
+    def copy(cls, entries: Sequence[NamedParameter]) -> MemoryBase:
+        """Of the parameters as they are."""
+        return cls({entry.name: entry.parameter.detach().clone() for entry in entries})
 
     def batches(self, names: Sequence[str]) -> Iterator[list[Stretch]]:
         """See `Base.batches`."""

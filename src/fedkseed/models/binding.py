@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,11 +18,30 @@ from fedkseed.errors import BindingError, InvalidValueError
 from fedkseed.models.base import Base, FileBase, MemoryBase
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.parameters import NamedParameter, named_parameters, tensor_digest, value_digest
-from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place
+from fedkseed.models.projection import FLOATS, Projection, check_gradient
+from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place, scaled
 from fedkseed.noise import Mixture, Sweep
 from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Scale = Literal["none", "proportional"]
+"""How a page moves a weight: by its sum, or by the weight at the page's start times its sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClosedPage:
+    """A page that no longer changes: its pool, its coefficients, float32[K], and its scale."""
+
+    pool: SeedPool
+    coefficients: NDArray[np.float32]
+    scale: Scale = "none"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClosedPage):
+            return NotImplemented
+        same = (self.pool, self.scale) == (other.pool, other.scale)
+        return same and self.coefficients.tobytes() == other.coefficients.tobytes()
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Binding:
@@ -35,27 +56,62 @@ class Binding:
 
     Attributes:
         model: the bound module.
-        pool: the pool of perturbations.
+        pool: the pool of perturbations; of the open page, if there are several.
+        scale: how that page moves a weight.
     """
 
     def __init__(self, model: torch.nn.Module, pool: SeedPool, base: str | Path | None, backend: str) -> None:
-        self.model, self.pool = model, pool
+        self.model = model
         self._entries = named_parameters(model)
         self._tunable = [entry for entry in self._entries if entry.parameter.requires_grad]
         check_tunable(self._tunable)
         check_apart(self._entries)
         self._backends = backends_for(self._tunable, backend)
-        self._base: Base = MemoryBase(self._tunable) if base is None else FileBase(base, self._tunable)
+        self._base: Base = MemoryBase.copy(self._tunable) if base is None else FileBase(base, self._tunable)
+        self._closed: list[ClosedPage] = []
+        self._open(pool, "none", self._base)
+
+    def _open(self, pool: SeedPool, scale: Scale, base: Base) -> None:
+        """See the weights as a base plus, or times one plus, a sum over a pool."""
+        self.pool, self.scale, self._page_base = pool, scale, base
         parameters = {entry.name: entry.parameter for entry in self._tunable}
-        self._full = {name: x for name, x in parameters.items() if x.dtype == torch.float32}
-        self._half = {name: x for name, x in parameters.items() if x.dtype != torch.float32}
-        self._from_base = partial(from_base, self._backends, self._base)
+        follows = scale == "none"  # a product cannot be moved in place
+        self._full = {name: x for name, x in parameters.items() if follows and x.dtype == torch.float32}
+        self._half = {name: x for name, x in parameters.items() if name not in self._full}
+        self._from_base = partial(from_base if follows else scaled, self._backends, base)
         self._rebuild_all = KeptSweep(parameters, self._from_base)
         self._rebuild_half = KeptSweep(self._half, self._from_base)
         self._add_full = KeptSweep(self._full, partial(in_place, self._backends))
         self._coefficients = np.zeros(pool.size, np.float64)  # where half-precision weights are
         self._centre: _Centre | None = None
         self._rebuilt: tuple[bytes, dict[str, torch.Tensor]] | None = None
+
+    def open_page(self, pool: SeedPool, closed: Sequence[ClosedPage] = (), scale: Scale = "none") -> None:
+        """See the weights as the base, closed pages on it, and an open page, which `rebuild` and `move` are then about.
+
+        The sum of base and closed pages is kept in float32 (4 bytes a tunable parameter, none without closed pages) and is
+        gone on from where more pages are closed, to the bits of one that starts from the base (docs/noise.md, "Pages").
+        The weights themselves are left as they are until the next `rebuild`.
+
+        Args:
+            pool: the open page's perturbations.
+            closed: the pages before it, in their order.
+            scale: how the open page moves a weight: `none`, by the sum; `proportional`, by the base's weight times it.
+
+        Raises:
+            InvalidValueError: coefficients that `rebuild` would not take; nothing has changed then.
+        """
+        for page in closed:
+            page.pool.check_coefficients(page.coefficients)
+        if self._closed != list(closed[: len(self._closed)]):
+            self._closed, self._page_base = [], self._base
+        for page in closed[len(self._closed) :]:
+            values = {e.name: torch.empty_like(e.parameter, dtype=torch.float32) for e in self._tunable}
+            turn = from_base if page.scale == "none" else scaled
+            turn(self._backends, self._page_base, values)(page.pool.mixture_of(page.coefficients))
+            self._page_base = MemoryBase(values)
+            self._closed.append(page)
+        self._open(pool, scale, self._page_base)
 
     def __repr__(self) -> str:
         d, size = sum(entry.parameter.numel() for entry in self._tunable), self.pool.size
@@ -104,7 +160,7 @@ class Binding:
             raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
         if self._full:
             self._add_full(self.pool.mixture(at, delta))
-        if self._half and self.pool.facts.moves_exactly:
+        if self._half and (self.pool.facts.moves_exactly or self.scale == "proportional"):
             self._rebuild_half(self.pool.mixture_of(moved.astype(np.float32)))
         elif self._half:
             self._follow_centre(self.pool.mixture(at, delta))
@@ -113,6 +169,87 @@ class Binding:
     def perturb(self, index: int, amount: float) -> None:
         """Move the weights by `amount * z_index`; see `move`."""
         self.move([index], [amount])
+
+    def project(
+        self, gradients: Mapping[str, torch.Tensor], indices: Sequence[int] | NDArray[np.integer] | None = None
+    ) -> NDArray[np.float64]:
+        """`u = Z'g`, the adjoint of a move: `u_k` is the gradient's product with z_k (docs/noise.md, "The adjoint").
+
+        Args:
+            gradients: gradients of tunable parameters by their canonical names, float32, float16 or bfloat16; one that is
+                missing counts as zeros.
+            indices: of which seeds, integers in [0, K); None for all. A gaussian seed costs a pass over the gradients.
+
+        Returns:
+            float64[K], or as many as indices, in their order. They are not finite where a gradient is not.
+
+        Raises:
+            InvalidValueError: a name that is no tunable parameter's, a gradient of another shape or type, or an index
+                outside its range.
+        """
+        tunable = {entry.name: entry.parameter for entry in self._tunable}
+        for name, gradient in gradients.items():
+            if name not in tunable:
+                raise InvalidValueError(f"there is no gradient of {name!r} to project: {self._why_not(name)}")
+            check_gradient(name, gradient)
+            if gradient.shape != tunable[name].shape:
+                shapes = f"{tuple(gradient.shape)}; the parameter's is {tuple(tunable[name].shape)}"
+                raise InvalidValueError(f"gradient of {name} has shape {shapes}")
+        projection = Projection(self.pool, self._backends, indices)
+        if self.scale == "none":
+            projection.add_all(gradients)
+        else:
+            for name, gradient in gradients.items():
+                self._fold(projection, name, gradient)
+        return projection.numbers()
+
+    def _fold(self, projection: Projection, name: str, gradient: torch.Tensor) -> None:
+        """Add a tensor's gradient; of weights that move in proportion, times the base's weights."""
+        if self.scale == "none":
+            projection.add(name, gradient)
+            return
+        for stretch in (stretch for batch in self._page_base.batches([name]) for stretch in batch):
+            part = gradient.reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
+            projection.add(name, part.float() * stretch.values.to(part.device, torch.float32), stretch.start)
+
+    @contextmanager
+    def folding(self, indices: Sequence[int] | NDArray[np.integer] | None = None) -> Iterator[Projection]:
+        """Fold every tunable parameter's gradient as soon as backward has made it, and free it.
+
+            with bound.folding() as fold:
+                loss.backward()
+            u = fold.numbers()
+
+        So there is one gradient in memory at a time. Every backward pass inside counts; its gradients are added up in
+        float64. Parameters have no `grad` afterwards. Frozen ones are none of its business.
+
+        Args:
+            indices: see `project`.
+
+        Raises:
+            InvalidValueError: a tunable parameter has a gradient already, or requires none any more; or see `project`.
+        """
+        for entry in self._tunable:
+            if entry.parameter.grad is not None:
+                raise InvalidValueError(f"{entry.name} has a gradient already; call model.zero_grad() before folding")
+            if not entry.parameter.requires_grad:
+                raise InvalidValueError(f"{entry.name} requires no gradient any more; call requires_grad_(True) before folding")
+        projection = Projection(self.pool, self._backends, indices)
+
+        def fold(name: str, parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                self._fold(projection, name, gradient)
+
+        parameters: list[tuple[str, Any]] = [
+            (entry.name, entry.parameter) for entry in self._tunable
+        ]  # torch's hooks are untyped
+        hooks = [x.register_post_accumulate_grad_hook(partial(fold, name)) for name, x in parameters]
+        try:
+            yield projection
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def digest(self) -> str:
         """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""
@@ -136,6 +273,15 @@ class Binding:
             stretches = self._base_values(entry.name) if entry.name in tunable else iter([x])
             digests[entry.name] = value_digest(entry.name, x.shape, x.dtype, stretches)
         return BaseIdentity.of(digests, [name for name in digests if name not in tunable])
+
+    def _why_not(self, name: str) -> str:
+        """Why a parameter of that name has no gradient to project."""
+        for entry in self._entries:
+            if name == entry.name:
+                return "it is frozen"
+            if name in entry.aliases:
+                return f"it is tied, under the name {entry.name!r}"
+        return "no parameter has that name"
 
     def _base_values(self, name: str) -> Iterator[torch.Tensor]:
         for batch in self._base.batches([name]):

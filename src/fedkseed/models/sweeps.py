@@ -70,6 +70,23 @@ def from_base(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
     return sweep
 
 
+def scaled(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
+    """`output <- cast(w0 * (1 + sum_k a_k z_k))`: one addition and one multiplication, each rounded once to binary32.
+
+    The sum goes through a scratch tensor, so that every backend can do it (docs/noise.md, "Scales").
+    """
+
+    def sweep(mixture: Mixture) -> None:
+        for batch in base.batches(list(outputs)):
+            for stretch in batch:
+                out = outputs[stretch.name].detach().reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
+                factor = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+                _prepare(backends, [Slot(factor, None, tensor_id(stretch.name), stretch.start)])(mixture)
+                out.copy_(factor.add_(1).mul_(stretch.values.to(out.device, torch.float32)))
+
+    return sweep
+
+
 def _prepare(backends: Backends, slots: Sequence[Slot]) -> Sweep:
     each = [backend.prepare([s for s in slots if s.out.device.type == device]) for device, backend in backends.items()]
 

@@ -1,8 +1,9 @@
 """What a noise backend does, and how one is chosen.
 
-There is one operation, the sweep: one pass over a list of tensors that adds a mixture `sum_k a_k z_k` to base values.
+There are two operations. A sweep is one pass over a list of tensors that adds a mixture `sum_k a_k z_k` to base values.
 Rebuilding a model, perturbing it along one seed and moving it along several are sweeps that differ in their mixture
-and in where the base values lie, so that a backend has one kernel per noise family to get right and to make fast.
+and in where the base values lie, so that a backend has one kernel per noise family to get right and to make fast. A fold
+is the sweep transposed: it reads gradients where a sweep writes weights, and gives `sum_i g_i z_k[i]` for every k.
 """
 
 from __future__ import annotations
@@ -65,8 +66,53 @@ class Slot:
     start: int = 0
 
 
+@dataclass(frozen=True)
+class HadamardDirections:
+    """All seeds of a pool of the structured family: the pool key and B, the number of entries of the table."""
+
+    key: int
+    block: int
+
+
+@dataclass(frozen=True)
+class GaussianDirections:
+    """Some seeds of the gaussian family: their 64-bit seed keys, uint64[m]."""
+
+    seeds: NDArray[np.uint64]
+
+
+Directions = HadamardDirections | GaussianDirections
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stretch of one tensor's gradient.
+
+    Attributes:
+        values: one-dimensional, contiguous; float32, float16 or bfloat16.
+        tensor_id: the 64-bit id of the whole tensor.
+        start: row-major position in the tensor of the first element, a multiple of `QUANTUM`.
+    """
+
+    values: torch.Tensor
+    tensor_id: int
+    start: int = 0
+
+
+class Fold(Protocol):
+    """`Z'g`, added up in float64 source by source, in the order in which they come (docs/noise.md, "The adjoint")."""
+
+    def add(self, sources: Sequence[Source]) -> None:
+        """Add these stretches; their memory may be given back, or written over in stream order, after the call."""
+        ...
+
+    def sums(self) -> NDArray[np.float64]:
+        """What has been added so far: the table T, float64[B] (hadamard), or `sum_i g_i z_k[i]`, float64[m] (gaussian)."""
+        ...
+
+
 class Backend(Protocol):
-    """Computes sweeps; all backends give the same bits (docs/noise.md).
+    """Computes sweeps and folds; sweeps of all backends give the same bits, folds lie within one bound (docs/noise.md).
 
     Attributes:
         name: what it is chosen by.
@@ -81,6 +127,10 @@ class Backend(Protocol):
 
         What takes time for each tensor is done here, once: a small model's sweep takes less than that.
         """
+        ...
+
+    def fold(self, directions: Directions) -> Fold:
+        """A fold of nothing yet. The same calls of `add` give the same bits on one device, whatever the number of threads."""
         ...
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedkseed.errors import InvalidValueError
-from fedkseed.noise.backend import Mixture, Slot, get_backend
+from fedkseed.noise.backend import Directions, Mixture, Slot, get_backend
 from fedkseed.noise.families import FAMILIES, Family, block_size
 from fedkseed.noise.philox import tensor_id
 
@@ -92,6 +92,17 @@ class SeedPool:
         at, delta = self.check_amounts(indices, amounts)
         return self._mixture(at, delta.astype(np.float32))
 
+    def directions(self, indices: NDArray[np.int64] | None = None) -> Directions:
+        """What a backend needs to know to fold gradients: along all K seeds, or (gaussian: only) along some."""
+        return self.facts.aim(self.key, self.size, indices)
+
+    def numbers(self, sums: NDArray[np.float64], indices: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """u = Z'g, float64[K] or of some seeds, from what a fold along `directions` of the same indices has added up.
+
+        With the hadamard family that is the table T, float64[B], and u the first K entries of H T.
+        """
+        return self.facts.numbers(sums, self.size, indices)
+
     def check_coefficients(self, coefficients: ArrayLike) -> NDArray[np.float32]:
         """The coefficients as float32[K]: of any numbers, in an array, a list or a tensor, that float32 holds exactly.
 
@@ -117,6 +128,12 @@ class SeedPool:
                 k = int(np.flatnonzero(wrong)[0])
                 raise InvalidValueError(f"coefficient {k} is {given[k]}; {expected}")
         return values
+
+    def check_indices(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+        """The indices, int64, if all are in [0, K)."""
+        if not isinstance(indices, (Sequence, np.ndarray)) or isinstance(indices, str) or getattr(indices, "shape", None) == ():
+            raise InvalidValueError(f"indices are {indices!r:.80}; expected a sequence of numbers")
+        return np.array([_integer("index", index, 0, self.size - 1) for index in indices], np.int64)
 
     def check_amounts(
         self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]

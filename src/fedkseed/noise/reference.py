@@ -7,7 +7,17 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.noise import box_muller as bm
-from fedkseed.noise.backend import HadamardMixture, Mixture, Slot, Sweep
+from fedkseed.noise.backend import (
+    Directions,
+    Fold,
+    GaussianDirections,
+    HadamardDirections,
+    HadamardMixture,
+    Mixture,
+    Slot,
+    Source,
+    Sweep,
+)
 from fedkseed.noise.philox import halves, philox
 
 F32 = NDArray[np.float32]
@@ -15,16 +25,21 @@ BLOCK_STREAM = 0x80000000
 """First counter word of the Philox call that gives a block's shift; the calls for its signs count from 0."""
 
 
+def signs_and_entries(key: int, size: int, tensor_id: int, start: int, n: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """s(b, j) and `j xor r(b)` of elements start .. start + n - 1 of a tensor, for a table of that size."""
+    block, j = np.divmod(np.arange(start, start + n, dtype=np.int64), size)
+    tensor, words_of_key = halves(tensor_id), halves(key)
+    words = philox((j // 128, block, *tensor), words_of_key)
+    word = np.take_along_axis(words, (j % 128 // 32)[None], axis=0)[0]
+    signs: NDArray[np.uint32] = (word >> (j % 32).astype(np.uint32)) & np.uint32(1)
+    shift = philox((BLOCK_STREAM, block, *tensor), words_of_key)[0].astype(np.int64) % size
+    return signs, j ^ shift
+
+
 def hadamard_sum(mixture: HadamardMixture, tensor_id: int, start: int, n: int) -> F32:
     """float32[n]: the mixture on elements start .. start + n - 1 of a tensor."""
-    size = len(mixture.table)
-    block, j = np.divmod(np.arange(start, start + n, dtype=np.int64), size)
-    tensor, key = halves(tensor_id), halves(mixture.key)
-    words = philox((j // 128, block, *tensor), key)
-    word = np.take_along_axis(words, (j % 128 // 32)[None], axis=0)[0]
-    signs = (word >> (j % 32).astype(np.uint32)) & np.uint32(1)
-    shift = philox((BLOCK_STREAM, block, *tensor), key)[0].astype(np.int64) % size
-    bits = mixture.table[j ^ shift].view(np.uint32) ^ (signs << np.uint32(31))
+    signs, entries = signs_and_entries(mixture.key, len(mixture.table), tensor_id, start, n)
+    bits = mixture.table[entries].view(np.uint32) ^ (signs << np.uint32(31))
     values: F32 = bits.view(np.float32)
     return values
 
@@ -117,6 +132,48 @@ class ReferenceBackend:
                 store(values, slot.out)
 
         return sweep
+
+    def fold(self, directions: Directions) -> Fold:
+        """See `Backend.fold`."""
+        return _HadamardFold(directions) if isinstance(directions, HadamardDirections) else _GaussianFold(directions)
+
+
+class _HadamardFold:
+    """T[j xor r(b)] += (-1)^s(b, j) g[i], one element after the other."""
+
+    def __init__(self, directions: HadamardDirections) -> None:
+        self._key, self._table = directions.key, np.zeros(directions.block, np.float64)
+
+    def add(self, sources: Sequence[Source]) -> None:
+        """See `Fold.add`."""
+        for source in sources:
+            g = widen(source.values).astype(np.float64)
+            signs, entries = signs_and_entries(self._key, len(self._table), source.tensor_id, source.start, len(g))
+            with np.errstate(invalid="ignore"):  # infinities of both signs
+                np.add.at(self._table, entries, np.where(signs == 1, -g, g))
+
+    def sums(self) -> NDArray[np.float64]:
+        """See `Fold.sums`."""
+        return self._table.copy()
+
+
+class _GaussianFold:
+    """u[m] += sum_i g[i] z_m[i], one seed after the other; products are exact in float64."""
+
+    def __init__(self, directions: GaussianDirections) -> None:
+        self._seeds, self._sums = directions.seeds, np.zeros(len(directions.seeds), np.float64)
+
+    def add(self, sources: Sequence[Source]) -> None:
+        """See `Fold.add`."""
+        for source in sources:
+            g = widen(source.values).astype(np.float64)
+            for m, seed in enumerate(self._seeds):
+                with np.errstate(invalid="ignore"):
+                    self._sums[m] += np.sum(g * gaussian(int(seed), source.tensor_id, source.start, len(g)))
+
+    def sums(self) -> NDArray[np.float64]:
+        """See `Fold.sums`."""
+        return self._sums.copy()
 
 
 BACKEND = ReferenceBackend()
