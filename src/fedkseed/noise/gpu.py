@@ -40,7 +40,7 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 WIDEST_ACCESS = 16
 """Bytes that a thread reads or writes at once, at addresses that are multiples of it."""
 FOLD_PROGRAMS = 1024
-"""Programs of a fold's launch at most: what a large GPU runs at a time; not asked of the device, so that all add in one order."""
+"""Programs of a fold's launch at most: what a large GPU runs at a time. It is not asked of the device: all add in one order."""
 STEPS_PER_LANE = 4
 """A launch with fewer steps for each lane uses fewer lanes."""
 
