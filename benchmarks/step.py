@@ -36,10 +36,12 @@ from fedkseed.runs.task import checkpoint_activations
 folder, mode = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 ids = torch.arange(128)[None]
+def differentiable(step):
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 @torch.inference_mode()
 def loss(step):
-    logits = model(input_ids=ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+    return differentiable(step).item()
 if mode == "inference":
     [loss(t) for t in range(6)]
 elif mode.startswith("gradient"):
