@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fedkseed.data import TEMPLATES, Example, encode, get_template, read_jsonl
 from fedkseed.errors import DataError, InvalidValueError, ModelError
-from fedkseed.models.loading import load_tokenizer
 
 BOS, EOS = 1, 2
 EXAMPLES = [
@@ -23,17 +22,6 @@ EXAMPLES = [
     Example("Only space.", "", " \n ", "b"),
     Example("A very long request. " * 30, "", "Yes.", "b"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(shared: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(shared / "models" / "stories260k")
-
-
-@pytest.fixture
-def own_tokenizer(shared: Path) -> PreTrainedTokenizerBase:
-    """One that a test may change."""
-    return load_tokenizer(shared / "models" / "stories260k")
 
 
 def alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,6 +1,5 @@
 """A record of any source: what its fields may be called, conversations, and the one line to each thing it may not be."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from fedkseed.data import COLUMNS, Example, get_template, parse_columns
 from fedkseed.data.record import to_example
 from fedkseed.errors import DataError, InvalidValueError
-from fedkseed.models.loading import load_tokenizer
 
 HERE = "data.jsonl:7"
 TALK = [
@@ -24,11 +22,6 @@ TALK = [
 
 def without(place: int) -> list[dict[str, str]]:
     return TALK[:place] + TALK[place + 1 :]
-
-
-@pytest.fixture
-def tokenizer(shared: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(shared / "models" / "stories260k")
 
 
 # --- Fields ---
@@ -95,14 +88,14 @@ def test_a_record_with_an_instruction_is_no_conversation() -> None:
     assert to_example({"messages": TALK, "instruction": "i", "output": "o"}, HERE) == Example("i", "", "o", "")
 
 
-def test_a_chat_template_gets_the_turns_and_the_others_their_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = CHAT
+def test_a_chat_template_gets_the_turns_and_the_others_their_text(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    own_tokenizer.chat_template = CHAT
     example = to_example({"messages": TALK}, HERE)
-    assert get_template("chat")(example, tokenizer) == (
+    assert get_template("chat")(example, own_tokenizer) == (
         "[system]Be brief.\n[user]Hi.\n[assistant]Hello.\n[user]Name a fruit.\n[assistant]",
         "An apple.",
     )
-    assert get_template("plain")(example, tokenizer) == (
+    assert get_template("plain")(example, own_tokenizer) == (
         "Instruction:\nName a fruit.\n\nInput:\nSystem: Be brief.\n\nUser: Hi.\n\nAssistant: Hello.\n\nResponse:\n",
         "An apple.",
     )

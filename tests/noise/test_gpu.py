@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support import laws
+from tests.support.rows import families, kinds
 
 import fedkseed as fk
 from fedkseed.errors import BackendError
@@ -21,7 +22,6 @@ from fedkseed.noise import Slot, get_backend, tensor_id
 
 KEY = 0xFEDCBA9876543210
 needs_triton = pytest.mark.skipif("gpu" not in laws.BACKENDS, reason="needs Triton")
-families = pytest.mark.parametrize("family", laws.FAMILIES)
 TYPES = ("float32", "float16", "bfloat16")
 ALL_PAIRS = [(out, base) for out in TYPES for base in (*TYPES, "none")]
 PAIRS = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "none")]
@@ -186,7 +186,7 @@ def test_one_launch_for_each_pair_of_types(gpu, launches, family):
 
 
 @families
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_tiles_as_small_as_a_gpus_give_the_same_bits(gpu, monkeypatch, family, kind):
     """The interpreter's are larger, since it takes its time for each program."""
     monkeypatch.setattr(gpu, "INTERPRETED", False)

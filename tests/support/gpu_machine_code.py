@@ -1,7 +1,8 @@
 """What the GPU kernels become for a processor that need not be there: `python gpu_machine_code.py VARIANT ...` prints JSON.
 
 A process of its own, because Triton's interpreter, in which the tests run, is chosen when Triton is imported. A variant is
-family,out,base,arch[,name=value ...]; further names are compile options, or ALIGNED=0.
+family,out,base,arch[,name=value ...]; further names are compile options, or ALIGNED=0. A fold is fold-family,base,,arch, for a
+table as large as its tile or larger, or, with SMALL=1, smaller.
 """
 
 import collections
@@ -36,8 +37,21 @@ def roots(x, TILE: tl.constexpr):
     tl.store(at, tl.sqrt_rn(tl.load(at)))
 
 
-def source(family: str, out: str, base: str, aligned: bool) -> ASTSource:
-    if family == "roots":
+FOLDS = {
+    "fold-hadamard": (kernels.hadamard_fold, kernels.FOLD_TILE, {"key_low": "i32", "key_high": "i32", "block_bits": "i32"}),
+    "fold-gaussian": (kernels.gaussian_fold, kernels.GAUSSIAN_TILE, {"seeds": "*i64"}),
+}
+
+
+def source(family: str, out: str, base: str, aligned: bool, small: bool) -> ASTSource:
+    if family in FOLDS:
+        kernel, tile, directions = FOLDS[family]
+        constants = {"KIND": TYPES[out], "ALIGNED": aligned, "TILE": tile}
+        if family == "fold-hadamard":
+            constants["SMALL"] = small
+        counts = {"rows": "i32", "steps": "i32", "lanes": "i32"}
+        signature = {"work": "*i64", **counts, "partial": "*fp64", **directions, **dict.fromkeys(constants, "constexpr")}
+    elif family == "roots":
         signature, constants, kernel = {"x": "*fp32", "TILE": "constexpr"}, {"TILE": kernels.GAUSSIAN_TILE // 2}, roots
     else:
         kernel = SWEEPS[family]
@@ -50,9 +64,11 @@ def source(family: str, out: str, base: str, aligned: bool) -> ASTSource:
 def facts(variant: str) -> dict[str, object]:
     family, out, base, arch, *rest = variant.split(",")
     options = {name: int(value) for name, value in (option.split("=") for option in rest)}
-    aligned = bool(options.pop("ALIGNED", 1))
+    aligned, small = bool(options.pop("ALIGNED", 1)), bool(options.pop("SMALL", 0))
     options = {**kernels.OPTIONS, **options, "enable_fp_fusion": bool(options.get("enable_fp_fusion", 0))}
-    compiled = triton.compile(source(family, out, base, aligned), target=GPUTarget("cuda", int(arch), 32), options=options)
+    compiled = triton.compile(
+        source(family, out, base, aligned, small), target=GPUTarget("cuda", int(arch), 32), options=options
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

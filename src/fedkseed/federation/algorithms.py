@@ -19,11 +19,13 @@ class Algorithm:
         name: what settings, checkpoints and messages call it.
         title: what a person calls it.
         about: a few words for the help.
-        sends: what a client's reply holds: `scalars`, one for each prescribed seed, or `tensors`, what is tuned as a whole.
+        sends: what a client's reply holds: `scalars`, one for each prescribed seed; `changes` of K numbers; or `tensors`, what
+            is tuned as a whole.
         measures: how a client finds its way: `two-point`, two forward passes a step, or `gradient`, backpropagation.
         draws: how a round's seeds are chosen: `uniform`, by `importance`, or `fresh` ones, used once; None: there are none.
         attaches: what is tuned in place of all parameters: adapters (`lora`) or a soft prompt (`prompt`, `prompt-encoder`).
         steps: the optimiser of a client's local steps, `sgd` or `adam`.
+        usual_lr: a learning rate to look around.
         on_flower: whether it runs on Flower.
         settings: those that not every algorithm takes, and this one does.
     """
@@ -31,23 +33,24 @@ class Algorithm:
     name: str
     title: str
     about: str
-    sends: Literal["scalars", "tensors"]
+    sends: Literal["scalars", "changes", "tensors"]
     measures: Literal["two-point", "gradient"]
     draws: Literal["uniform", "importance", "fresh"] | None = None
     attaches: Literal["lora", "prompt", "prompt-encoder"] | None = None
     steps: Literal["sgd", "adam"] = "sgd"
+    usual_lr: float = 1e-5
     on_flower: bool = False
     settings: tuple[str, ...] = ()
 
     @property
     def needs_noise(self) -> bool:
         """Whether a client moves weights along perturbations."""
-        return self.draws is not None
+        return self.draws is not None or self.sends == "changes"
 
     @property
     def has_ledger(self) -> bool:
         """Whether the tuned model is K numbers."""
-        return self.sends == "scalars"
+        return self.sends in ("scalars", "changes")
 
     @property
     def needs_peft(self) -> bool:
@@ -71,6 +74,10 @@ class Algorithm:
 
 PROBES = ("eps", "noise", "loss_clip")
 SEEDS = (*PROBES, "num_seeds", "wire", "dtype")
+CHANGES = (
+    "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
+    "checkpointing",
+)  # fmt: skip
 IMPORTANCE = ("importance_clip", "importance_start")
 LORA = ("lora_rank", "lora_alpha")
 PROMPT = ("num_virtual_tokens",)
@@ -86,16 +93,26 @@ ALGORITHMS: dict[str, Algorithm] = {
             "fedkseed-pro", "FedKSeed-Pro", "prefers seeds whose gradients were large",
             "scalars", "two-point", "importance", on_flower=True, settings=(*SEEDS, *IMPORTANCE),
         ),
-        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient"),
-        Algorithm("fedit", "FedIT", "LoRA by Adam", "tensors", "gradient", attaches="lora", steps="adam", settings=LORA),
-        Algorithm("fedit-sgd", "FedIT-SGD", "LoRA by SGD", "tensors", "gradient", attaches="lora", settings=LORA),
+        Algorithm(
+            "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",
+            "changes", "gradient", usual_lr=1e-3, settings=(*SEEDS, *CHANGES),
+        ),
+        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient", usual_lr=0.05),
+        Algorithm(
+            "fedit", "FedIT", "LoRA by Adam",
+            "tensors", "gradient", attaches="lora", steps="adam", usual_lr=1e-3, settings=LORA,
+        ),
+        Algorithm(
+            "fedit-sgd", "FedIT-SGD", "LoRA by SGD",
+            "tensors", "gradient", attaches="lora", usual_lr=0.05, settings=LORA,
+        ),
         Algorithm(
             "fedprompt", "FedPrompt", "a soft prompt by Adam",
-            "tensors", "gradient", attaches="prompt", steps="adam", settings=PROMPT,
+            "tensors", "gradient", attaches="prompt", steps="adam", usual_lr=0.01, settings=PROMPT,
         ),
         Algorithm(
             "fedptuning", "FedPTuning", "a soft prompt through an encoder, by Adam",
-            "tensors", "gradient", attaches="prompt-encoder", steps="adam", settings=PROMPT,
+            "tensors", "gradient", attaches="prompt-encoder", steps="adam", usual_lr=0.01, settings=PROMPT,
         ),
         Algorithm("fedzo", "FedZO", "all parameters, zeroth-order", "tensors", "two-point", "fresh", settings=PROBES),
     )

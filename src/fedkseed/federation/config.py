@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
-from fedkseed.noise.families import FAMILIES
+from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 
 if TYPE_CHECKING:  # which cannot know the tables' names
     AlgorithmName: TypeAlias = str
     FamilyName: TypeAlias = str
 else:
     AlgorithmName, FamilyName = Literal[tuple(ALGORITHMS)], Literal[tuple(FAMILIES)]
+OptimizerName = Literal["sgd", "momentum", "adam", "sign"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[float, Field(ge=1e-37, le=1e37)]
@@ -57,7 +58,27 @@ class FederationConfig(BaseModel):
         20, description="fedprompt, fedptuning: length of the soft prompt"
     )
     min_replies: Count = Field(1, description="a round with fewer accepted replies is repeated, three times at most")
-    wire: Literal["float16", "float32"] = Field("float16", description="precision of coefficients and scalars as they travel")
+    wire: Literal["float16", "float32", "int8", "int4", "int2", "sign"] = Field(
+        "float16", description="precision of the numbers that travel; fewer than 16 bits only for fedkseed-grad"
+    )
+    rounds_per_page: Annotated[int, Field(ge=0)] = Field(
+        0, description="fedkseed-grad: fresh directions every so many rounds; 0 keeps those of the first round"
+    )
+    basis: Literal["table", "coefficients"] = Field(
+        "table", description="fedkseed-grad: which K numbers are sent and stepped on: what moves each weight, or the seeds' own"
+    )
+    movement: Literal["absolute", "proportional"] = Field(
+        "absolute", description="fedkseed-grad: weights move by a page's sum, or by the weight times it"
+    )
+    local_optimizer: OptimizerName = Field("sgd", description="fedkseed-grad: of a client's steps on the K numbers")
+    server_optimizer: OptimizerName = Field("sgd", description="fedkseed-grad: of the server on the clients' mean change")
+    server_lr: Step = Field(1.0, description="fedkseed-grad: the server's rate; with adam and sign how far a number moves")
+    two_point_clients: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="fedkseed-grad: share of the clients that cannot backpropagate and answer with scalars"
+    )
+    checkpointing: Literal["off", "on"] = Field(
+        "off", description="recompute activations in the backward pass: less memory, more time"
+    )
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="seed of everything random in the run")
 
     @field_validator("*", mode="before")
@@ -76,7 +97,26 @@ class FederationConfig(BaseModel):
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
                     f"leave it out, or choose one of {', '.join(that_take(name))}"
                 )
+        if self.facts.sends == "changes":
+            self._check_changes()
+        elif self.wire not in ("float16", "float32"):
+            raise ValueError(
+                f"--wire is {self.wire!r} and --algorithm {self.algorithm} sends float16 or float32; take one of them"
+            )
         return self
+
+    def _check_changes(self) -> None:
+        power_of_two = self.num_seeds >= MIN_BLOCK and self.num_seeds & (self.num_seeds - 1) == 0
+        if self.basis == "table" and not (FAMILIES[self.noise].has_table and power_of_two):
+            raise ValueError(
+                f"--basis table needs --noise hadamard and --num-seeds a power of two from {MIN_BLOCK} on, they are "
+                f"{self.noise} and {self.num_seeds}; change them, or take --basis coefficients"
+            )
+        if self.two_point_clients and self.local_optimizer != "sgd":
+            raise ValueError(
+                f"--two-point-clients is {self.two_point_clients} and --local-optimizer {self.local_optimizer}; scalars can be "
+                "weighed against changes of sgd only, so take that and let --server-optimizer bound the steps"
+            )
 
     @property
     def facts(self) -> Algorithm:

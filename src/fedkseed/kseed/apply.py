@@ -8,10 +8,11 @@ import torch
 
 from fedkseed.errors import LedgerError
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.base import MemoryBase
 from fedkseed.models.binding import check_apart, check_tunable
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.parameters import named_parameters, value_digests
-from fedkseed.models.sweeps import backends_for, in_place
+from fedkseed.models.sweeps import backends_for, in_place, scaled
 
 
 def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "auto") -> Ledger:
@@ -42,6 +43,14 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     difference = ledger.base.difference(found, list(digests))
     if difference:
         raise LedgerError(f"this model is not the ledger's base: {difference}; load the base model that the run started from")
-    mixture = ledger.pool.mixture_of(ledger.coefficients)
-    in_place(backends, {entry.name: entry.parameter for entry in tuned})(mixture)
+    parameters = {entry.name: entry.parameter for entry in tuned}
+    if not ledger.pages:
+        in_place(backends, parameters)(ledger.pool.mixture_of(ledger.coefficients))
+        return ledger
+    for name, parameter in parameters.items():  # one by one: pages add up in float32, and are rounded to the weight's type once
+        values = {name: parameter.detach().to(torch.float32, copy=True)}
+        for page in ledger.pages:
+            turn = in_place(backends, values) if page.movement == "absolute" else scaled(backends, MemoryBase(values), values)
+            turn(page.pool.mixture_of(page.coefficients()))
+        parameter.detach().copy_(values[name])
     return ledger

@@ -1,7 +1,8 @@
 """The ledger: K numbers over a known base, which are the tuned model, and what a run needs to go on.
 
 A ledger file is a safetensors file with one metadata entry of canonical JSON. The checkpoint of a run holds the float64
-accumulators and what FedKSeed-Pro remembers; the published form holds the rounded coefficients alone.
+accumulators and what FedKSeed-Pro remembers; the published form holds the rounded coefficients alone. Format 1 is a page of
+scalars, format 2 a list of pages with the parts that they were sent in (`fedkseed.kseed.pages`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,11 +23,14 @@ from safetensors.numpy import save as save_tensors
 
 from fedkseed.errors import FedKSeedError, InvalidValueError, LedgerError
 from fedkseed.files import safetensors_metadata, write_atomically
+from fedkseed.kseed.coding import BITS, Coded, coded_bytes
+from fedkseed.kseed.pages import Basis, Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.models.binding import Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 
-FORMAT = 1
+FORMAT, PAGED_FORMAT = 1, 2
 METADATA = "fedkseed"
 SHORT_DIGEST: np.dtype[Any] = np.dtype("<u4")
 
@@ -62,18 +67,23 @@ class Ledger:
     Attributes:
         pool: the pool of perturbations.
         base: the base model's identity.
-        precision: what the coefficients were rounded to; see `fedkseed.kseed.rounding`.
+        precision: what the coefficients were rounded to, or the wire of the pages; see `rounding` and `coding`.
         round: number of rounds that have gone in.
         coefficients: float32[K], the rounded values that everybody rebuilds from.
-        history: what the run needs to go on; None in the published form.
+        history: what a run of scalars needs to go on; None in the published form.
+        pages: of a run of changes all its pages; pool and coefficients are then those of the last one, which is open.
+        state: what such a run needs to go on, columns by name: the open page's numbers before coding and the optimiser's
+            state; None in the published form.
     """
 
     pool: SeedPool
     base: BaseIdentity
-    precision: Precision
+    precision: str
     round: int
     coefficients: NDArray[np.float32]
     history: History | None
+    pages: tuple[Page, ...] = ()
+    state: Mapping[str, NDArray[np.float64]] | None = None
 
     def __post_init__(self) -> None:
         if self.history is not None and not np.array_equal(
@@ -85,7 +95,7 @@ class Ledger:
             )
 
     def __repr__(self) -> str:
-        kind = "checkpoint" if self.history else "published"
+        kind = "checkpoint" if self.is_checkpoint else "published"
         size, used = self.pool.size, np.count_nonzero(self.coefficients)
         return (
             f"<Ledger, {kind}: {self.round} rounds, {used:,} of K = {size:,} {self.pool.family} seeds in use, "
@@ -120,7 +130,20 @@ class Ledger:
 
     def published(self) -> Ledger:
         """The same model without what only the run needs: 8 to 16 KB for K = 4096."""
-        return replace(self, history=None)
+        return replace(self, history=None, state=None)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether a run can go on from it."""
+        return self.history is not None or self.state is not None
+
+    @classmethod
+    def of_pages(
+        cls, base: BaseIdentity, round: int, pages: Sequence[Page], wire: str, state: Mapping[str, NDArray[np.float64]] | None
+    ) -> Ledger:
+        """A ledger of pages, at least one; see the attributes."""
+        page = pages[-1]
+        return cls(page.pool, base, wire, round, page.coefficients(), None, tuple(pages), state)
 
     def digest(self) -> str:
         """SHA-256 (hex) of everything the ledger holds; equal digests mean equal ledgers."""
@@ -175,11 +198,14 @@ class Ledger:
             tensors = load_tensors(data)
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise LedgerError("not a ledger, or damaged; expected a file that fedkseed wrote") from error
-        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-            found = metadata.get("format") if isinstance(metadata, dict) else None
-            raise LedgerError(f"ledger format is {found!s:.40}; this version reads {FORMAT}: use the fedkseed that wrote it")
+        found = metadata.get("format") if isinstance(metadata, dict) else None
+        if found not in (FORMAT, PAGED_FORMAT):
+            raise LedgerError(
+                f"ledger format is {found!s:.40}; this version reads {FORMAT} and {PAGED_FORMAT}: "
+                "use the fedkseed that wrote it"
+            )
         try:
-            return cls._from_content(metadata, tensors)
+            return cls._from_content(metadata, tensors) if found == FORMAT else cls._from_pages(metadata, tensors)
         except (KeyError, TypeError, ValueError, FedKSeedError) as error:
             raise LedgerError(f"ledger is damaged ({error!s:.200}); restore it from a copy") from error
 
@@ -192,7 +218,9 @@ class Ledger:
             "round": self.round,
         }
         tensors: dict[str, NDArray[Any]] = {"base_digests": self.base.digests.astype(SHORT_DIGEST)}
-        if self.history is not None:
+        if self.pages:
+            self._add_pages(metadata, tensors)
+        elif self.history is not None:
             tensors["accumulators"] = self.history.accumulators.astype("<f8")
             tensors["grad_sums"] = self.history.grad_sums.astype("<f8")
             tensors["grad_counts"] = self.history.grad_counts.astype("<i8")
@@ -202,31 +230,73 @@ class Ledger:
             tensors["coefficients"] = np.frombuffer(packed.numbers, DTYPES[self.precision])
         return json.dumps(metadata, sort_keys=True, separators=(",", ":")), tensors
 
+    def _add_pages(self, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
+        """What format 2 has beside or in place of format 1's content."""
+        metadata["format"] = PAGED_FORMAT
+        metadata["pool"].pop("key")
+        metadata |= {"basis": self.pages[0].basis, "movement": self.pages[0].movement}
+        metadata["pages"] = [{"key": f"{page.pool.key:016x}", "parts": len(page.parts)} for page in self.pages]
+        parts = [part for page in self.pages for part in page.parts]
+        tensors["steps"] = np.array([part.step for part in parts], "<f4")
+        tensors["numbers"] = np.frombuffer(b"".join(part.numbers for part in parts), np.uint8)
+        tensors |= {f"state.{name}": column.astype("<f8") for name, column in (self.state or {}).items()}
+
+    @classmethod
+    def _from_pages(cls, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Ledger:
+        size, family, wire = metadata["pool"]["size"], metadata["pool"]["family"], metadata["precision"]
+        basis, movement, listed = metadata["basis"], metadata["movement"], metadata["pages"]
+        if basis not in get_args(Basis) or movement not in get_args(Movement) or wire not in BITS or not listed:
+            raise ValueError(f"basis {basis!r}, movement {movement!r}, wire {wire!r}, {len(listed)} pages")
+        counts, each = [int(page["parts"]) for page in listed], coded_bytes(size, wire)
+        steps = _tensor(tensors, "steps", np.dtype("<f4"), sum(counts)).astype(float).tolist()
+        numbers = _tensor(tensors, "numbers", np.dtype(np.uint8), each * sum(counts)).tobytes()
+        parts = [Coded(wire, step, numbers[i * each : (i + 1) * each]) for i, step in enumerate(steps)]
+        for part in parts:
+            part.check("a page's part", size)
+        pages, at = [], 0
+        for page, count in zip(listed, counts, strict=True):
+            pages.append(Page(SeedPool(int(page["key"], 16), size, family), basis, movement, tuple(parts[at : at + count])))
+            at += count
+        state = {name.removeprefix("state."): column for name, column in tensors.items() if name.startswith("state.")}
+        if any(column.dtype != "<f8" or not np.isfinite(column).all() for column in state.values()):
+            raise ValueError("a column of the optimiser's state is not finite float64")
+        return cls.of_pages(_base(metadata, tensors), _round(metadata), pages, wire, state or None)
+
     @classmethod
     def _from_content(cls, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Ledger:
         pool = SeedPool(int(metadata["pool"]["key"], 16), metadata["pool"]["size"], metadata["pool"]["family"])
-        identity, precision = metadata["base"], metadata["precision"]
-        if precision not in PRECISIONS or not isinstance(metadata["round"], int) or metadata["round"] < 0:
-            raise ValueError(f"precision {precision!r} and round {metadata['round']!r}")
-        frozen, fingerprint = identity["frozen"], identity["fingerprint"]
-        if not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
-            raise ValueError("frozen is not a list of names")
-        if not (isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{64}", fingerprint)):
-            raise ValueError("the base's fingerprint is not 64 hexadecimal digits")
-        base = BaseIdentity(fingerprint, _tensor(tensors, "base_digests", SHORT_DIGEST, None), tuple(frozen))
+        precision, base = metadata["precision"], _base(metadata, tensors)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}")
         if "accumulators" not in tensors:
             numbers = _tensor(tensors, "coefficients", DTYPES[precision], pool.size)
             exponent = metadata["exponent"]
             if type(exponent) is not int or abs(exponent) > MAX_EXPONENT:
                 raise ValueError(f"exponent {exponent!r:.40}")
             coefficients = Packed(precision, exponent, numbers.tobytes()).unpack()
-            return cls(pool, base, precision, metadata["round"], pool.check_coefficients(coefficients), None)
+            return cls(pool, base, precision, _round(metadata), pool.check_coefficients(coefficients), None)
         columns: dict[str, str] = {"accumulators": "<f8", "grad_sums": "<f8", "grad_counts": "<i8"}
         history = History(**{name: _tensor(tensors, name, np.dtype(kind), pool.size) for name, kind in columns.items()})
         sums = history.grad_sums
         if not np.isfinite(sums).all() or sums.min() < 0 or history.grad_counts.min() < 0:
             raise ValueError("a seed's sum or number of gradients is negative or not finite")
-        return cls(pool, base, precision, metadata["round"], rounded(history.accumulators, precision), history)
+        return cls(pool, base, precision, _round(metadata), rounded(history.accumulators, precision), history)
+
+
+def _base(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> BaseIdentity:
+    frozen, fingerprint = metadata["base"]["frozen"], metadata["base"]["fingerprint"]
+    if not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
+        raise ValueError("frozen is not a list of names")
+    if not (isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{64}", fingerprint)):
+        raise ValueError("the base's fingerprint is not 64 hexadecimal digits")
+    return BaseIdentity(fingerprint, _tensor(tensors, "base_digests", SHORT_DIGEST, None), tuple(frozen))
+
+
+def _round(metadata: dict[str, Any]) -> int:
+    number = metadata["round"]
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"round {number!r}")
+    return number
 
 
 def _tensor(tensors: dict[str, NDArray[Any]], name: str, dtype: np.dtype[Any], size: int | None) -> NDArray[Any]:

@@ -7,15 +7,16 @@ Whoever sends a number also uses its rounded value, so that both sides compute w
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
 
-Precision = Literal["float32", "float16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Precision: TypeAlias = str
+"""One of `PRECISIONS`."""
+PRECISIONS = ("float32", "float16")
 DTYPES: dict[Precision, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 TOP_EXPONENT = 15
 MAX_EXPONENT = 160

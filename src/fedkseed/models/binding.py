@@ -23,22 +23,22 @@ from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, 
 from fedkseed.noise import Mixture, Sweep
 from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
 
-Scale = Literal["none", "proportional"]
+Movement = Literal["absolute", "proportional"]
 """How a page moves a weight: by its sum, or by the weight at the page's start times its sum."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClosedPage:
-    """A page that no longer changes: its pool, its coefficients, float32[K], and its scale."""
+    """A page that no longer changes: its pool, its coefficients, float32[K], and how it moves a weight."""
 
     pool: SeedPool
     coefficients: NDArray[np.float32]
-    scale: Scale = "none"
+    movement: Movement = "absolute"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClosedPage):
             return NotImplemented
-        same = (self.pool, self.scale) == (other.pool, other.scale)
+        same = (self.pool, self.movement) == (other.pool, other.movement)
         return same and self.coefficients.tobytes() == other.coefficients.tobytes()
 
     __hash__ = None  # type: ignore[assignment]
@@ -57,7 +57,7 @@ class Binding:
     Attributes:
         model: the bound module.
         pool: the pool of perturbations; of the open page, if there are several.
-        scale: how that page moves a weight.
+        movement: how that page moves a weight.
     """
 
     def __init__(self, model: torch.nn.Module, pool: SeedPool, base: str | Path | None, backend: str) -> None:
@@ -69,13 +69,13 @@ class Binding:
         self._backends = backends_for(self._tunable, backend)
         self._base: Base = MemoryBase.copy(self._tunable) if base is None else FileBase(base, self._tunable)
         self._closed: list[ClosedPage] = []
-        self._open(pool, "none", self._base)
+        self._open(pool, "absolute", self._base)
 
-    def _open(self, pool: SeedPool, scale: Scale, base: Base) -> None:
+    def _open(self, pool: SeedPool, movement: Movement, base: Base) -> None:
         """See the weights as a base plus, or times one plus, a sum over a pool."""
-        self.pool, self.scale, self._page_base = pool, scale, base
+        self.pool, self.movement, self._page_base = pool, movement, base
         parameters = {entry.name: entry.parameter for entry in self._tunable}
-        follows = scale == "none"  # a product cannot be moved in place
+        follows = movement == "absolute"  # a product cannot be moved in place
         self._full = {name: x for name, x in parameters.items() if follows and x.dtype == torch.float32}
         self._half = {name: x for name, x in parameters.items() if name not in self._full}
         self._from_base = partial(from_base if follows else scaled, self._backends, base)
@@ -86,7 +86,7 @@ class Binding:
         self._centre: _Centre | None = None
         self._rebuilt: tuple[bytes, dict[str, torch.Tensor]] | None = None
 
-    def open_page(self, pool: SeedPool, closed: Sequence[ClosedPage] = (), scale: Scale = "none") -> None:
+    def open_page(self, pool: SeedPool, closed: Sequence[ClosedPage] = (), movement: Movement = "absolute") -> None:
         """See the weights as the base, closed pages on it, and an open page, which `rebuild` and `move` are then about.
 
         The sum of base and closed pages is kept in float32 (4 bytes a tunable parameter, none without closed pages) and is
@@ -96,7 +96,7 @@ class Binding:
         Args:
             pool: the open page's perturbations.
             closed: the pages before it, in their order.
-            scale: how the open page moves a weight: `none`, by the sum; `proportional`, by the base's weight times it.
+            movement: how the open page moves a weight: `absolute`, by the sum; `proportional`, by the base's weight times it.
 
         Raises:
             InvalidValueError: coefficients that `rebuild` would not take; nothing has changed then.
@@ -107,11 +107,11 @@ class Binding:
             self._closed, self._page_base = [], self._base
         for page in closed[len(self._closed) :]:
             values = {e.name: torch.empty_like(e.parameter, dtype=torch.float32) for e in self._tunable}
-            turn = from_base if page.scale == "none" else scaled
+            turn = from_base if page.movement == "absolute" else scaled
             turn(self._backends, self._page_base, values)(page.pool.mixture_of(page.coefficients))
             self._page_base = MemoryBase(values)
             self._closed.append(page)
-        self._open(pool, scale, self._page_base)
+        self._open(pool, movement, self._page_base)
 
     def __repr__(self) -> str:
         d, size = sum(entry.parameter.numel() for entry in self._tunable), self.pool.size
@@ -160,7 +160,7 @@ class Binding:
             raise InvalidValueError(f"coefficient {far[0]} would be {moved[far[0]]}; it must be finite in float32")
         if self._full:
             self._add_full(self.pool.mixture(at, delta))
-        if self._half and (self.pool.facts.moves_exactly or self.scale == "proportional"):
+        if self._half and (self.pool.facts.moves_exactly or self.movement == "proportional"):
             self._rebuild_half(self.pool.mixture_of(moved.astype(np.float32)))
         elif self._half:
             self._follow_centre(self.pool.mixture(at, delta))
@@ -196,7 +196,7 @@ class Binding:
                 shapes = f"{tuple(gradient.shape)}; the parameter's is {tuple(tunable[name].shape)}"
                 raise InvalidValueError(f"gradient of {name} has shape {shapes}")
         projection = Projection(self.pool, self._backends, indices)
-        if self.scale == "none":
+        if self.movement == "absolute":
             projection.add_all(gradients)
         else:
             for name, gradient in gradients.items():
@@ -205,7 +205,7 @@ class Binding:
 
     def _fold(self, projection: Projection, name: str, gradient: torch.Tensor) -> None:
         """Add a tensor's gradient; of weights that move in proportion, times the base's weights."""
-        if self.scale == "none":
+        if self.movement == "absolute":
             projection.add(name, gradient)
             return
         for stretch in (stretch for batch in self._page_base.batches([name]) for stretch in batch):

@@ -19,7 +19,17 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from fedkseed.noise import gpu_kernels as kernels
-from fedkseed.noise.backend import QUANTUM, HadamardMixture, Mixture, Slot, Sweep
+from fedkseed.noise.backend import (
+    QUANTUM,
+    Directions,
+    Fold,
+    HadamardDirections,
+    HadamardMixture,
+    Mixture,
+    Slot,
+    Source,
+    Sweep,
+)
 from fedkseed.noise.philox import halves
 
 INTERPRETED = not isinstance(kernels.hadamard_sweep, triton.JITFunction)
@@ -29,6 +39,10 @@ if not INTERPRETED and not torch.cuda.is_available():
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, None: None}
 WIDEST_ACCESS = 16
 """Bytes that a thread reads or writes at once, at addresses that are multiples of it."""
+FOLD_PROGRAMS = 1024
+"""Programs of a fold's launch at most: what a large GPU runs at a time. It is not asked of the device: all add in one order."""
+STEPS_PER_LANE = 4
+"""A launch with fewer steps for each lane uses fewer lanes."""
 
 
 class GpuBackend:
@@ -40,6 +54,10 @@ class GpuBackend:
     def prepare(self, slots: Sequence[Slot]) -> Sweep:
         """See `Backend.prepare`. A sweep returns before the device has done it."""
         return _GpuSweep(slots)
+
+    def fold(self, directions: Directions) -> Fold:
+        """See `Backend.fold`. `add` returns before the device has done it; `sums` waits."""
+        return _GpuFold(directions)
 
 
 class _GpuSweep:
@@ -79,6 +97,63 @@ class _Launch:
     constants: dict[str, Any]
 
 
+class _GpuFold:
+    """Partial sums on each device, float64[lanes, width]: the steps of a launch are cut among the lanes."""
+
+    def __init__(self, directions: Directions) -> None:
+        self._directions = directions
+        self._hadamard = isinstance(directions, HadamardDirections)
+        if isinstance(directions, HadamardDirections):
+            self._kernel: Any = kernels.hadamard_fold
+            self._tile, self._entries = kernels.FOLD_TILE, directions.block
+            self._width = self._step = max(directions.block, self._tile)
+            self._columns = self._width // self._tile
+        else:
+            self._kernel = kernels.gaussian_fold
+            self._tile = self._step = kernels.GAUSSIAN_TILE
+            self._columns = self._width = self._entries = len(directions.seeds)
+        self._lanes = max(1, FOLD_PROGRAMS // max(1, self._columns))
+        self._partial: dict[torch.device, torch.Tensor] = {}
+        self._arguments: dict[torch.device, tuple[Any, ...]] = {}
+
+    def add(self, sources: Sequence[Source]) -> None:
+        """See `Fold.add`."""
+        groups: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
+        for source in sources:
+            x = source.values
+            if x.numel() and self._columns:
+                slot = Slot(x, x, source.tensor_id, source.start)
+                groups[x.device, x.dtype, _is_aligned(slot)].append(slot)
+        for (device, dtype, aligned), slots in groups.items():
+            if device not in self._partial:
+                self._partial[device] = torch.zeros(self._lanes, self._width, dtype=torch.float64, device=device)
+                self._arguments[device] = self._constants_of(device)
+            work, steps = _work(slots, self._step)
+            lanes = max(1, min(self._lanes, steps // STEPS_PER_LANE))
+            constants = {"KIND": TYPES[dtype], "ALIGNED": aligned, "TILE": self._tile}
+            if self._hadamard:
+                constants["SMALL"] = self._entries < self._tile
+            with torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore"):
+                self._kernel[(self._columns, lanes)](
+                    _upload(work, device), len(work), steps, lanes, self._partial[device], *self._arguments[device],
+                    **constants, **kernels.OPTIONS,
+                )  # fmt: skip
+
+    def sums(self) -> NDArray[np.float64]:
+        """See `Fold.sums`."""
+        total = np.zeros(self._entries, np.float64)
+        for partial in self._partial.values():
+            with np.errstate(invalid="ignore"):  # infinities of both signs
+                total += partial.reshape(-1, self._entries).sum(0).cpu().numpy()
+        return total
+
+    def _constants_of(self, device: torch.device) -> tuple[Any, ...]:
+        """What a kernel needs to know of the directions."""
+        if isinstance(self._directions, HadamardDirections):
+            return *_signed_halves(self._directions.key), self._directions.block.bit_length() - 1
+        return (_upload(self._directions.seeds.view(np.int64), device),)
+
+
 def _launch(hadamard: bool, kind: tuple[Any, ...], slots: Sequence[Slot]) -> _Launch:
     device, out, base, aligned = kind
     tile = _tile(hadamard, slots)
@@ -102,10 +177,13 @@ def _is_aligned(slot: Slot) -> bool:
 def _arguments(mixture: Mixture, device: torch.device) -> tuple[Any, ...]:
     """What a kernel needs to know of the mixture."""
     if isinstance(mixture, HadamardMixture):
-        # as signed words, so that no key has a type, and so a compilation, of its own
-        low, high = (word - (word >> 31 << 32) for word in halves(mixture.key))
-        return _upload(mixture.table, device), low, high, len(mixture.table).bit_length() - 1
+        return _upload(mixture.table, device), *_signed_halves(mixture.key), len(mixture.table).bit_length() - 1
     return _upload(mixture.seeds.view(np.int64), device), _upload(mixture.amounts, device), len(mixture.seeds)
+
+
+def _signed_halves(key: int) -> tuple[int, ...]:
+    """A key's halves as signed words, so that no key has a type, and so a compilation, of its own."""
+    return tuple(word - (word >> 31 << 32) for word in halves(key))
 
 
 def _work(slots: Sequence[Slot], tile: int) -> tuple[NDArray[np.int64], int]:

@@ -1,5 +1,8 @@
 """The GPU backend's Triton kernels: each program reads, changes and writes one tile of a slot once (docs/noise.md).
 
+A fold is the other way round: a program owns a tile of the table, or a seed, and reads those gradients that belong to it. So
+nothing is scattered, and no atomic operation makes the order of the additions a matter of chance.
+
 A sweep is one launch however many tensors there are: the work is a table with one row per slot, and a program finds
 its row by bisection. Base values and results have their types as constants, so a kernel is compiled for each pair.
 
@@ -27,6 +30,8 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
 """How every kernel is compiled; without the first the bits are others."""
 HADAMARD_TILE, GAUSSIAN_TILE = 4096, 2048
 """Elements per program on a GPU: as many as the registers of 128 threads hold (tests/test_gpu.py)."""
+FOLD_TILE = 2048
+"""The same of a fold: its sums are of 64 bits."""
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _OUT, _BASE, _START, _SIZE, _TENSOR, _FIRST_TILE = (tl.constexpr(column) for column in range(COLUMNS))
@@ -52,9 +57,8 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _find_row(work, rows):
-    """The row of the work table that this program's tile belongs to."""
-    tile = tl.program_id(0)
+def _find_row(work, rows, tile):
+    """The row of the work table that a tile belongs to."""
     low, high = rows * 0, rows
     while high - low > 1:
         middle = (low + high) // 2
@@ -153,7 +157,7 @@ def hadamard_sweep(
     """
     WIDTH: tl.constexpr = 4 if OUT == tl.float32 or BASE == tl.float32 else 8
     ROWS: tl.constexpr = TILE // WIDTH
-    row = _find_row(work, rows)
+    row = _find_row(work, rows, tl.program_id(0))
     at = (tl.program_id(0) - tl.load(row + _FIRST_TILE)) * TILE
     left = tl.load(row + _SIZE) - at
     columns = tl.arange(0, WIDTH)
@@ -292,7 +296,7 @@ def gaussian_sweep(
         ALIGNED: whether all outputs and bases begin at multiples of 16 bytes.
         TILE: elements per program, a power of two of at least 4, at most QUANTUM.
     """
-    row = _find_row(work, rows)
+    row = _find_row(work, rows, tl.program_id(0))
     at = (tl.program_id(0) - tl.load(row + _FIRST_TILE)) * TILE
     left = tl.load(row + _SIZE) - at
     position = tl.load(row + _START) + at
@@ -312,3 +316,142 @@ def gaussian_sweep(
     if BASE is not None:
         values = _read(tl.load(row + _BASE), at, offsets, left, TILE, BASE, ALIGNED) + values
     _write(values, tl.load(row + _OUT), at, offsets, left, TILE, OUT, ALIGNED)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "lanes", "key_low", "key_high", "block_bits"])
+def hadamard_fold(
+    work,
+    rows,
+    steps,
+    lanes,
+    partial,
+    key_low,
+    key_high,
+    block_bits,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SMALL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`partial[lane, e] += sum of (-1)^s(b, j) g[i] where j xor r(b) = e`, for the entries e of one tile of the table.
+
+    A step is a span of max(B, TILE) elements of a slot's base, from which the program takes those TILE that belong to its
+    entries: again the upper bits of the shift move an address, and its lowest permute what has been read. A table smaller
+    than TILE lies in it several times, once for each block of a span.
+
+    Args:
+        work: int64[rows, COLUMNS], see `COLUMNS`; the bases are read, and steps stand for tiles.
+        rows: number of slots.
+        steps: number of steps of all slots together.
+        lanes: the parts that the steps are cut into, one program each for every tile of the table.
+        partial: float64[at least lanes, max(B, TILE)].
+        key_low: the pool key's halves, as signed words.
+        key_high: see key_low.
+        block_bits: B = 2^block_bits, at least 128.
+        KIND: type of the gradients: float32, float16 or bfloat16.
+        ALIGNED: whether all of them begin at multiples of 16 bytes.
+        SMALL: whether B < TILE.
+        TILE: entries per program, a power of two from 128 to QUANTUM.
+    """
+    WIDTH: tl.constexpr = 4 if KIND == tl.float32 else 8
+    ROWS: tl.constexpr = TILE // WIDTH
+    CHUNKS: tl.constexpr = TILE // 128
+    part, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    step, stop = lane * steps // lanes, (lane + 1) * steps // lanes
+    row = _find_row(work, rows, step)
+    k0, k1 = key_low.to(tl.uint32, bitcast=True), key_high.to(tl.uint32, bitcast=True)
+    in_block = ((1 << block_bits) - 1).to(tl.uint32)
+    chunk_bits = (block_bits - 7).to(tl.uint32)
+    columns = tl.arange(0, WIDTH)
+    line = tl.arange(0, ROWS).to(tl.uint32) * WIDTH
+    chunk = tl.arange(0, CHUNKS).to(tl.uint32)
+    span = tl.num_programs(0) * TILE
+    total = tl.zeros([ROWS, WIDTH], tl.float64)
+    while step < stop:
+        first, size = tl.load(row + _FIRST_TILE), tl.load(row + _SIZE)
+        start, base, tensor = tl.load(row + _START), tl.load(row + _BASE), tl.load(row + _TENSOR)
+        t0, t1 = _low(tensor), _high(tensor)
+        end = tl.minimum(stop, first + (size + span - 1) // span)
+        for s in range(step, end):
+            at = (s - first) * span
+            block = ((start + at) >> block_bits).to(tl.uint32)
+            if SMALL:
+                blocks = block + (chunk >> chunk_bits)
+                shift, _, _, _ = _philox(tl.full([CHUNKS], _BLOCK_STREAM, tl.uint32), blocks, t0, t1, k0, k1)
+                shift = shift & in_block
+                place = chunk & (in_block >> 7)
+                line_shift = _repeat(shift, 128 // WIDTH, ROWS)
+            else:
+                blocks = tl.full([CHUNKS], 0, tl.uint32) + block
+                shift, _, _, _ = _philox(tl.full([], _BLOCK_STREAM, tl.uint32), block, t0, t1, k0, k1)
+                shift = shift & in_block
+                tile = (part * TILE).to(tl.uint32) ^ (shift // TILE * TILE)
+                at += tile.to(tl.int64)
+                place = chunk + (tile >> 7)
+                shift = shift % TILE
+                line_shift = shift
+            # the signs of each chunk that is read, its words in the order of the entries
+            r0, r1, r2, r3 = _philox(place ^ (shift >> 7), blocks, t0, t1, k0, k1)
+            r0, r1, r2, r3 = _exchange_four(r0, r1, r2, r3, (shift & 32) != 0, (shift & 64) != 0)
+            words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(TILE // 32)
+
+            source = line ^ line_shift
+            word = _repeat(words, 32 // WIDTH, ROWS) >> (source % 32 // WIDTH * WIDTH)
+            offsets = (source.to(tl.int32) // WIDTH * WIDTH)[:, None] + columns[None, :]
+            values = _read(base, at, offsets, size - at, TILE, KIND, ALIGNED)
+            signs = (word[:, None] << (31 - columns.to(tl.uint32))[None, :]) & 0x80000000
+            values = (values.to(tl.uint32, bitcast=True) ^ signs).to(tl.float32, bitcast=True)
+            total += _permute(values, line_shift, ROWS, WIDTH).to(tl.float64)
+        step = end
+        row += _COLUMNS
+    entries = partial + (lane * span + part * TILE) + (line.to(tl.int32)[:, None] + columns[None, :])
+    tl.store(entries, tl.load(entries) + total)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "lanes"])
+def gaussian_fold(
+    work,
+    rows,
+    steps,
+    lanes,
+    partial,
+    seeds,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`partial[lane, m] += sum_i g[i] z_m[i]` over the lane's steps, for one seed m.
+
+    Args:
+        work: see `hadamard_fold`, as for rows, steps (of TILE elements), lanes, KIND and ALIGNED.
+        rows: number of slots.
+        steps: number of steps of all slots together.
+        lanes: the parts that the steps are cut into.
+        partial: float64[at least lanes, number of seeds].
+        seeds: 64-bit seed keys, int64[number of seeds].
+        KIND: type of the gradients.
+        ALIGNED: whether all of them begin at multiples of 16 bytes.
+        TILE: elements per step, a power of two of at least 4, at most QUANTUM.
+    """
+    m, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    step, stop = lane * steps // lanes, (lane + 1) * steps // lanes
+    row = _find_row(work, rows, step)
+    seed = tl.load(seeds + m)
+    offsets = tl.arange(0, TILE)
+    total = tl.zeros([TILE // 4, 2], tl.float64)  # of a quad's two pairs
+    while step < stop:
+        first, size = tl.load(row + _FIRST_TILE), tl.load(row + _SIZE)
+        start, base, tensor = tl.load(row + _START), tl.load(row + _BASE), tl.load(row + _TENSOR)
+        t0, t1 = _low(tensor), _high(tensor)
+        end = tl.minimum(stop, first + (size + TILE - 1) // TILE)
+        for s in range(step, end):
+            at = (s - first) * TILE
+            quad = ((start + at) >> 2).to(tl.uint32) + tl.arange(0, TILE // 4).to(tl.uint32)
+            r0, r1, r2, r3 = _philox(quad, tl.zeros_like(quad), t0, t1, _low(seed), _high(seed))
+            z, z2 = _box_muller(tl.join(r0, r2), tl.join(r1, r3))
+            g, g2 = tl.split(_read(base, at, offsets, size - at, TILE, KIND, ALIGNED).reshape(TILE // 4, 2, 2))
+            total += g.to(tl.float64) * z.to(tl.float64) + g2.to(tl.float64) * z2.to(tl.float64)
+        step = end
+        row += _COLUMNS
+    entry = partial + lane * tl.num_programs(0) + m
+    tl.store(entry, tl.load(entry) + tl.sum(tl.sum(total, 1), 0))

@@ -17,13 +17,15 @@ from fedkseed.errors import LedgerError, RunError
 from fedkseed.federation import Checkpoint, Rounds
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.federation.task import Task
+from fedkseed.kseed.change_client import ChangeClient
+from fedkseed.kseed.change_server import ChangeServer, new_page
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.server import Server, seed_pool
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
-from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, TimedModel, bind_loaded
+from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, TimedModel, TimedPages, bind_loaded, checkpoint_activations
 
 LEDGER, TENSORS = "ledger.safetensors", "tensors.safetensors"
 
@@ -93,6 +95,33 @@ def over_seeds(
     return Federation(model, server, clients, lambda: bound.rebuild(server.ledger.coefficients))
 
 
+def over_changes(
+    config: RunConfig, model: torch.nn.Module, ledger: Ledger | None, records: Records, watch: Stopwatch
+) -> Federation:
+    """Pages of K numbers: one model bound to them, shared by all clients.
+
+    Raises:
+        LedgerError: the ledger is of another base model or of other settings.
+    """
+    loaded = bind_loaded(config.model, model, new_page(config, 0).pool)
+    base, bound = check_base(ledger, loaded, config.model), loaded.bound
+    if config.checkpointing == "on":
+        checkpoint_activations(model)
+    server = ChangeServer(config, ledger or base, list(records.clients), num_examples=records.sizes)
+    shared = TimedPages(bound, watch)
+    clients = {
+        name: ChangeClient(name, shared, base, TextTask(model, examples, records.pad_id, watch))
+        for name, examples in records.clients.items()
+    }
+
+    def restore() -> None:
+        *closed, page = server.ledger.pages
+        bound.open_page(page.pool, [one.closed() for one in closed], page.movement)
+        bound.rebuild(page.coefficients())
+
+    return Federation(model, server, clients, restore)
+
+
 def check_base(ledger: Ledger | None, loaded: BoundModel, source: str) -> BaseIdentity:
     """The identity of a loaded model, which a run's ledger must be of.
 
@@ -127,7 +156,11 @@ def over_tensors(
     return Federation(attached, server, clients, lambda: parameters.write(server.checkpoint.tensors))
 
 
-KINDS = {"scalars": Kind(LEDGER, Ledger.load, over_seeds), "tensors": Kind(TENSORS, TunedTensors.load, over_tensors)}
+KINDS = {
+    "scalars": Kind(LEDGER, Ledger.load, over_seeds),
+    "changes": Kind(LEDGER, Ledger.load, over_changes),
+    "tensors": Kind(TENSORS, TunedTensors.load, over_tensors),
+}
 """By what clients send."""
 
 

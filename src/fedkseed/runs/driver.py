@@ -156,7 +156,7 @@ class Driver:
         self.observer.note(
             f"round {self.round}: the held-out loss is {loss:.4f}, it was {best:.4f}: the run diverges. "
             f"Start anew with a lower --lr than {self.config.lr:g}"
-            + (", or with --lr auto; fedkseed tune explains it" if self.config.facts.measures == "two-point" else "")
+            ", or with --lr auto; fedkseed tune explains it"
         )
 
     def _evaluations(self) -> list[dict[str, Any]]:

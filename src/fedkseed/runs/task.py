@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.data import EncodedExample, collate
+from fedkseed.errors import ModelError
 from fedkseed.evaluation import EvalLoss, evaluate_loss, mean_loss
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.binding import Binding, bind
+from fedkseed.models.binding import Binding, ClosedPage, Movement, bind
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import base_path
+from fedkseed.models.projection import Projection
 
 if TYPE_CHECKING:
     from fedkseed.noise.pool import SeedPool
@@ -107,6 +109,37 @@ class TimedModel:
         """See `Binding.move`."""
         with self._watch("noise"):
             self._bound.move(indices, amounts)
+
+
+class TimedPages(TimedModel):
+    """The same with pages, and gradients folded."""
+
+    def open_page(self, pool: SeedPool, closed: Sequence[ClosedPage], movement: Movement) -> None:
+        """See `Binding.open_page`."""
+        with self._watch("rebuild"):
+            self._bound.open_page(pool, closed, movement)
+        self.pool = pool
+
+    def folding(self) -> AbstractContextManager[Projection]:
+        """See `Binding.folding`."""
+        return self._bound.folding()
+
+
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Make the backward pass recompute activations, of models that transformers can do that for.
+
+    Raises:
+        ModelError: it cannot for this architecture.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    except (AttributeError, ValueError) as error:
+        raise ModelError(
+            f"--checkpointing on: {type(model).__name__} does not support it ({error!s:.120}); leave it out"
+        ) from error
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # transformers recomputes in training mode only; what is inside stays in eval mode
 
 
 class TextTask:

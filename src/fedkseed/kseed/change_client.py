@@ -1,0 +1,139 @@
+"""A client whose replies are changes of K numbers: it keeps the pages that it has seen, and is sent what it lacks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fedkseed.errors import ProtocolError
+from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
+from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest
+from fedkseed.kseed.coding import Coded, encode
+from fedkseed.kseed.gradient_steps import Foldable, gradient_steps
+from fedkseed.kseed.optimizer import OPTIMIZERS
+from fedkseed.kseed.pages import Page, pages_digest
+from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.steps import GRAD_EXPONENT, StepSettings, local_steps
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.randomness import generator
+
+log = logging.getLogger(__name__)
+Heard = Callable[[int, float], None]
+
+
+class ChangeClient:
+    """One participant.
+
+    Args:
+        name: its stable name.
+        model: the model, shared with others or not: every answer starts with a rebuild.
+        base: identity of the model's base weights.
+        task: its records and their loss.
+
+    Attributes:
+        pages: those that it has seen; lost ones are sent again.
+    """
+
+    def __init__(self, name: str, model: Foldable, base: BaseIdentity, task: DifferentiableTask) -> None:
+        self.name, self.model, self.task = name, model, task
+        self._base = bytes.fromhex(base.fingerprint)
+        self.pages: tuple[Page, ...] = ()
+
+    def answer(self, data: bytes, on_step: Heard | None = None) -> bytes:
+        """Train as a request says and give the reply's bytes; `on_step` hears each step and its loss.
+
+        Raises:
+            ProtocolError: not a request, or one for another client or base model, or about pages that it lacks.
+        """
+        request = ChangeRequest.decode(data)
+        check_addressee(request, self.name, self._base)
+        self.pages = patched(self.pages, request)
+        *closed, page = self.pages
+        self.model.open_page(page.pool, [one.closed() for one in closed], page.movement)
+        heard = on_step or (lambda step, loss: None)
+        reply = None
+        if request.measure == "gradient":
+            try:
+                reply = self._by_gradient(request, page, heard)
+            except (RuntimeError, NotImplementedError) as error:  # a kernel without a backward pass, or want of memory
+                log.warning("%s cannot backpropagate (%s); it answers with two-point steps", self.name, f"{error!s:.160}")
+        return (reply or self._by_two_points(request, page, heard)).encode()
+
+    def _by_gradient(self, request: ChangeRequest, page: Page, heard: Heard) -> ChangeReply:
+        batch = self._batches(request)
+
+        def loss(step: int) -> torch.Tensor:
+            value = self.task.differentiable_loss(batch(step))
+            heard(step, value.item())
+            return value
+
+        optimizer = OPTIMIZERS[request.optimizer]
+        steps = gradient_steps(self.model, page.numbers(), page.basis, request.steps, loss, optimizer, request.lr)
+        return self._reply(request, CHANGE, encode(steps.change, request.wire), steps.dropped, steps.losses)
+
+    def _by_two_points(self, request: ChangeRequest, page: Page, heard: Heard) -> ChangeReply:
+        batch = self._batches(request)
+
+        def loss(step: int) -> float:
+            value = self.task.loss(batch(step))
+            heard(step, value)
+            return value
+
+        self.model.rebuild(page.coefficients())  # and stay there: the scalars say how the loss slopes where the round begins
+        settings = StepSettings(0.0, request.eps, request.max_grad, request.loss_clip, "float16")
+        steps = local_steps(self.model, seeds_of(request), loss, settings)
+        packed = pack(steps.projected_grads, "float16", GRAD_EXPONENT)
+        return self._reply(request, SCALARS, Coded("float16", 1.0, packed.numbers), steps.dropped, steps.losses)
+
+    def _batches(self, request: ChangeRequest) -> Callable[[int], np.ndarray]:
+        where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
+        return by_step(batches(self.task.num_examples, request.batch_size, generator(*where, "batches")))
+
+    def _reply(
+        self, request: ChangeRequest, kind: int, numbers: Coded, dropped: tuple[int, ...], losses: np.ndarray
+    ) -> ChangeReply:
+        kept = np.delete(losses, dropped)
+        return ChangeReply(
+            **request.head(),
+            num_examples=self.task.num_examples,
+            loss=float(kept.mean()) if kept.size and math.isfinite(kept.mean()) else None,
+            kind=kind,
+            steps=request.steps,
+            numbers=numbers,
+            dropped=dropped,
+        )
+
+
+def seeds_of(request: ChangeRequest) -> list[int]:
+    """The seeds of a request's two-point steps: both sides draw them from its head, so that none of them chooses."""
+    where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, request.client
+    drawn: list[int] = generator(*where, "seeds").choice(request.size, request.steps).tolist()
+    return drawn
+
+
+def patched(pages: tuple[Page, ...], request: ChangeRequest) -> tuple[Page, ...]:
+    """Pages after a request's patches.
+
+    Raises:
+        ProtocolError: the patches do not follow from these pages, or lead to others than the request's.
+    """
+    if len(pages) < request.have:
+        raise ProtocolError(
+            f"{request.client!r} has {len(pages)} pages, the request builds on {request.have}; send all of them"
+        )
+    whole = list(pages[: request.have])
+    for patch, known in zip(request.patches, [*pages[request.have :], *[None] * len(request.patches)], strict=False):
+        kept = known.parts if known is not None and known.pool.key == patch.key else ()
+        if patch.first > len(kept):
+            raise ProtocolError(
+                f"{request.client!r} has {len(kept)} parts of page {len(whole) + 1}, the request builds on {patch.first}; "
+                "send all of them"
+            )
+        whole.append(request.page(patch.key, (*kept[: patch.first], *patch.parts)))
+    if pages_digest(whole) != request.digest:
+        raise ProtocolError(f"{request.client!r} has other pages than the request builds on; send all of them")
+    return tuple(whole)

@@ -1,0 +1,227 @@
+"""The server of runs whose clients send changes of K numbers: pages, an optimiser, and what each client lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.errors import LedgerError, ProtocolError
+from fedkseed.federation.config import FederationConfig, Limits
+from fedkseed.federation.rounds import Outcome, Rounds
+from fedkseed.federation.schedule import learning_rate
+from fedkseed.kseed.change_client import seeds_of
+from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch
+from fedkseed.kseed.coding import encode
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.optimizer import OPTIMIZERS
+from fedkseed.kseed.pages import Basis, Page, gradient_to_basis, is_replaced, pages_digest
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.noise.pool import SeedPool
+from fedkseed.randomness import derive
+
+F64 = NDArray[np.float64]
+NUMBERS = "numbers"
+"""The column of the state that holds the open page's numbers before they are coded; the others are the optimiser's."""
+
+
+class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
+    """One federation of changes (docs/gradients.md).
+
+    What a client lacks is known from the last reply of it that was accepted; whoever is new, or was lost or refused, is sent
+    all.
+
+    Args:
+        config: the settings.
+        ledger: where to go on from; the identity of the base to start at it.
+        clients, limits, num_examples: see `Rounds`.
+
+    Raises:
+        LedgerError: the ledger is of other settings, or a published one.
+        RunError: see `Rounds`.
+    """
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        ledger: Ledger | BaseIdentity,
+        clients: Sequence[str] | None,
+        limits: Limits | None = None,
+        num_examples: Mapping[str, int] | None = None,
+    ) -> None:
+        self._optimizer = OPTIMIZERS[config.server_optimizer]
+        if isinstance(ledger, BaseIdentity):
+            page = new_page(config, 0)
+            ledger = Ledger.of_pages(ledger, 0, [page], config.wire, self._fresh(page.pool.size))
+        if ledger.state is None:
+            raise LedgerError("a published ledger has no optimiser's state; go on from a run's own ledger.safetensors")
+        for i, page in enumerate(ledger.pages):
+            wanted = new_page(config, i)
+            if (page.pool, page.basis, page.movement) != (wanted.pool, wanted.basis, wanted.movement):
+                raise LedgerError(
+                    f"page {i + 1} of the ledger is of {page.pool}, {page.basis}, {page.movement}; the settings give "
+                    f"{wanted.pool}, {wanted.basis}, {wanted.movement}: go on with the settings that the run was started with"
+                )
+        if ledger.precision != config.wire:
+            raise LedgerError(f"the ledger's wire is {ledger.precision}, the settings' {config.wire}; go on with the run's own")
+        self.ledger = ledger
+        self._seen: dict[str, tuple[int, int]] = {}
+        run_id = derive(config.seed, "run", f"{ledger.pages[0].pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
+        super().__init__(config, run_id, clients, limits, num_examples)
+
+    @property
+    def checkpoint(self) -> Ledger:
+        """The ledger."""
+        return self.ledger
+
+    def two_point_clients(self) -> frozenset[str]:
+        """Those that are asked for scalars: a share of all clients that the settings say, drawn by the run's seed."""
+        ranked = sorted(self.clients, key=lambda name: derive(self.config.seed, "two-point", name))
+        return frozenset(ranked[: round(self.config.two_point_clients * len(ranked))])
+
+    def absorb(self, replies: object) -> Outcome:
+        """See `Rounds.absorb`."""
+        asked = {name: self._where() for name in self._pending}
+        outcome = super().absorb(replies)  # type: ignore[arg-type]
+        accepted = {contribution.client for contribution in outcome.contributions}
+        for name, where in asked.items():
+            if name in accepted:
+                self._seen[name] = where
+            else:  # it may have lost what it had: it is sent all
+                self._seen.pop(name, None)
+        return outcome
+
+    def _where(self) -> tuple[int, int]:
+        """What a client has that has answered now: how many pages before the open one, and how many parts of that."""
+        return len(self.ledger.pages) - 1, len(self.ledger.pages[-1].parts)
+
+    def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> dict[str, ChangeRequest]:
+        config, pages = self.config, self.ledger.pages
+        digest, two_point = pages_digest(pages), self.two_point_clients()
+        return {
+            client: ChangeRequest(
+                run_id=self.run_id,
+                server_round=server_round,
+                attempt=attempt,
+                client=client,
+                base=bytes.fromhex(self.ledger.base.fingerprint),
+                digest=digest,
+                lr=lr,
+                batch_size=config.batch_size,
+                size=config.num_seeds,
+                family=config.noise,
+                basis=config.basis,
+                movement=config.movement,
+                wire=config.wire,
+                have=self._seen.get(client, (0, 0))[0],
+                patches=self._lacking(client),
+                steps=self.steps[client],
+                measure="two-point" if client in two_point else "gradient",
+                optimizer=config.local_optimizer,
+                eps=config.eps,
+                max_grad=self.limits.max_grad,
+                loss_clip=config.loss_clip,
+            )
+            for client in cohort
+        }
+
+    def _lacking(self, client: str) -> tuple[Patch, ...]:
+        have, parts = self._seen.get(client, (0, 0))
+        if is_replaced(self.config.wire):
+            parts = 0
+        first, *others = self.ledger.pages[have:]
+        return (
+            Patch(first.pool.key, parts, first.parts[parts:]),
+            *(Patch(page.pool.key, 0, page.parts) for page in others),
+        )
+
+    def _decode(self, data: bytes) -> ChangeReply:
+        return ChangeReply.decode(data)
+
+    def _check(self, request: ChangeRequest, reply: ChangeReply) -> None:
+        if reply.steps != request.steps:
+            raise ProtocolError(f"it is of {reply.steps} steps; {request.steps} were asked for")
+        if reply.kind == CHANGE:
+            if request.measure != "gradient":
+                raise ProtocolError("a change came of a client that was asked for scalars")
+            if reply.numbers.wire != request.wire:
+                raise ProtocolError(f"the change is on wire {reply.numbers.wire}; expected {request.wire}")
+            reply.numbers.check("the change", request.size)
+            largest, limit = float(np.abs(reply.numbers.decode(request.size)).max()), self.limits.max_value
+        elif request.optimizer != "sgd":
+            raise ProtocolError(
+                f"scalars came, which --local-optimizer {request.optimizer} cannot weigh against changes; take sgd, "
+                "or leave out clients that cannot backpropagate"
+            )
+        else:
+            scalars = reply.numbers.decode(reply.steps)
+            largest, limit = float(np.abs(scalars).max()), self.limits.max_grad
+            if np.any(scalars[list(reply.dropped)] != 0):
+                raise ProtocolError("a dropped step has a projected gradient; expected 0")
+        if largest > limit:
+            raise ProtocolError(f"it holds {largest:g}; at most {limit:g} is accepted")
+
+    def _close(self, replies: Mapping[str, ChangeReply], weights: Mapping[str, float]) -> None:
+        """Combine the replies, take the optimiser's step, code what the page lacks, and turn it where its rounds are over."""
+        config, ledger = self.config, self.ledger
+        state = dict(ledger.state or {})
+        numbers = state.pop(NUMBERS)
+        change = combined(self._pending, replies, weights, config.basis)
+        lr = config.server_lr
+        if self._optimizer.bounded:  # the others shrink with the clients' changes, whose rate the schedule lowers
+            lr = learning_rate(config.schedule, lr, ledger.round, config.num_rounds)
+        moved, following = self._optimizer.step(-change, lr, state)
+        numbers = numbers + moved
+        *closed, page = ledger.pages
+        kept = () if is_replaced(config.wire) else page.parts
+        lacking = numbers - Page(page.pool, page.basis, page.movement, kept).numbers()
+        page = Page(page.pool, page.basis, page.movement, (*kept, encode(lacking, config.wire)))
+        pages, done = [*closed, page], ledger.round + 1
+        if config.rounds_per_page and done % config.rounds_per_page == 0 and done < config.num_rounds:
+            pages.append(new_page(config, len(pages)))
+            self.ledger = Ledger.of_pages(ledger.base, done, pages, config.wire, self._fresh(page.pool.size))
+        else:
+            self.ledger = Ledger.of_pages(ledger.base, done, pages, config.wire, {NUMBERS: numbers, **following})
+
+    def _fresh(self, size: int) -> dict[str, F64]:
+        return {NUMBERS: np.zeros(size), **self._optimizer.start(size)}
+
+
+def new_page(config: FederationConfig, number: int) -> Page:
+    """The page of that number, from 0, before its first round; its pool's key is drawn from the run's seed."""
+    key = derive(config.seed, "pool") if number == 0 else derive(config.seed, "pool", number)
+    return Page(SeedPool(key, config.num_seeds, config.noise), config.basis, config.movement)
+
+
+def combined(
+    requests: Mapping[str, ChangeRequest], replies: Mapping[str, ChangeReply], weights: Mapping[str, float], basis: Basis
+) -> F64:
+    """The change that a round's replies amount to, float64[K], in the order of the clients' names.
+
+    A gradient client's change of n steps averages n gradients. A two-point step along one of K seeds, times K, has a
+    gradient's expectation and about K times its variance, so it is worth 1/K of a gradient step; scalars of m steps are
+    m / (K n) of a change. The best linear unbiased mean weighs by these (docs/gradients.md). Scalars alone are not blown up
+    to a whole step: they move the numbers by `-lr sum_t g_t` at their seeds, as FedKSeed does.
+
+    Args:
+        requests: by client.
+        replies: by client.
+        weights: the clients' shares p_i, by their numbers of examples.
+        basis: which numbers these are.
+    """
+    size = next(iter(requests.values())).size
+    changes, scalars, amount, small = np.zeros(size), np.zeros(size), 0.0, 0.0
+    for name, reply in replies.items():
+        request, weight = requests[name], weights[name]
+        if reply.kind == CHANGE:
+            changes += weight * reply.numbers.decode(size)
+            amount += weight
+        else:
+            moves = -request.lr * reply.numbers.decode(reply.steps)
+            np.add.at(scalars, np.array(seeds_of(request)), weight * moves)
+            small += weight * (reply.steps - reply.num_dropped) / (size * request.steps)
+    if not small:
+        return changes
+    turned = gradient_to_basis(scalars, basis)
+    return (changes + turned) / (amount + small) if amount else turned

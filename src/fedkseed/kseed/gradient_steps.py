@@ -1,0 +1,104 @@
+"""A client's local steps by backpropagation, in K numbers: fold the gradient, step, rebuild (docs/gradients.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkseed.kseed.optimizer import Optimizer
+from fedkseed.kseed.pages import Basis, to_coefficients
+from fedkseed.models.binding import ClosedPage, Movement
+from fedkseed.noise.pool import SeedPool
+
+F64 = NDArray[np.float64]
+
+
+class Folded(Protocol):
+    """A gradient seen from a pool."""
+
+    def table(self) -> F64:
+        """In the table's basis."""
+        ...
+
+    def numbers(self) -> F64:
+        """In the coefficients' basis."""
+        ...
+
+
+class Foldable(Protocol):
+    """What gradient steps need of a model; `fedkseed.Binding` has it."""
+
+    pool: SeedPool
+
+    def rebuild(self, coefficients: NDArray[np.float32]) -> None:
+        """Set the weights to base plus coefficients."""
+        ...
+
+    def move(self, indices: Sequence[int], amounts: Sequence[float]) -> None:
+        """Move the weights by `sum_i amounts[i] z_indices[i]`."""
+        ...
+
+    def open_page(self, pool: SeedPool, closed: Sequence[ClosedPage], movement: Movement) -> None:
+        """See the weights as base, closed pages and an open one."""
+        ...
+
+    def folding(self) -> AbstractContextManager[Folded]:
+        """Fold gradients as backward makes them."""
+        ...
+
+
+@dataclass(frozen=True)
+class GradientSteps:
+    """What came of n local steps: the change of the page's numbers float64[K], dropped steps, losses float64[n]."""
+
+    change: F64
+    dropped: tuple[int, ...]
+    losses: F64
+
+
+def gradient_steps(
+    model: Foldable,
+    start: F64,
+    basis: Basis,
+    num_steps: int,
+    loss: Callable[[int], torch.Tensor],
+    optimizer: Optimizer,
+    lr: float,
+) -> GradientSteps:
+    """Take local steps along projected gradients, each `numbers <- numbers + step(u, lr)`, and rebuild the weights in between.
+
+    A step whose loss or gradient is not finite leaves the numbers where they were.
+
+    Args:
+        model: its open page is the one that `start` is about; left at the numbers that the steps have led to.
+        start: the page's numbers, float64[K].
+        basis: which numbers they are.
+        num_steps: how many steps.
+        loss: the loss at the current weights on the batch of step t, 0-dim, to call `backward` on.
+        optimizer: what a gradient is turned into; its state begins here.
+        lr: learning rate.
+    """
+    numbers, state = start.copy(), optimizer.start(len(start))
+    losses, dropped = np.full(num_steps, math.nan), []
+    model.rebuild(to_coefficients(numbers, basis))
+    for t in range(num_steps):
+        with model.folding() as fold:
+            value = loss(t)
+            losses[t] = value.item()
+            if math.isfinite(losses[t]):
+                value.backward()  # type: ignore[no-untyped-call]
+        gradient = fold.table() if basis == "table" else fold.numbers()
+        if not (math.isfinite(losses[t]) and np.isfinite(gradient).all()):
+            dropped.append(t)
+            continue
+        change, state = optimizer.step(gradient, lr, state)
+        numbers += change
+        model.rebuild(to_coefficients(numbers, basis))
+    return GradientSteps(numbers - start, tuple(dropped), losses)

@@ -1,0 +1,82 @@
+"""Pages: a tuned model as several pools' numbers, one after the other; only the last page still changes (docs/round.md).
+
+A page's numbers are a sum of parts, each as it travelled. On a wire of four bits or more a page has one part, which every
+round replaces; on one of two bits or a sign it has one for each of its rounds, and whoever has some needs only the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.kseed.coding import BITS, Coded
+from fedkseed.models.binding import ClosedPage, Movement
+from fedkseed.noise.families import transform
+from fedkseed.noise.pool import SeedPool
+
+F64 = NDArray[np.float64]
+Basis = Literal["table", "coefficients"]
+"""Which K numbers a page holds: the seeds' coefficients a, or the table A = H a, of which each weight moves by one entry."""
+
+
+def to_coefficients(numbers: F64, basis: Basis) -> NDArray[np.float32]:
+    """The seeds' coefficients of a page's numbers, float32[K]; of a table a = H A / K, in float64, rounded once."""
+    return (numbers if basis == "coefficients" else transform(numbers) / len(numbers)).astype(np.float32)
+
+
+def gradient_to_basis(gradient: F64, basis: Basis) -> F64:
+    """A gradient by the coefficients, u = Z'g, as one by a page's numbers: itself, or T = H u / K by the table."""
+    return gradient if basis == "coefficients" else transform(gradient) / len(gradient)
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One page.
+
+    Attributes:
+        pool: its perturbations.
+        basis: which numbers it holds.
+        movement: how it moves a weight; see `fedkseed.Binding.open_page`.
+        parts: the numbers are their sum, in float64 and in this order.
+    """
+
+    pool: SeedPool
+    basis: Basis
+    movement: Movement
+    parts: tuple[Coded, ...] = ()
+
+    def numbers(self) -> F64:
+        """The page's numbers, float64[K]."""
+        total = np.zeros(self.pool.size)
+        for part in self.parts:
+            total += part.decode(self.pool.size)
+        return total
+
+    def coefficients(self) -> NDArray[np.float32]:
+        """What a model is rebuilt from, float32[K]."""
+        return to_coefficients(self.numbers(), self.basis)
+
+    def closed(self) -> ClosedPage:
+        """As a binding takes it, once it no longer changes."""
+        return ClosedPage(self.pool, self.coefficients(), self.movement)
+
+
+def pages_digest(pages: Sequence[Page]) -> bytes:
+    """SHA-256 of pages: their pools and all their parts."""
+    digest = hashlib.sha256()
+    for page in pages:
+        pool = page.pool
+        digest.update(f"{pool.key:016x} {pool.size} {pool.family} {page.basis} {page.movement} {len(page.parts)}\n".encode())
+        for part in page.parts:
+            digest.update(f"{part.wire} {part.step.hex()}\n".encode() + part.numbers)
+    return digest.digest()
+
+
+def is_replaced(wire: str) -> bool:
+    """Whether a page on this wire has one part that every round replaces; else it gets one more in each round."""
+    return BITS[wire] >= 4
