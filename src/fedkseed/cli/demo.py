@@ -45,7 +45,7 @@ def demo(run: Path | None, seed: int) -> None:
     begin = time.perf_counter()
     with watching(config, folder, tensorboard=False) as observer:
         observer.note(
-            "20 clients hold instruction tasks of seven kinds; one kind is held out. Gradients in 4,096 numbers tune all parameters."
+            "20 clients hold instruction tasks of seven kinds; one kind is held out. Gradients in 4,096 numbers tune all of it."
         )
         kept = RunFolder.create(folder, config)
         simulation = Simulation(kept, prepare(config, observer), observer)

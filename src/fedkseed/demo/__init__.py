@@ -26,7 +26,7 @@ SETTINGS: MappingProxyType[str, Any] = MappingProxyType(
         "dtype": "float32",
     }
 )
-"""The demo's `SimulationConfig`, but for the model and the data; found by dev/pretrain/find_settings.py and dev/LOG.md's trials of 2026-11-27."""
+"""The demo's `SimulationConfig`, but for the model and the data; dev/LOG.md (2026-11-27) says what else was tried."""
 
 
 def model_folder() -> Path:
