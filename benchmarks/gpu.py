@@ -13,11 +13,11 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from fedkseed.models.parameters import named_parameters
-from fedkseed.models.projection import Projection
 
 import fedkseed as fk
 from fedkseed.kseed.steps import StepSettings, local_steps
+from fedkseed.models.parameters import named_parameters
+from fedkseed.models.projection import Projection
 from fedkseed.noise import Slot, Source, get_backend, tensor_id
 from fedkseed.noise.gpu import INTERPRETED
 

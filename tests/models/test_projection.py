@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from fedkseed.models.projection import Projection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import laws
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
+from fedkseed.models.projection import Projection
 from fedkseed.noise import QUANTUM, Source, cpu, get_backend, tensor_id
 
 KEY = 0x0123456789ABCDEF

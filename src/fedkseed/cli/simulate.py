@@ -90,9 +90,10 @@ def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str
     with watching(settings, resume, tensorboard) as observer:
         with _interruptible():
             records = prepare(settings, observer)
-        if given:
-            folder.write_config(settings)
-        train(folder, records, observer, _go_on(resume))
+        with folder.held():  # before the checkpoint is read: nobody moves it on meanwhile
+            if given:
+                folder.write_config(settings)
+            train(folder, records, observer, _go_on(resume))
 
 
 def _go_on(folder: Path) -> str:

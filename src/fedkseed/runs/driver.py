@@ -65,8 +65,13 @@ class Driver:
 
         Raises:
             TooFewRepliesError: a round failed three times for want of replies; the checkpoint is safe.
+            RunFolderError: another process is writing to the run's folder.
             RunError: a file cannot be written; the checkpoint is safe.
         """
+        with self.run.held():
+            return self._drive(attempt, evaluate)
+
+    def _drive(self, attempt: Callable[[], bool], evaluate: Callable[[], None]) -> Checkpoint:
         self.run.cut_metrics(self.round)
         if self._due() and not any(event["server_round"] == self.round for event in self._evaluations()):
             evaluate()
