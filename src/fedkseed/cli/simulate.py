@@ -14,9 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
-from fedkseed.runs.settings import SimulationConfig, build, flag, flags, read_settings_file
-
-AUTO = "auto"
+from fedkseed.runs.settings import AUTO, SimulationConfig, build, flag, flags, read_settings_file
 
 if TYPE_CHECKING:
     from fedkseed.runs.folder import RunFolder

@@ -11,7 +11,7 @@ memory, slowly: so they are tested where there is no GPU.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from fedkseed.noise.backend import (
     QUANTUM,
     Directions,
     Fold,
+    GaussianDirections,
+    GaussianMixture,
     HadamardDirections,
     HadamardMixture,
     Mixture,
@@ -108,9 +110,11 @@ class _GpuFold:
             self._kernel: Any = kernels.hadamard_fold
             self._entries, self._width = directions.block, max(directions.block, kernels.FOLD_TILE)
             self._columns = self._width // kernels.FOLD_TILE
-        else:
+        elif isinstance(directions, GaussianDirections):
             self._kernel = kernels.gaussian_fold
             self._columns = self._width = self._entries = len(directions.seeds)
+        else:
+            assert_never(directions)
         self._lanes = max(1, FOLD_PROGRAMS // max(1, self._columns))
         self._partial: dict[torch.device, torch.Tensor] = {}
         self._arguments: dict[torch.device, tuple[Any, ...]] = {}
@@ -180,6 +184,8 @@ def _arguments(mixture: Mixture, device: torch.device) -> tuple[Any, ...]:
     """What a kernel needs to know of the mixture."""
     if isinstance(mixture, HadamardMixture):
         return _upload(mixture.table, device), *_signed_halves(mixture.key), len(mixture.table).bit_length() - 1
+    if not isinstance(mixture, GaussianMixture):
+        assert_never(mixture)
     return _upload(mixture.seeds.view(np.int64), device), _upload(mixture.amounts, device), len(mixture.seeds)
 
 

@@ -126,7 +126,7 @@ class RunFolder:
         if not isinstance(self.config, SimulationConfig):
             raise RunFolderError(
                 f"{self.path} is a run on Flower, whose records are its clients' own: go on with it by starting its app again "
-                f"with run = {self.path}; fedkseed evaluate {self.path} needs --data"
+                f"with run = {self.path}; fedkseed evaluate {self.path} takes --data"
             )
         return self.config
 

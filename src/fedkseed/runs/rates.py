@@ -134,4 +134,5 @@ def _search(usual: float, attempt: Callable[[float], Attempt]) -> list[Attempt]:
 
 def _federate(config: SimulationConfig, records: Records, given: Any) -> Federation:
     model = load_model(config.model, config.dtype, config.device) if given is None else copy.deepcopy(given)
+    model.train(False)
     return kind_of(config.facts).federate(config, model, None, records, Stopwatch())

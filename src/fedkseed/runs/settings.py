@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -109,6 +110,8 @@ class SimulationConfig(RunConfig):
         return self
 
 
+AUTO = "auto"
+"""In place of a learning rate: find one."""
 IN_MEMORY = "in memory: "
 """How the name of a model or of records begins that were given as objects."""
 DRIVER = "driver"
@@ -158,6 +161,13 @@ def build(settings: dict[str, Any]) -> SimulationConfig:
         ConfigError: a setting is unknown, missing, or out of its range; the message names the flag, the value and the fix.
     """
     return validated(SimulationConfig, settings, WORDS)
+
+
+def settings_given(settings: Mapping[str, Any] | str | Path | SimulationConfig) -> dict[str, Any]:
+    """Settings by name, however a caller from Python gives them."""
+    if isinstance(settings, SimulationConfig):
+        return settings.model_dump()
+    return read_settings_file(Path(settings)) if isinstance(settings, (str, Path)) else dict(settings)
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

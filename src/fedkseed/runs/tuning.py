@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.observer import Nobody, Observer
 from fedkseed.runs.rates import Rate, find_rate
 from fedkseed.runs.records import prepare
-from fedkseed.runs.settings import SimulationConfig, build, read_settings_file
+from fedkseed.runs.settings import SimulationConfig, build, settings_given
 from fedkseed.runs.task import bind_loaded
 
 
-def tune(settings: Mapping[str, Any] | str | Path, observer: Observer | None = None) -> Calibration | Rate:
+def tune(settings: Mapping[str, Any] | str | Path | SimulationConfig, observer: Observer | None = None) -> Calibration | Rate:
     """Find a workable `lr` (of two-point algorithms `eps` too) for a model and data; what `fedkseed tune` does.
 
     Two-point algorithms are calibrated by slope and curvature, the others by short federations at several rates.
@@ -37,8 +38,7 @@ def tune(settings: Mapping[str, Any] | str | Path, observer: Observer | None = N
     Raises:
         FedKSeedError: a setting, the data or the model cannot be used, or no rate was found.
     """
-    chosen = read_settings_file(Path(settings)) if isinstance(settings, (str, Path)) else dict(settings)
-    named, inputs = separate({**chosen, "lr": 1.0})
+    named, inputs = separate({**settings_given(settings), "lr": 1.0})
     return find(build(named), observer or Nobody(), inputs)
 
 
@@ -54,7 +54,8 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
         observer.note("trying rates: a few rounds at each, on the clients' records")
         return find_rate(config, records, observer, given.model)
     pooled = [example for examples in records.clients.values() for example in examples]
-    model = given.model if given.model is not None else load_model(config.model, config.dtype, config.device)
+    model = load_model(config.model, config.dtype, config.device) if given.model is None else copy.deepcopy(given.model)
+    model.train(False)
     bound = bind_loaded(config.model, model, seed_pool(config)).bound
     observer.note("calibrating: a few hundred forward passes on batches of the clients' records")
 
