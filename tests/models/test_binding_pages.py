@@ -123,7 +123,7 @@ def test_the_definition_tells_wrong_ways_apart(kind: torch.dtype) -> None:
     if kind == torch.float32:  # elsewhere the cast hides them
         assert right != by_definition(found, kind, pages, together=True)
         assert right != by_definition(found, kind, pages[::-1])
-    assert right != by_definition(found, kind, [page[:3] + ("proportional",) for page in pages])
+    assert right != by_definition(found, kind, [(*page[:3], "proportional") for page in pages])
 
 
 @kinds

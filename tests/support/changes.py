@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tests.support import laws
 
 import fedkseed as fk
 from fedkseed.federation import FederationConfig, Limits, Outcome
@@ -16,6 +15,7 @@ from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest
 from fedkseed.kseed.change_server import ChangeServer, new_page
 from fedkseed.kseed.coding import encode
 from fedkseed.models.identity import BaseIdentity
+from tests.support import laws
 
 F64 = NDArray[np.float64]
 BASE = BaseIdentity.of({"a": bytes(range(32)), "b": bytes(32)})
@@ -66,12 +66,11 @@ def server(clients: Sequence[str] = ("a", "b", "c"), limits: Limits | None = Non
     return ChangeServer(config(**changes), BASE, clients, limits)
 
 
-def play(a_server: ChangeServer, rounds: int = 1) -> Outcome:
+def play(a_server: ChangeServer, rounds: int = 1) -> None:
     for _ in range(rounds):
         outcome = a_server.absorb(honest(a_server.plan()))
         assert outcome.status == "closed"
         assert outcome.refusals == outcome.missing == ()
-    return outcome
 
 
 # --- Models whose loss is a quadratic ---
