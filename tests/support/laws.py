@@ -362,6 +362,37 @@ class Weight:
         self.a = self.a + delta
 
 
+def times(x: NDArray[F32], y: NDArray[F32]) -> NDArray[F32]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x * y
+
+
+def paged(
+    name: str,
+    w0: torch.Tensor,
+    kind: torch.dtype,
+    pages: Sequence[tuple[str, int, NDArray[F32], str]],
+    *,
+    cast_each: bool = False,
+    together: bool = False,
+) -> NDArray[np.unsignedinteger]:
+    """The bits of a weight after pages, each (family, key, a, movement): page after page in binary32, and one cast.
+
+    absolute: fl(w + sum); proportional: fl(w fl(1 + sum)), w as the page found it. The two switches are the wrong variants of
+    the negative controls: a cast after every page; the pages' sums added before they are added to w0.
+    """
+    w, sums = widen(w0), np.zeros(w0.numel(), F32)
+    for family, key, a, movement in pages:
+        noise = noise_sum(family, key, name, w0.numel(), a)
+        if together:
+            sums = add(sums, noise)
+            continue
+        w = add(w, noise) if movement == "absolute" else times(w, add(F32(1), noise))
+        if cast_each:
+            w = decode(encode(w, kind), kind).astype(F32) if kind != torch.float32 else w
+    return cast(add(w, sums) if together else w, kind)
+
+
 # --- Digests ---
 
 

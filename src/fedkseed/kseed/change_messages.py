@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from fedkseed.errors import ProtocolError
+from fedkseed.errors import InvalidValueError, ProtocolError
 from fedkseed.federation.envelope import (
     MAX_STEPS,
     Reply,
@@ -27,8 +27,9 @@ from fedkseed.federation.envelope import (
     unpack_fields,
 )
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes
+from fedkseed.kseed.messages import MAX_FLOAT16
 from fedkseed.kseed.optimizer import OPTIMIZERS
-from fedkseed.kseed.pages import Basis, Page
+from fedkseed.kseed.pages import Basis, Page, check_basis
 from fedkseed.models.binding import Movement
 from fedkseed.noise.families import BY_CODE
 from fedkseed.noise.pool import MAX_SIZE, SeedPool
@@ -90,12 +91,19 @@ class ChangeRequest(Request):
         check_integer("number of steps", self.steps, 1, MAX_STEPS)
         check_integer("pages that the client has", self.have, 0, MAX_PAGES)
         check_integer("number of pages", len(self.patches), 1, MAX_PAGES)
+        check_integer("number of parts", sum(len(patch.parts) for patch in self.patches), 0, MAX_PARTS)
+        try:
+            check_basis(self.size, self.family, self.basis)
+        except InvalidValueError as error:
+            raise ProtocolError(str(error)) from error
         for patch in self.patches:
             check_integer("first part", patch.first, 0, MAX_PARTS)
             for part in patch.parts:
                 part.check("a page's part", self.size)
         for name in ("eps", "max_grad"):
             check_positive(name, getattr(self, name))
+        if self.max_grad > MAX_FLOAT16:
+            raise ProtocolError(f"max_grad is {self.max_grad}; expected at most {MAX_FLOAT16}, which scalars can hold")
         if self.loss_clip is not None:
             check_positive("loss_clip", self.loss_clip)
 
@@ -158,16 +166,17 @@ class ChangeRequest(Request):
 
 def _patches(keys: Any, counts: Any, steps: Any, numbers: Any, wire: str, size: int) -> tuple[Patch, ...]:
     each = coded_bytes(size, wire)
-    pools, spans = read_array("page keys", keys, KEY).tolist(), read_array("parts of pages", counts, COUNT).tolist()
-    scales = read_array("steps of parts", steps, STEP).astype(float).tolist()
-    total = sum(spans[1::2])
+    pools, spans = read_array("page keys", keys, KEY), read_array("parts of pages", counts, COUNT)
+    scales, total = read_array("steps of parts", steps, STEP), int(spans[1::2].sum())
+    check_integer("number of pages", len(pools), 1, MAX_PAGES)  # before as many objects are made
+    check_integer("number of parts", total, 0, MAX_PARTS)
     if len(spans) != 2 * len(pools) or len(scales) != total or not isinstance(numbers, bytes) or len(numbers) != each * total:
         raise ProtocolError(
             f"{len(pools)} pages came with {shown(len(scales))} parts; expected numbers for as many as they say"
         )
-    parts = [Coded(wire, scale, numbers[i * each : (i + 1) * each]) for i, scale in enumerate(scales)]
+    parts = [Coded(wire, scale, numbers[i * each : (i + 1) * each]) for i, scale in enumerate(scales.astype(float).tolist())]
     patches, at = [], 0
-    for key, (first, count) in zip(pools, zip(spans[::2], spans[1::2], strict=True), strict=True):
+    for key, first, count in zip(pools.tolist(), spans[::2].tolist(), spans[1::2].tolist(), strict=True):
         patches.append(Patch(key, first, tuple(parts[at : at + count])))
         at += count
     return tuple(patches)

@@ -50,12 +50,14 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
         limits: Limits | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
-        self._optimizer = OPTIMIZERS[config.server_optimizer]
+        self.config, self._optimizer = config, OPTIMIZERS[config.server_optimizer]
         if isinstance(ledger, BaseIdentity):
             page = new_page(config, 0)
             ledger = Ledger.of_pages(ledger, 0, [page], config.wire, self._fresh(page.pool.size))
         if ledger.state is None:
-            raise LedgerError("a published ledger has no optimiser's state; go on from a run's own ledger.safetensors")
+            raise LedgerError(
+                "a published ledger, or one of scalars, has no optimiser's state; go on from the run's own ledger.safetensors"
+            )
         for i, page in enumerate(ledger.pages):
             wanted = new_page(config, i)
             if (page.pool, page.basis, page.movement) != (wanted.pool, wanted.basis, wanted.movement):
@@ -63,9 +65,15 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
                     f"page {i + 1} of the ledger is of {page.pool}, {page.basis}, {page.movement}; the settings give "
                     f"{wanted.pool}, {wanted.basis}, {wanted.movement}: go on with the settings that the run was started with"
                 )
+        columns = {name: column.shape for name, column in self._fresh(config.num_seeds).items()}
+        if {name: column.shape for name, column in ledger.state.items()} != columns:
+            raise LedgerError(
+                f"the ledger's state has {', '.join(sorted(ledger.state))}; --server-optimizer {config.server_optimizer} has "
+                f"{', '.join(sorted(columns))}: go on with the settings that the run was started with"
+            )
         if ledger.precision != config.wire:
             raise LedgerError(f"the ledger's wire is {ledger.precision}, the settings' {config.wire}; go on with the run's own")
-        self.ledger = ledger
+        self.ledger = self._turned(ledger)  # of a run that goes on beyond what was its last round
         self._seen: dict[str, tuple[int, int]] = {}
         run_id = derive(config.seed, "run", f"{ledger.pages[0].pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
         super().__init__(config, run_id, clients, limits, num_examples)
@@ -154,6 +162,8 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
                 f"scalars came, which --local-optimizer {request.optimizer} cannot weigh against changes; take sgd, "
                 "or leave out clients that cannot backpropagate"
             )
+        elif reply.numbers.wire != "float16":
+            raise ProtocolError(f"the scalars are on wire {reply.numbers.wire}; expected float16")
         else:
             scalars = reply.numbers.decode(reply.steps)
             largest, limit = float(np.abs(scalars).max()), self.limits.max_grad
@@ -177,12 +187,17 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
         kept = () if is_replaced(config.wire) else page.parts
         lacking = numbers - Page(page.pool, page.basis, page.movement, kept).numbers()
         page = Page(page.pool, page.basis, page.movement, (*kept, encode(lacking, config.wire)))
-        pages, done = [*closed, page], ledger.round + 1
-        if config.rounds_per_page and done % config.rounds_per_page == 0 and done < config.num_rounds:
-            pages.append(new_page(config, len(pages)))
-            self.ledger = Ledger.of_pages(ledger.base, done, pages, config.wire, self._fresh(page.pool.size))
-        else:
-            self.ledger = Ledger.of_pages(ledger.base, done, pages, config.wire, {NUMBERS: numbers, **following})
+        state = {NUMBERS: numbers, **following}
+        self.ledger = self._turned(Ledger.of_pages(ledger.base, ledger.round + 1, [*closed, page], config.wire, state))
+
+    def _turned(self, ledger: Ledger) -> Ledger:
+        """The ledger with a fresh page where the rounds of its open one are over and others follow."""
+        config = self.config
+        each, done = config.rounds_per_page, ledger.round
+        if not each or not done or done % each or done >= config.num_rounds or len(ledger.pages) > done // each:
+            return ledger
+        pages = [*ledger.pages, new_page(config, len(ledger.pages))]
+        return Ledger.of_pages(ledger.base, done, pages, config.wire, self._fresh(config.num_seeds))
 
     def _fresh(self, size: int) -> dict[str, F64]:
         return {NUMBERS: np.zeros(size), **self._optimizer.start(size)}
@@ -221,7 +236,7 @@ def combined(
             moves = -request.lr * reply.numbers.decode(reply.steps)
             np.add.at(scalars, np.array(seeds_of(request)), weight * moves)
             small += weight * (reply.steps - reply.num_dropped) / (size * request.steps)
-    if not small:
+    if all(reply.kind == CHANGE for reply in replies.values()):
         return changes
     turned = gradient_to_basis(scalars, basis)
     return (changes + turned) / (amount + small) if amount else turned

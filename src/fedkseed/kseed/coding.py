@@ -20,7 +20,11 @@ BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4, "int2": 2, "sign": 1
 """The wires, and how many bits each takes for a number."""
 CLIPS = tuple(0.8**i for i in range(14))
 """Where the outermost level may lie, relative to the largest magnitude."""
-MAX_STEP = 1e30
+LARGEST = 2.0**100
+"""No number that is sent is larger, so that a page's sum of 65,535 parts is finite in binary32."""
+MAX_STEP = 4 * LARGEST
+MIN_EXPONENT = -126
+"""Of float16's step, which binary32 must hold."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Coded:
     def decode(self, count: int) -> F64:
         """The first `count` numbers, exact in float64."""
         if self.wire in DTYPES:
-            return np.frombuffer(self.numbers, DTYPES[self.wire])[:count].astype(np.float64) * self.step
+            with np.errstate(invalid="ignore"):  # what is not finite is for `check` to say
+                return np.frombuffer(self.numbers, DTYPES[self.wire])[:count].astype(np.float64) * self.step
         bits = BITS[self.wire]
         each = np.unpackbits(np.frombuffer(self.numbers, np.uint8), count=count * bits).reshape(count, bits)
         indices = each @ (1 << np.arange(bits - 1, -1, -1))
@@ -48,7 +53,7 @@ class Coded:
         return levels
 
     def check(self, name: str, count: int) -> None:
-        """Refuse what is not `count` finite numbers of a known wire.
+        """Refuse what is not `count` numbers of a known wire, none beyond what coding numbers up to `LARGEST` gives.
 
         Raises:
             ProtocolError: it is not; the message begins with the name.
@@ -60,8 +65,11 @@ class Coded:
         if not isinstance(self.numbers, bytes) or len(self.numbers) != coded_bytes(count, self.wire):
             size = len(self.numbers) if isinstance(self.numbers, bytes) else f"{type(self.numbers).__name__}, no"
             raise ProtocolError(f"{name}: {size} bytes came; expected {coded_bytes(count, self.wire)}")
-        if not np.isfinite(self.decode(count)).all():
+        numbers = self.decode(count)
+        if not np.isfinite(numbers).all():
             raise ProtocolError(f"{name}: a number is not finite; all must be")
+        if np.abs(numbers).max(initial=0.0) > 2 * LARGEST:
+            raise ProtocolError(f"{name}: a number is {np.abs(numbers).max():g}; at most {LARGEST:g} is sent")
 
 
 def coded_bytes(count: int, wire: str) -> int:
@@ -77,21 +85,24 @@ def encode(values: F64, wire: str) -> Coded:
         wire: one of `BITS`.
 
     Raises:
-        InvalidValueError: a value is not finite, or too large for float16.
+        InvalidValueError: a value is not finite, or beyond `LARGEST`.
     """
-    if not np.isfinite(values).all():
-        raise InvalidValueError(f"a number to be sent is {values[~np.isfinite(values)][0]}; all must be finite")
+    if not (np.abs(values) <= LARGEST).all():
+        wrong = values[~(np.abs(values) <= LARGEST)][0]
+        raise InvalidValueError(f"a number to be sent is {wrong}; all must be finite, at most {LARGEST:g}: lower the rate")
     if wire in DTYPES:
         packed = pack(values, wire)
+        if packed.exponent < MIN_EXPONENT:
+            packed = pack(values, wire, MIN_EXPONENT)
         return Coded(wire, float(2.0**packed.exponent), packed.numbers)
     bits = BITS[wire]
     magnitudes = np.abs(values)
     largest = float(magnitudes.max(initial=0.0))
-    if largest == 0:
-        return Coded(wire, 0.0, bytes(coded_bytes(len(values), wire)))
     top = (2**bits - 1) / 2
-    steps = [2 * float(magnitudes.mean())] if bits == 1 else [clip * largest / top for clip in CLIPS]
+    steps = [2 * float(magnitudes.mean())] if largest and bits == 1 else [clip * largest / top for clip in CLIPS]
     best = min((float(np.float32(step)) for step in steps), key=lambda step: _loss(magnitudes, step, top))
+    if best == 0:  # nothing but zeros, or what binary32 holds no step for
+        return Coded(wire, 0.0, bytes(coded_bytes(len(values), wire)))
     indices = np.clip(np.rint(values / best + top), 0, 2 * top).astype(np.uint8)
     each = (indices[:, None] >> np.arange(bits - 1, -1, -1)) & 1
     return Coded(wire, best, np.packbits(each.astype(np.uint8).reshape(-1)).tobytes())

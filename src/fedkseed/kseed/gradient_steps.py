@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedkseed.kseed.coding import LARGEST
 from fedkseed.kseed.optimizer import Optimizer
 from fedkseed.kseed.pages import Basis, to_coefficients
 from fedkseed.models.binding import ClosedPage, Movement
@@ -74,7 +75,8 @@ def gradient_steps(
 ) -> GradientSteps:
     """Take local steps along projected gradients, each `numbers <- numbers + step(u, lr)`, and rebuild the weights in between.
 
-    A step whose loss or gradient is not finite leaves the numbers where they were.
+    A step whose loss or gradient is not finite, or that would lead beyond what can be sent, leaves the numbers where they
+    were.
 
     Args:
         model: its open page is the one that `start` is about; left at the numbers that the steps have led to.
@@ -98,7 +100,12 @@ def gradient_steps(
         if not (math.isfinite(losses[t]) and np.isfinite(gradient).all()):
             dropped.append(t)
             continue
-        change, state = optimizer.step(gradient, lr, state)
-        numbers += change
+        with np.errstate(over="ignore", invalid="ignore"):
+            change, following = optimizer.step(gradient, lr, state)
+            moved = numbers + change
+        if not (np.abs(moved - start) <= LARGEST).all():
+            dropped.append(t)
+            continue
+        numbers, state = moved, following
         model.rebuild(to_coefficients(numbers, basis))
     return GradientSteps(numbers - start, tuple(dropped), losses)

@@ -247,7 +247,9 @@ class Ledger:
         basis, movement, listed = metadata["basis"], metadata["movement"], metadata["pages"]
         if basis not in get_args(Basis) or movement not in get_args(Movement) or wire not in BITS or not listed:
             raise ValueError(f"basis {basis!r}, movement {movement!r}, wire {wire!r}, {len(listed)} pages")
-        counts, each = [int(page["parts"]) for page in listed], coded_bytes(size, wire)
+        counts, each = [page["parts"] for page in listed], coded_bytes(size, wire)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"numbers of parts {counts!r:.80}")
         steps = _tensor(tensors, "steps", np.dtype("<f4"), sum(counts)).astype(float).tolist()
         numbers = _tensor(tensors, "numbers", np.dtype(np.uint8), each * sum(counts)).tobytes()
         parts = [Coded(wire, step, numbers[i * each : (i + 1) * each]) for i, step in enumerate(steps)]
@@ -258,8 +260,11 @@ class Ledger:
             pages.append(Page(SeedPool(int(page["key"], 16), size, family), basis, movement, tuple(parts[at : at + count])))
             at += count
         state = {name.removeprefix("state."): column for name, column in tensors.items() if name.startswith("state.")}
-        if any(column.dtype != "<f8" or not np.isfinite(column).all() for column in state.values()):
-            raise ValueError("a column of the optimiser's state is not finite float64")
+        for name, column in state.items():
+            if not np.isfinite(_tensor(tensors, f"state.{name}", np.dtype("<f8"), None)).all():
+                raise ValueError(f"column {name} of the state is not finite")
+            if len(column) not in (1, size):
+                raise ValueError(f"column {name} of the state has {len(column)} numbers, expected {size}")
         return cls.of_pages(_base(metadata, tensors), _round(metadata), pages, wire, state or None)
 
     @classmethod

@@ -14,14 +14,25 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.coding import BITS, Coded
 from fedkseed.models.binding import ClosedPage, Movement
-from fedkseed.noise.families import transform
+from fedkseed.noise.families import FAMILIES, block_size, transform
 from fedkseed.noise.pool import SeedPool
 
 F64 = NDArray[np.float64]
 Basis = Literal["table", "coefficients"]
 """Which K numbers a page holds: the seeds' coefficients a, or the table A = H a, of which each weight moves by one entry."""
+
+
+def check_basis(size: int, family: str, basis: Basis) -> None:
+    """Refuse a table where a pool has none of K numbers.
+
+    Raises:
+        InvalidValueError: the family has no table, or its table has more than K numbers.
+    """
+    if basis == "table" and not (FAMILIES[family].has_table and block_size(size) == size):
+        raise InvalidValueError(f"{size} {family} seeds have no table of as many numbers; expected basis coefficients")
 
 
 def to_coefficients(numbers: F64, basis: Basis) -> NDArray[np.float32]:
@@ -43,12 +54,18 @@ class Page:
         basis: which numbers it holds.
         movement: how it moves a weight; see `fedkseed.Binding.open_page`.
         parts: the numbers are their sum, in float64 and in this order.
+
+    Raises:
+        InvalidValueError: the pool has no table, and the basis is that.
     """
 
     pool: SeedPool
     basis: Basis
     movement: Movement
     parts: tuple[Coded, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_basis(self.pool.size, self.pool.family, self.basis)
 
     def numbers(self) -> F64:
         """The page's numbers, float64[K]."""

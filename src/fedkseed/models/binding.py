@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -99,8 +99,11 @@ class Binding:
             movement: how the open page moves a weight: `absolute`, by the sum; `proportional`, by the base's weight times it.
 
         Raises:
-            InvalidValueError: coefficients that `rebuild` would not take; nothing has changed then.
+            InvalidValueError: coefficients that `rebuild` would not take, or an unknown movement; nothing has changed then.
         """
+        for moved in (movement, *(page.movement for page in closed)):
+            if moved not in get_args(Movement):
+                raise InvalidValueError(f"movement is {moved!r:.40}; expected {' or '.join(get_args(Movement))}")
         for page in closed:
             page.pool.check_coefficients(page.coefficients)
         if self._closed != list(closed[: len(self._closed)]):
