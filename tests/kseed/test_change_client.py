@@ -180,7 +180,7 @@ def test_scalars_are_slopes_where_the_round_begins() -> None:
     a_server, clients, _ = federation(settings)
     for _ in range(2):
         close(a_server, clients)
-    ((name, one),) = clients.items()
+    ((_name, one),) = clients.items()
     (request,) = a_server.plan()
     one.task.asked.clear()  # type: ignore[attr-defined]
     reply = ChangeReply.decode(one.answer(request.encode()))
