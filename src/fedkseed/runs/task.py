@@ -131,8 +131,12 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     Raises:
         ModelError: it cannot for this architecture.
     """
+    options = {"use_reentrant": False}
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if hasattr(model, "activation_checkpointing_enable"):  # the old name is deprecated
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
         raise ModelError(
             f"--checkpointing on: {type(model).__name__} does not support it ({error!s:.120}); leave it out"
