@@ -69,9 +69,16 @@ class BoundModel:
         """Which base model it is."""
         return self.bound.identity()
 
+    def restore(self, ledger: Ledger) -> None:
+        """Set the model's weights to those of a ledger over this base."""
+        if ledger.pages:
+            *closed, page = ledger.pages
+            self.bound.open_page(page.pool, [one.closed() for one in closed], page.movement)
+        self.bound.rebuild(ledger.coefficients)
+
     def evaluate(self, ledger: Ledger, examples: Sequence[EncodedExample], pad_id: int) -> EvalLoss:
         """The loss of some records under a ledger's model."""
-        self.bound.rebuild(ledger.coefficients)
+        self.restore(ledger)
         return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id)
 
 
