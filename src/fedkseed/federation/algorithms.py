@@ -53,6 +53,11 @@ class Algorithm:
         return self.sends in ("scalars", "changes")
 
     @property
+    def has_pages(self) -> bool:
+        """Whether these are several pools' numbers, one after the other."""
+        return self.sends == "changes"
+
+    @property
     def needs_peft(self) -> bool:
         """Whether something is attached to the model."""
         return self.attaches is not None
@@ -95,7 +100,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm(
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",
-            "changes", "gradient", usual_lr=1e-3, settings=(*SEEDS, *CHANGES),
+            "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES),
         ),
         Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient", usual_lr=0.05),
         Algorithm(

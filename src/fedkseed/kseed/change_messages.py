@@ -112,6 +112,11 @@ class ChangeRequest(Request):
         """How many local steps are asked for."""
         return self.steps
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds all pages, so that it builds on nothing that the client has."""
+        return self.have == 0 and self.patches[0].first == 0
+
     def page(self, key: int, parts: tuple[Coded, ...]) -> Page:
         """A page of this run."""
         return Page(SeedPool(key, self.size, self.family), self.basis, self.movement, parts)

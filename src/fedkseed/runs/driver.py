@@ -43,6 +43,7 @@ class Driver:
         self._called = called
         self.outcome: Outcome | None = None
         self._requests: list[tuple[Request, bytes]] = []
+        self._repeated = 0
         self._begin = time.perf_counter()
 
     @property
@@ -86,7 +87,17 @@ class Driver:
         """The requests of the next attempt at a round, and their bytes."""
         self._begin = time.perf_counter()
         self._requests = [(request, request.encode()) for request in self.server.plan()]
+        self._repeated = 0
         return self._requests
+
+    def whole(self, client: str) -> bytes | None:
+        """A planned request once more, for a client that has lost what the first one builds on; None if that is nothing."""
+        request = self.server.whole(client)
+        if request is None:
+            return None
+        data: bytes = request.encode()
+        self._repeated += len(data)
+        return data
 
     def close(
         self,
@@ -126,7 +137,7 @@ class Driver:
         if outcome.status == "repeat":
             return None
         event |= {
-            "bytes_down": sum(len(data) for _, data in self._requests) / len(self._requests),
+            "bytes_down": (sum(len(data) for _, data in self._requests) + self._repeated) / len(self._requests),
             "bytes_up": sum(len(data) for _, data in replies) / len(replies),
             "seconds": time.perf_counter() - self._begin,
             **measured(),
