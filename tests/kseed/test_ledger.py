@@ -202,7 +202,9 @@ CHANGES: dict[str, Callable[[fk.Ledger], fk.Ledger]] = {
     "round": lambda x: replace(x, round=2),
     "key": lambda x: replace(x, pool=replace(x.pool, key=1)),
     "family": lambda x: replace(x, pool=replace(x.pool, family="hadamard")),
-    "precision": lambda x: replace(x, precision="float32"),
+    "precision": lambda x: replace(
+        x, precision="float32", coefficients=rounded(x.history.accumulators, "float32") if x.history else x.coefficients
+    ),
     "fingerprint": lambda x: replace(x, base=replace(x.base, fingerprint="0" * 64)),
     "digests": lambda x: replace(x, base=replace(x.base, digests=x.base.digests + np.uint32(1))),
     "frozen": lambda x: replace(x, base=replace(x.base, frozen=())),
@@ -310,7 +312,7 @@ DAMAGE: list[tuple[bool, str, Any]] = [
     ],
     *[(True, key, None) for key in ("pool.key", "pool.size", "pool.family", "base.fingerprint", "base.frozen")],
     *[(False, key, None) for key in ("accumulators", "grad_sums", "grad_counts", "base_digests")],
-    *[(True, "format", value) for value in (0, 2, "1", [1])],
+    *[(True, "format", value) for value in (0, 3, "1", [1])],
     *[(True, "pool.key", value) for value in ("", "xyz", "-1", "1" + 16 * "0", 255, [])],
     *[(True, "pool.size", value) for value in (0, 3, 65537, "2", 2.0, True)],
     *[(True, "pool.family", value) for value in ("fourier", "", 1, ["hadamard"])],
@@ -358,10 +360,10 @@ def test_damaged_content(tmp_path: Path, published: bool, at: str, value: Any) -
 
 
 def test_another_version(tmp_path: Path) -> None:
-    (tmp_path / "l").write_bytes(damaged(True, "format", 2))
+    (tmp_path / "l").write_bytes(damaged(True, "format", 3))
     reason = refusal(tmp_path / "l")
-    assert "format is 2" in reason
-    assert "reads 1" in reason
+    assert "format is 3" in reason
+    assert "reads 1 and 2" in reason
 
 
 DEEP = b'{"__metadata__":' + b"[" * 100_000
