@@ -23,7 +23,7 @@ from tests.support.command_line import (
     shell,
 )
 from tests.support.runs import read_metrics
-from tests.support.tiny import tiny_model, tiny_records, tiny_settings
+from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
 from fedkseed.models.loading import load_model
@@ -594,10 +594,8 @@ def test_export_of_no_run_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_export_onto_another_model_is_refused(fedkseed: CommandLine, finished: Path, tmp_path: Path) -> None:
-    other = tiny_model(tmp_path / "other", seed=3)
-    tiny_records(tmp_path / "records.jsonl")
-    result = fedkseed("export", finished, tmp_path / "out", "--model", other)
+def test_export_onto_another_model_is_refused(fedkseed: CommandLine, finished: Path, other_model: Path, tmp_path: Path) -> None:
+    result = fedkseed("export", finished, tmp_path / "out", "--model", other_model)
     assert_one_line(result, 1, "this model is not the ledger's base: lm_head.weight is the first of")
     assert not (tmp_path / "out").exists()
 
