@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.support.command_line import CommandLine, Result, assert_one_line, flags
 from tests.support.runs import held_out, read_metrics
-from tests.support.tiny import tiny_model, tiny_settings
+from tests.support.tiny import tiny_settings
 
 from fedkseed.data import EncodedExample, Example, encode, read_jsonl
 from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
@@ -147,8 +147,8 @@ def test_without_a_run_what_is_missing_is_named(fedkseed: CommandLine, run: Path
     assert_one_line(result, 2, "--data is missing and", "give --data")
 
 
-def test_another_base_is_refused(fedkseed: CommandLine, run: Path, tmp_path: Path) -> None:
-    result = fedkseed("evaluate", run, "--model", tiny_model(tmp_path / "other", seed=1))
+def test_another_base_is_refused(fedkseed: CommandLine, run: Path, other_model: Path) -> None:
+    result = fedkseed("evaluate", run, "--model", other_model)
     assert_one_line(result, 1, "base")
 
 

@@ -5,20 +5,17 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from scipy.stats import chisquare
 from tests.support.generators import global_states, seed_globally
 
 import fedkseed as fk
 from fedkseed.errors import LedgerError, ProtocolError, RunError
 from fedkseed.federation import FederationConfig, Limits, Outcome
-from fedkseed.federation.schedule import learning_rate
 from fedkseed.kseed.ledger import History
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.rounding import PRECISIONS, Precision, pack, rounded
@@ -352,16 +349,6 @@ def test_schedule(schedule: str, rates: list[float]) -> None:
         moved = before + [float(x) for x in change]
         assert history(a_server.ledger).accumulators == pytest.approx(moved, rel=1e-12, abs=1e-15)
     assert a_server.finished
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("num_rounds", [1, 2, 7, 100_000])
-def test_schedules_are_positive_and_never_rise(schedule: str, num_rounds: int) -> None:
-    done = sorted({int(x) for x in np.linspace(0, num_rounds - 1, 50)})
-    rates = [learning_rate(schedule, 3e-7, d, num_rounds) for d in done]
-    assert rates[0] == 3e-7
-    assert all(later <= earlier for earlier, later in pairwise(rates))
-    assert rates[-1] > 0
 
 
 # --- Pro ---
@@ -714,54 +701,6 @@ def test_clients_that_do_not_do(names: Sequence[str], settings: dict[str, Any], 
 def test_names_that_do_not_travel(name: str) -> None:
     with pytest.raises(ProtocolError, match="client name"):
         server(("a", name))
-
-
-BAD_SETTINGS: list[tuple[str, list[Any]]] = [
-    ("algorithm", ["nosuch", "", None]),
-    ("num_rounds", [0, -1, 1.5, "many"]),
-    ("fraction_train", [0, -0.1, 1.0001, math.nan, math.inf]),
-    ("local_steps", [0, 65536]),
-    ("batch_size", [0, 65536]),
-    ("lr", [0, -1e-6, math.nan, math.inf, None]),
-    ("schedule", ["step"]),
-    ("eps", [0, -1e-3, math.nan, math.inf]),
-    ("num_seeds", [0, 65537]),
-    ("noise", ["uniform"]),
-    ("weighting", ["size"]),
-    ("loss_clip", [0, -1, math.nan]),
-    ("min_replies", [0]),
-    ("wire", ["float64", "bfloat16"]),
-    ("seed", [-1, 2**63]),
-    ("learning_rate", [0.1]),  # no such setting
-]
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_SETTINGS for value in values], ids=str)
-def test_bad_settings(name: str, value: Any) -> None:
-    with pytest.raises(ValidationError) as caught:
-        config(**{name: value})
-    assert [error["loc"] for error in caught.value.errors()] == [(name,)]
-
-
-def test_settings_are_frozen_and_lr_has_no_default() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        config().lr = 1.0  # type: ignore[misc]
-    with pytest.raises(ValidationError, match="lr"):
-        FederationConfig()
-
-
-@pytest.mark.parametrize(
-    "changes", [{"max_grad": 0}, {"max_grad": 60001}, {"max_grad": math.nan}, {"max_examples": 0}, {"max_share": 1.1}, {"x": 1}]
-)
-def test_bad_limits(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        Limits(**changes)
-
-
-def test_defaults_are_the_published_codes() -> None:
-    defaults = FederationConfig(lr=3e-7)
-    assert (defaults.eps, defaults.local_steps, defaults.fraction_train, defaults.batch_size) == (5e-4, 200, 0.05, 1)
-    assert (defaults.num_seeds, defaults.num_rounds, defaults.weighting) == (4096, 40, "examples")
 
 
 def pro_history(a_server: Server, rounds: int, clip: float) -> tuple[list[float], list[int]]:

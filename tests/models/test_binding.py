@@ -600,8 +600,11 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
 
 
-@pytest.mark.parametrize("dtype", laws.FLOAT_TYPES, ids=str)
-@families
+@pytest.mark.parametrize(
+    ("dtype", "family"),
+    [(torch.float32, "gaussian"), (torch.float16, "hadamard"), (torch.bfloat16, "hadamard")],  # all six above, on small tensors
+    ids=str,
+)
 def test_a_real_language_model_has_the_bits_of_the_definition(stories260k, dtype, family):
     """Its head is tied to its embedding, which the file holds under the larger of the two names."""
     model = load(stories260k, dtype)

@@ -21,8 +21,9 @@ import yaml
 from tests.support.command_line import CommandLine, environment
 from tests.support.natural_instructions import in_words, task, write_folder
 from tests.support.runs import held_out, read_metrics
+from tests.support.tiny import write_records
 
-from fedkseed.data import read_jsonl
+from fedkseed.data import Example, read_jsonl
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.published import main
@@ -172,14 +173,28 @@ def test_every_renamed_flag_exists() -> None:
     assert {name.split("'")[0] for name in PUBLISHED.values()} <= theirs
 
 
-@pytest.mark.parametrize("zerotask", range(8))
-def test_zerotask_counts_as_pandas_does(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zerotask: int) -> None:
-    (tmp_path / "data").symlink_to(shared / "data")
-    monkeypatch.chdir(tmp_path)
+def assert_counts_as_pandas_does(zerotask: int) -> None:
     config = config_of("--dataset", "dolly", "--zerotask", str(zerotask))
     column = pandas.Series([example.category for example in read_jsonl(config.data)])
     codes = column.astype("category").cat.codes
     assert set(column[codes == zerotask]) == {config.held_out_category}
+
+
+@pytest.mark.parametrize("zerotask", range(8))
+def test_zerotask_counts_as_pandas_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zerotask: int) -> None:
+    """Dolly's categories, each with a few records, in an order that is not theirs."""
+    names = ("open_qa", "general_qa", "classification", "closed_qa", "brainstorming", "summarization", "creative_writing")
+    records = [Example("i", "", "o", name) for name in (*names, "information_extraction", *names[::-1])]
+    (tmp_path / "data").mkdir()
+    write_records(tmp_path / "data" / "databricks-dolly-15k.jsonl", records)
+    monkeypatch.chdir(tmp_path)
+    assert_counts_as_pandas_does(zerotask)
+
+
+def test_zerotask_counts_as_pandas_does_on_dolly(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").symlink_to(shared / "data")
+    monkeypatch.chdir(tmp_path)
+    assert_counts_as_pandas_does(DEFAULTS["zerotask"])
 
 
 # --- Wrong calls ---

@@ -24,6 +24,7 @@ from fedkseed.kseed.server import start
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.report import reading, report
 from fedkseed.report.charts import charts
+from fedkseed.report.drawing import render
 from fedkseed.report.page import page
 from fedkseed.report.summary import change
 from fedkseed.report.units import duration, exact, loss, percent, power_of_ten, size
@@ -31,6 +32,7 @@ from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import build
 
 CHARTS = {"held_out_loss", "training_loss", "bytes", "participation", "seed_use", "seed_probabilities", "coefficients", "time"}
+OF_LOSSES = ("held_out_loss", "training_loss")
 NASTY = "<script>alert(\"1\")</script> & $x_ 'quoted'"
 WEIGHT_BYTES = 1_040_128
 BASE = BaseIdentity.of({"w": bytes(range(32))})
@@ -173,10 +175,17 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Complete:
     return Complete(run, before, html, Outline(html))
 
 
-def words(run: Path) -> str:
-    """The page's text without the time that pictures take."""
+def sketch(run: Path, *drawn: str) -> Outline:
+    """The page with these of its charts alone, without the time that the others take."""
     record = reading.read(run)
-    return Outline(page(run, record, charts(record), {})).text
+    shown = charts(record)
+    pictures = {c.name: render(c.name, c.title, c.draw).svg for c in shown if c.name in drawn and c.draw is not None}
+    assert pictures.keys() == set(drawn)
+    return Outline(page(run, record, shown, pictures))
+
+
+def words(run: Path) -> str:
+    return sketch(run).text
 
 
 def snapshot(run: Path) -> dict[str, tuple[bytes, int]]:
@@ -360,21 +369,31 @@ def test_run_still_going(make: Maker) -> None:
 
 
 @pytest.mark.parametrize(
-    ("events", "num_ledger_rounds", "num_pictures", "says"),
+    ("events", "num_ledger_rounds", "num_pictures", "drawn", "says"),
     [
-        ([], 0, 0, "Round 0 of 6, still going or stopped"),
-        ([evaluation(0, 4.0)], 0, 2, "base model; no round has been evaluated since"),
-        ([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1, 8, "4.0000 \N{RIGHTWARDS ARROW} 3.9000"),
-        ([closed(1)], 1, 7, "not evaluated yet"),
-        ([closed(1), evaluation(1, 3.9)], 1, 8, "the base model was not evaluated"),
+        ([], 0, 0, None, "Round 0 of 6, still going or stopped"),
+        ([evaluation(0, 4.0)], 0, 2, None, "base model; no round has been evaluated since"),
+        ([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1, 8, None, "4.0000 \N{RIGHTWARDS ARROW} 3.9000"),
+        # the other pictures are those of the last run
+        ([closed(1)], 1, 7, ["training_loss"], "not evaluated yet"),
+        ([closed(1), evaluation(1, 3.9)], 1, 8, ["held_out_loss", "training_loss"], "the base model was not evaluated"),
     ],
     ids=["nothing", "round 0", "a single round", "no evaluation", "no first evaluation"],
 )
-def test_short_runs(make: Maker, events: list[dict[str, Any]], num_ledger_rounds: int, num_pictures: int, says: str) -> None:
+def test_short_runs(
+    make: Maker,
+    events: list[dict[str, Any]],
+    num_ledger_rounds: int,
+    num_pictures: int,
+    drawn: list[str] | None,
+    says: str,
+) -> None:
     run = make(events, num_ledger_rounds)
-    outline = read(run)
+    outline = read(run) if drawn is None else sketch(run, *drawn)
     assert says in outline.text
-    assert len(outline.all("svg")) == num_pictures == len(list((run / "report").glob("*.png")))
+    assert len([chart for chart in charts(reading.read(run)) if chart.draw is not None]) == num_pictures
+    if drawn is None:
+        assert len(outline.all("svg")) == num_pictures == len(list((run / "report").glob("*.png")))
     assert len(outline.all("figure")) == len(CHARTS)
     assert not re.search(r"\bnan\b|\bNone\b", outline.text)
 
@@ -402,7 +421,7 @@ def test_published_ledger_has_no_history(make: Maker) -> None:
 def test_divergence_is_said(make: Maker, value: float) -> None:
     event = closed(2, train_loss=value, clients={"client-00": {"weight": 1.0, "loss": value}})
     run = make([evaluation(0, 4.0), closed(1), evaluation(1, 5.0), event, evaluation(2, value)], 2)
-    outline = read(run)
+    outline = sketch(run, *OF_LOSSES)
     assert "Diverged: a loss is not a finite number, first in round 2. Start anew with a lower --lr" in outline.text
     assert "it was 4.0000 before" in outline.text
     assert "first at round 2" in str(outline.all("svg")[0]["aria-label"])
@@ -410,7 +429,7 @@ def test_divergence_is_said(make: Maker, value: float) -> None:
 
 def test_nothing_but_divergence(make: Maker) -> None:
     event = closed(1, train_loss=math.nan, clients={"client-00": {"weight": 1.0, "loss": math.nan}})
-    assert "Diverged" in read(make([evaluation(0, math.nan), event, evaluation(1, math.nan)], 1)).text
+    assert "Diverged" in sketch(make([evaluation(0, math.nan), event, evaluation(1, math.nan)], 1), "held_out_loss").text
 
 
 def test_long_run_of_many_clients(make: Maker) -> None:
@@ -424,7 +443,9 @@ def test_long_run_of_many_clients(make: Maker) -> None:
 
 
 def test_one_seed(make: Maker) -> None:
-    assert "1 seed," in report(make([evaluation(0, 4.0), closed(1)], 1, num_seeds=1)).read_text()
+    run = make([evaluation(0, 4.0), closed(1)], 1, num_seeds=1)
+    seen = [str(svg["aria-label"]) for svg in sketch(run, "seed_use", "seed_probabilities", "coefficients").all("svg")]
+    assert any("1 seed," in label for label in seen)
 
 
 def test_data_may_be_gone(make: Maker) -> None:
