@@ -1,8 +1,8 @@
 """Why K numbers are enough: the decrease of the best step along a projected gradient is 1 / (1 + r / K) of the full one's.
 
 r = tr(H) / lambda_g, lambda_g = g'Hg / g'g, on a quadratic of Hessian H. With p = Z Z'g / K and E z z' = I, E g'p = |g|^2, and
-E p'Hp = g'Hg + (tr(H) |g|^2 + O(g'Hg)) / K; so the best decrease (g'p)^2 / (2 p'Hp) is near |g|^4 / (2 g'Hg) / (1 + r / K), up to
-terms of the order of 1 / K. Where perturbations are orthogonal within a block of B elements (hadamard) no pair of them
+E p'Hp = g'Hg + (tr(H) |g|^2 + O(g'Hg)) / K; so the best decrease (g'p)^2 / (2 p'Hp) is near |g|^4 / (2 g'Hg) / (1 + r / K),
+up to terms of the order of 1 / K. Where perturbations are orthogonal within a block of B elements (hadamard) no pair of them
 collides: tr(H) |g|^2 counts pairs in different blocks only, one block's part of it less.
 """
 
