@@ -16,7 +16,9 @@ import torch
 
 import fedkseed as fk
 from fedkseed.kseed.steps import StepSettings, local_steps
-from fedkseed.noise import Slot, get_backend, tensor_id
+from fedkseed.models.parameters import named_parameters
+from fedkseed.models.projection import Projection
+from fedkseed.noise import Slot, Source, get_backend, tensor_id
 from fedkseed.noise.gpu import INTERPRETED
 
 from .harness import Row, report
@@ -41,11 +43,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: models and their types, pools, tokens, local steps at a time, how often, and elements to compare."""
+    """What is measured: models and their types, pools (of folds others), tokens, local steps at a time, how often, and elements
+    to compare."""
 
     sizes: tuple[Size, ...]
     types: tuple[torch.dtype, ...]
     pools: tuple[int, ...]
+    fold_pools: tuple[int, ...]
     tokens: int
     steps: int
     rounds: int
@@ -54,8 +58,8 @@ class Plan:
 
 
 SIZES = (Size("135M", 30, 576, 1536, 9, 3, 49152), Size("1.3B", 24, 2048, 5632, 32, 32, 32000))
-REAL = Plan(SIZES, (torch.bfloat16, torch.float32), (1024, 4096), 256, 4, 20, 3, 300_007)
-TOY = Plan((Size("toy", 1, 16, 24, 2, 1, 40),), (torch.bfloat16,), (2,), 8, 1, 1, 1, 300)
+REAL = Plan(SIZES, (torch.bfloat16, torch.float32), (1024, 4096), (1024, 4096, 65536), 256, 4, 20, 3, 300_007)
+TOY = Plan((Size("toy", 1, 16, 24, 2, 1, 40),), (torch.bfloat16,), (2,), (2,), 8, 1, 1, 1, 300)
 
 
 def llama(size: Size, dtype: torch.dtype) -> torch.nn.Module:
@@ -98,6 +102,26 @@ def check_bits(n: int) -> None:
                         raise RuntimeError(
                             f"{family}, {base_type} to {out_type}, offset {offset}: bits differ from the reference"
                         )
+
+
+def check_folds(n: int) -> None:
+    """Every type, both families, aligned or not: within the bound of docs/noise.md of the reference, and the same bits twice.
+
+    Raises:
+        RuntimeError: they are not; then no time means anything.
+    """
+    for pool in (fk.SeedPool(3, 300), fk.SeedPool(3, 4096), fk.SeedPool(3, 65536), fk.SeedPool(3, 3, "gaussian")):
+        for kind in TYPES:
+            noise = torch.randn(n + 1, generator=torch.Generator().manual_seed(1)).to(kind)
+            for offset in (0, 1)[: 1 if INTERPRETED else 2]:
+                found = []
+                for backend, device in (("reference", "cpu"), ("gpu", DEVICE), ("gpu", DEVICE)):
+                    fold = get_backend(backend).fold(pool.directions())
+                    fold.add([Source(noise.to(device)[offset : n + offset], tensor_id("w"))])
+                    found.append(pool.numbers(fold.sums()))
+                limit = 2 * 5.77 * (n / 128 + 65) * 2.0**-53 * float(noise.double().abs().sum())
+                if not np.abs(found[0] - found[1]).max() <= limit or found[1].tobytes() != found[2].tobytes():
+                    raise RuntimeError(f"{pool.family}, K = {pool.size}, {kind}, offset {offset}: the fold is wrong")
 
 
 def times(run: Callable[[], object], rounds: int, warm_up: int = 1) -> list[float]:
@@ -172,6 +196,35 @@ def speed(plan: Plan, size: Size, model: torch.nn.Module, label: str) -> list[Ro
     return rows
 
 
+def folds(plan: Plan, model: torch.nn.Module, label: str) -> list[Row]:
+    """Gradients folded all in one call, and tensor by tensor as backward makes them, against a copy's bandwidth: one read."""
+    gradients = {e.name: torch.randn_like(e.parameter) for e in named_parameters(model)}
+    read = sum(g.nbytes for g in gradients.values())
+    copied = statistics.median(copy_times(2 * read, plan.rounds)) / (2 * read)
+    rows = []
+    for pool_size in plan.fold_pools:
+        pool = fk.SeedPool(1, pool_size)
+        together, single = (Projection(pool, {DEVICE: get_backend("gpu")}) for _ in range(2))
+
+        def one_by_one(single: Projection = single) -> None:
+            for name, gradient in gradients.items():
+                single.add(name, gradient)
+
+        runs: dict[str, Callable[[], object]] = {
+            "fold": lambda together=together: together.add_all(gradients),
+            "fold, tensor by tensor": one_by_one,
+        }
+        for what, run in runs.items():
+            seconds = times(run, plan.rounds, warm_up=2)
+            name = f"{label}: hadamard, K = {pool_size}: {what}"
+            rows.append(spread(name, [1e3 * s for s in seconds], "ms"))
+            rows.append(spread(f"{name}, of a copy's bandwidth", [100 * copied * read / s for s in seconds], "%"))
+    gaussian = Projection(fk.SeedPool(1, min(plan.pools), "gaussian"), {DEVICE: get_backend("gpu")}, range(min(8, *plan.pools)))
+    seconds = times(lambda: gaussian.add_all(gradients), plan.slow_rounds)
+    rows.append(spread(f"{label}: gaussian: fold, one seed", [1e3 * s / min(8, *plan.pools) for s in seconds], "ms"))
+    return rows
+
+
 def step(plan: Plan, size: Size, model: torch.nn.Module, label: str) -> list[Row]:
     """A local step beyond its two forward passes, by the wall clock (each loss waits for the device), and peak memory."""
     ids = torch.randint(0, size.vocabulary, (1, plan.tokens), device=DEVICE)
@@ -212,12 +265,14 @@ def step(plan: Plan, size: Size, model: torch.nn.Module, label: str) -> list[Row
 
 def measure(plan: Plan) -> list[Row]:
     check_bits(plan.compared)
+    check_folds(plan.compared)
     rows: list[Row] = []
     for size in plan.sizes:
         for dtype in plan.types:
             model = llama(size, dtype)
             label = f"{size.name}, {str(dtype).removeprefix('torch.')}"
             rows += speed(plan, size, model, label)
+            rows += folds(plan, model, label)
             if dtype == torch.bfloat16:
                 rows += step(plan, size, model, label)
             del model

@@ -4,9 +4,9 @@ from itertools import cycle
 
 import numpy as np
 import torch
-from fedkseed.weights import named_parameters
 
 import fedkseed as fk
+from fedkseed.models.parameters import named_parameters
 
 from .harness import Row, absolute, measure, ratio, report
 

@@ -29,16 +29,26 @@ import numpy as np, torch
 from transformers import AutoModelForCausalLM
 import fedkseed as fk
 from fedkseed.runs.memory import peak_memory
+from fedkseed.kseed.gradient_steps import gradient_steps
+from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.steps import StepSettings, local_steps
+from fedkseed.runs.task import checkpoint_activations
 folder, mode = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 ids = torch.arange(128)[None]
+def differentiable(step):
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
 @torch.inference_mode()
 def loss(step):
-    logits = model(input_ids=ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+    return differentiable(step).item()
 if mode == "inference":
     [loss(t) for t in range(6)]
+elif mode.startswith("gradient"):
+    if mode.endswith("checkpointing"):
+        checkpoint_activations(model.eval())
+    bound = fk.bind(model.eval(), fk.SeedPool(1, 65536), base=folder)
+    gradient_steps(bound, np.zeros(65536), "table", 3, differentiable, OPTIMIZERS["adam"], 1e-6)
 else:
     bound = fk.bind(model, fk.SeedPool(1, 4096), base=None if mode == "copy" else folder)
     bound.rebuild(np.full(4096, 1e-6, np.float32))
@@ -117,7 +127,9 @@ def steps(model: torch.nn.Module, rounds: int) -> list[Row]:
 def memory(model: torch.nn.Module) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        peak: dict[str, list[float]] = {"inference": [], "path": [], "copy": []}
+        peak: dict[str, list[float]] = {
+            name: [] for name in ("inference", "path", "copy", "gradient", "gradient with checkpointing")
+        }
         for _ in range(3):
             for mode, values in peak.items():
                 output = subprocess.run([sys.executable, "-c", PROBE, folder, mode], capture_output=True, text=True, check=True)
@@ -126,6 +138,14 @@ def memory(model: torch.nn.Module) -> list[Row]:
         absolute("peak RSS, inference alone", peak["inference"], 1, "MiB"),
         ratio("peak RSS, local training with base=path / inference", peak["path"], peak["inference"], must=1.15, aim=1.05),
         ratio("peak RSS, local training with a copy of the base / inference", peak["copy"], peak["inference"]),
+        ratio("peak RSS, gradient client / inference", peak["gradient"], peak["inference"]),
+        ratio(
+            "peak RSS, gradient client with checkpointing / inference",
+            peak["gradient with checkpointing"],
+            peak["inference"],
+            must=1.5,
+            aim=1.35,
+        ),
     ]
 
 

@@ -3,10 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.support.command_line import CommandLine
 
 # Before anything imports Triton: without a GPU the gpu backend runs in Triton's interpreter, on tensors in main memory.
 if not torch.cuda.is_available():
@@ -47,7 +51,16 @@ def torch_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> Path:
+    """The folder of a real, small language model; tests write nothing into it."""
+    path = shared / "models" / "stories260k"
+    if not (path / "model.safetensors").is_file():
+        pytest.skip(f"no model at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny model and records that `tiny_settings` names; tests write nothing into it."""
     from tests.support.tiny import tiny_settings
@@ -55,3 +68,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny_settings(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fedkseed() -> Iterator["CommandLine"]:
+    """`fedkseed` as a user calls it."""
+    from tests.support.command_line import CommandLine
+
+    line = CommandLine()
+    yield line
+    line.close()

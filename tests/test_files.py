@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkseed.files import write_atomically
+from fedkseed.files import Lock, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -43,7 +43,8 @@ def test_readers_of_the_old_file_keep_it(tmp_path: Path) -> None:
 
 def test_what_a_crash_left_is_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    (tmp_path / ".file.tmp").write_bytes(b"half of something longer than what follows")
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    (tmp_path / f".file.{gone.stdout.strip()}-0badcafe.tmp").write_bytes(b"half of something longer than what follows")
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["file"]
@@ -98,3 +99,45 @@ def test_a_write_that_the_kernel_refuses(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "File too large"), done.stderr
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
+
+
+TWO_WRITERS = """
+import sys
+from pathlib import Path
+from fedkseed.files import Lock, write_atomically
+path, letter = Path(sys.argv[1]), sys.argv[2].encode()
+for _ in range(200):
+    write_atomically(path, letter * 100_000)
+"""
+
+
+def test_of_two_writers_one_is_last_and_the_file_is_always_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"a" * 100_000)
+    writers = [subprocess.Popen([sys.executable, "-c", TWO_WRITERS, str(path), letter]) for letter in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        content = path.read_bytes()
+        assert len(content) == 100_000
+        assert len(set(content)) == 1
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from fedkseed.files import Lock;"
+        "print(Lock(Path(sys.argv[1])).acquire(), flush=True); time.sleep(600)"
+    )
+    lock = Lock(tmp_path / ".lock")
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "None\n"
+    assert lock.acquire() == other.pid
+    other.kill()
+    other.communicate()
+    assert lock.acquire() is None
+    assert lock.acquire() is None
+    lock.release()
+    assert Lock(tmp_path / ".lock").acquire() is None
+    lock.release()
+    lock.release()

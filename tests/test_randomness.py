@@ -1,14 +1,12 @@
 """Keys and generators as functions of where they are used: frozen values, no collisions, no global state."""
 
-import random
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkseed.randomness import derive, generator
+from tests.support.generators import global_states, seed_globally
 
 PATHS = st.lists(st.one_of(st.integers(-(2**64), 2**64), st.text(max_size=8)), max_size=4)
 
@@ -71,9 +69,9 @@ def test_streams_of_neighbours_are_uncorrelated() -> None:
 
 
 def test_global_generators_are_neither_read_nor_changed() -> None:
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
-    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
+    seed_globally(1)
+    before = global_states()
     first = derive(3, "a"), generator(3, "a").random(5).tolist()
-    assert [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()] == states  # noqa: NPY002
-    random.seed(2), np.random.seed(2), torch.manual_seed(2)  # noqa: NPY002
+    assert global_states() == before
+    seed_globally(2)
     assert (derive(3, "a"), generator(3, "a").random(5).tolist()) == first

@@ -16,11 +16,8 @@ import pytest
 
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
-from tests.support.command_line import CommandLine, command_line
+from tests.support.command_line import CommandLine
 from tests.support.tiny import tiny_settings
-
-# click 8.5 deprecates names that typer 0.20 takes from it on import
-pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -134,11 +131,6 @@ def test_make_would_call_what_exists(target: str) -> None:
     assert (Path(sys.executable).parent / Path(program).name).is_file()
     if target == "demo":
         assert (Path(program).name, args) == ("fedkseed", ["demo"])
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 @pytest.fixture(scope="module")

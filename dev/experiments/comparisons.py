@@ -4,7 +4,11 @@
 
 SHARED holds databricks-dolly-15k.jsonl and natural-instructions-2.8, MODELS the folders stories260k and smollm2. WORK gets
 data/ and a folder for each comparison. NAMEs are of dev/experiments/comparisons/*.toml; all of them without. Started again,
-it goes on. The metrics, settings and scores of all runs, which are kilobytes, are copied to results/runs/NAME.
+it goes on. Table, numbers and curves are copied to results/runs/NAME, the settings, metrics and scores of all runs into one
+archive there.
+
+With --kept a comparison that WORK does not have begins with the runs of that archive, and only what the plan has beyond them
+is done: a method or a seed more, or the table anew.
 """
 
 import argparse
@@ -12,8 +16,12 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+
+import tomli_w
+from archive import RAW, pack, said, unpack
 
 from fedkseed.data import Example, read_jsonl, read_tasks, split_off
 from fedkseed.randomness import generator
@@ -54,16 +62,31 @@ def cut_tasks(source: Path, out: Path) -> None:
 def keep(folder: Path, kept: Path, data: Path) -> None:
     """Copy what is small; this machine's folders are taken out of the settings."""
     places = {str(data.resolve()) + "/": "", str(folder) + "/": ""} | {str((data / model).resolve()): model for model in MODELS}
-    for file in sorted(folder.rglob("*")):
+    files = {}
+    for file in folder.rglob("*"):
         if file.name in ("config.toml", "metrics.jsonl", "scores.json", "comparison.json", "table.md", "failed.txt"):
-            target = kept / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
             text = file.read_text(encoding="utf-8")
             for place, name in places.items():
                 text = text.replace(place, name)
-            target.write_text(text, encoding="utf-8")
+            files[file.relative_to(folder).as_posix()] = text.encode()
+    kept.mkdir(parents=True, exist_ok=True)
+    table, numbers = files.pop("table.md"), files.pop("comparison.json")
+    pack(files, kept / RAW)
+    (kept / "table.md").write_bytes(table + said(kept / RAW).encode())
+    (kept / "comparison.json").write_bytes(numbers)
     for picture in folder.glob("*.png"):
         shutil.copy(picture, kept / picture.name)
+
+
+def take(kept: Path, folder: Path, data: Path) -> None:
+    """The runs that are kept, with this machine's folders in their settings again."""
+    unpack(kept / RAW, folder)
+    for file in folder.rglob("config.toml"):
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+        for name in ("model", "data", "eval_data"):
+            if name in settings:
+                settings[name] = str((data / settings[name]).resolve())
+        file.write_text(tomli_w.dumps(settings), encoding="utf-8")
 
 
 def main() -> None:
@@ -73,6 +96,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--jobs", default="2")
+    parser.add_argument("--kept", action="store_true", help="begin with the runs of results/runs")
     args = parser.parse_args()
     data = args.work / "data"
     if not (data / "tasks-test.jsonl").exists():
@@ -82,10 +106,12 @@ def main() -> None:
         for model in MODELS:
             (data / model).symlink_to((args.models / model).resolve())
     for name in args.names or sorted(path.stem for path in PLANS.glob("*.toml")):
-        folder = (args.work / name).resolve()
+        folder, kept = (args.work / name).resolve(), ROOT / "results" / "runs" / name
+        if args.kept and not folder.exists() and (kept / RAW).exists():
+            take(kept, folder, data)
         command = [sys.executable, "-m", "fedkseed", "compare", PLANS / f"{name}.toml", "--output", folder, "--jobs", args.jobs]
         subprocess.run(command, cwd=data, check=True)
-        keep(folder, ROOT / "results" / "runs" / name, data)
+        keep(folder, kept, data)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ hand does, goes on where it was stopped, and refuses what is not an answer.
 
 import json
 import math
-import random
 import sys
 import tomllib
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.support.baselines import (
@@ -28,7 +26,8 @@ from tests.support.baselines import (
     train_by_hand,
     two_point_by_hand,
 )
-from tests.support.command_line import CommandLine, assert_one_line, command_line, contents, flags
+from tests.support.command_line import CommandLine, assert_one_line, contents, flags
+from tests.support.generators import global_states, seed_globally
 from tests.support.runs import Watcher, held_out, read_metrics, simulation
 from tests.support.tiny import tiny_model, tiny_settings, write_records
 
@@ -149,17 +148,13 @@ def test_metrics_count_steps_and_the_bytes_of_the_messages(done: Callable[[str],
 def test_the_seed_is_all_the_randomness_there_is(tiny: Path, tmp_path: Path, algorithm: str) -> None:
     """And the global generators are neither read nor moved."""
 
-    def states() -> list[Any]:
-        legacy = np.random.get_state()  # noqa: NPY002
-        return [random.getstate(), legacy[1].tolist(), legacy[2], torch.get_rng_state().tolist()]
-
     digests = []
     for name, seed, noise in (("a", 7, 1), ("b", 7, 2), ("c", 8, 1)):
         run, _ = simulation(tmp_path / name, row_settings(tiny, algorithm, seed=seed, num_rounds=1, local_steps=2))
-        random.seed(noise), np.random.seed(noise), torch.manual_seed(noise)  # noqa: NPY002
-        before = states()
+        seed_globally(noise)
+        before = global_states()
         digests.append(run.train().digest())
-        assert states() == before
+        assert global_states() == before
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -490,11 +485,6 @@ def test_a_baseline_is_refused_on_flower(tiny: Path, tmp_path: Path, algorithm: 
 
 
 # --- The command line ---
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 def test_the_commands_on_a_baselines_run(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:

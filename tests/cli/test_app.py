@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,28 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.support import laws
 from tests.support.command_line import (
-    ENVIRONMENT,
     FEDKSEED,
     CommandLine,
     Result,
     assert_one_line,
-    command_line,
     contents,
     flags,
+    shell,
 )
 from tests.support.runs import read_metrics
 from tests.support.tiny import tiny_model, tiny_records, tiny_settings
 
 import fedkseed as fk
 from fedkseed.models.loading import load_model
-
-# click 8.5 deprecates names that typer 0.20 takes from it on import
-OLD_TYPER = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +56,18 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "print(sorted({'torch', 'transformers', 'numba', 'scipy'} & set(sys.modules)))\n"
     )
     for args in (["--help"], ["simulate", "--help"]):
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+        done = shell(sys.executable, "-c", code, *args)
+        assert done.code == 0, done
         assert done.stdout.endswith("[]\n")
         assert "Usage: fedkseed" in done.stdout
 
 
 def test_the_console_script_works_and_tells_its_version() -> None:
-    done = subprocess.run([FEDKSEED, "--version"], capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    assert done.stdout == f"fedkseed {fk.__version__}\n"
-    assert done.stderr == ""
+    assert shell(FEDKSEED, "--version") == Result(0, f"fedkseed {fk.__version__}\n", "")
 
 
 def test_the_console_script_ends_with_the_exit_code_of_the_error() -> None:
-    done = subprocess.run([FEDKSEED, "simulate", "--model", "x"], capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert_one_line(Result(done.returncode, done.stdout, done.stderr), 2, "is missing; give it on the command line")
+    assert_one_line(shell(FEDKSEED, "simulate", "--model", "x"), 2, "is missing; give it on the command line")
 
 
 def test_every_setting_has_a_flag_with_its_description(fedkseed: CommandLine) -> None:
@@ -415,7 +403,6 @@ def test_doctor_finds_the_bits_right(fedkseed: CommandLine) -> None:
     assert result.stdout.endswith("all is well\n")
 
 
-@OLD_TYPER
 def test_doctor_finds_wrong_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from fedkseed.cli import doctor
     from fedkseed.errors import RunError
@@ -426,10 +413,7 @@ def test_doctor_finds_wrong_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "reference, gaussian: BITS ARE WRONG" in capsys.readouterr().out
 
 
-@OLD_TYPER
 def test_the_doctors_expectation_is_the_oracles() -> None:
-    import laws
-
     from fedkseed.cli.doctor import EXPECTED
 
     a = (np.arange(64, dtype=np.float32) - 31) * np.float32(0.001)
@@ -455,7 +439,7 @@ def test_an_exported_folder_loads_in_a_fresh_process_with_the_tuned_weights(
         "from safetensors.torch import save_file\n"
         "save_file({n: p.detach().clone() for n, p in m.named_parameters()}, sys.argv[2])\n"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "tuned", tmp_path / "seen"], check=True, env=ENVIRONMENT)
+    assert shell(sys.executable, "-c", code, tmp_path / "tuned", tmp_path / "seen").code == 0
     model = load_model(tiny / "model", "float32")
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     fk.apply(model, finished / "ledger.safetensors")
@@ -621,7 +605,6 @@ def test_export_onto_another_model_is_refused(fedkseed: CommandLine, finished: P
 # --- Interrupted before there is anything to go on with ---
 
 
-@OLD_TYPER
 def test_an_interrupt_while_reading_data_exits_130_with_a_line(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

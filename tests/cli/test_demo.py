@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.support.command_line import CommandLine, assert_one_line, command_line, contents
+from tests.support.command_line import CommandLine, assert_one_line, contents
 
 from fedkseed import apply
 from fedkseed.data import Example, encode, pad_token_id, read_jsonl, shuffle_responses
@@ -25,9 +25,6 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.randomness import generator
 from fedkseed.runs.folder import RunFolder
-
-# click 8.5 deprecates names that typer 0.20 takes from it on import
-pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
 
 SHORT = {**SETTINGS, "num_rounds": 2, "local_steps": 2, "eval_every": 2}
 SEED = 42
@@ -64,11 +61,6 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
         command.demo(None, SEED)
     (run,) = (cwd / "runs").iterdir()
     return Shown(cwd, run.relative_to(cwd), out.getvalue())
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 def losses(run: Path) -> tuple[float, float]:

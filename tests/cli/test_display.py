@@ -11,9 +11,6 @@ from rich.progress import Progress, TextColumn
 
 from fedkseed.runs.observer import Probe
 
-# click 8.5 deprecates names that typer 0.20 takes from it on import
-pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
-
 EVALUATION = {
     "event": "evaluation",
     "server_round": 2,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.command_line import CommandLine, Result, assert_one_line, command_line, flags
+from tests.support.command_line import CommandLine, Result, assert_one_line, flags
 from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import tiny_model, tiny_settings
 
@@ -17,24 +17,20 @@ from fedkseed.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
+def data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two files of records: one with a category that looks like markup, one with a record that is too long."""
+    folder = tmp_path_factory.mktemp("data")
     odd = '{"instruction": "name the dog", "response": "red", "category": "[/b] [red]"}\n'
-    (folder / "odd.jsonl").write_text(odd + (folder / "records.jsonl").read_text())
+    (folder / "odd.jsonl").write_text(odd + (tiny / "records.jsonl").read_text())
+    (folder / "long.jsonl").write_text(json.dumps({"instruction": "name " * 100, "response": "dog"}))
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(fedkseed: CommandLine, tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is done, its published ledger beside it."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    settings = tiny_settings(tiny, eval_data=tiny / "odd.jsonl", eval_limit=20)
+    settings = tiny_settings(tiny, eval_data=data / "odd.jsonl", eval_limit=20)
     assert fedkseed("simulate", *flags(settings), "--run", run).code == 0
     assert fedkseed("export", run, run.parent / "published.ledger", "--ledger-only").code == 0
     return run
@@ -132,10 +128,9 @@ def test_another_template_is_another_loss(fedkseed: CommandLine, run: Path) -> N
     ids=lambda value: " ".join(value[:2]),
 )
 def test_a_wrong_call_is_one_line(
-    fedkseed: CommandLine, run: Path, tiny: Path, extra: Sequence[str], wanted: Sequence[str]
+    fedkseed: CommandLine, run: Path, data: Path, extra: Sequence[str], wanted: Sequence[str]
 ) -> None:
-    (tiny / "long.jsonl").write_text(json.dumps({"instruction": "name " * 100, "response": "dog"}))
-    result = fedkseed("evaluate", run, *extra, cwd=tiny)
+    result = fedkseed("evaluate", run, *extra, cwd=data)
     assert_one_line(result, result.code, *wanted)
     assert result.code == (1 if extra[0] == "--ledger" else 2)
     assert "base" not in result.stdout  # nothing was measured

@@ -11,17 +11,11 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fedkseed.data import EncodedData, Example, encode, get_template
-from fedkseed.models.loading import load_tokenizer
 
 WORDS = ("bear", "dog", "tale", "of", "a", "long", "ball", "Ünïcode")
 EXAMPLES = [
     Example(f"Say {WORDS[i % 8]} {i}.", WORDS[i % 3] * (i % 2), f"{WORDS[i % 7]} {i}" * (i % 11 > 0), "") for i in range(1030)
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(shared: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(shared / "models" / "stories260k")
 
 
 @pytest.fixture
@@ -85,11 +79,11 @@ def test_the_disk_is_what_is_read(folder: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def test_another_text_order_template_or_tokenizer_is_another_file(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, shared: Path
+    folder: Path, tokenizer: PreTrainedTokenizerBase, own_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     encode(EXAMPLES, tokenizer, 64)
     moved = Example(EXAMPLES[0].instruction + " ", *[getattr(EXAMPLES[0], name) for name in ("input", "output", "category")])
-    other = load_tokenizer(shared / "models" / "stories260k")
+    other = own_tokenizer
     other.add_tokens(["bear"])
     runs = [
         ([moved, *EXAMPLES[1:]], tokenizer, "plain"),
@@ -106,9 +100,9 @@ def test_another_text_order_template_or_tokenizer_is_another_file(
 
 
 def test_the_tokenizer_that_added_a_token_gets_its_own_ids(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, shared: Path
+    folder: Path, tokenizer: PreTrainedTokenizerBase, own_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    other = load_tokenizer(shared / "models" / "stories260k")
+    other = own_tokenizer
     other.add_tokens(["bear"])
     assert ids(encode(EXAMPLES, tokenizer, 64)) != ids(encode(EXAMPLES, other, 64))
 

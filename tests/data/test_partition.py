@@ -1,6 +1,5 @@
 """Partitions: disjoint covers, repeatable, big enough; and the shuffled control."""
 
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.generators import global_states, seed_globally
 
-from fedkseed.data import Example, dirichlet, iid, read_jsonl, shuffle_responses, split_off
+from fedkseed.data import Example, dirichlet, iid, read_examples, shuffle_responses, split_off
 from fedkseed.errors import DataError, InvalidValueError
 
 SEEDS = st.integers(0, 2**32)
@@ -82,7 +82,7 @@ def test_shares_of_a_category_are_dirichlets() -> None:
 
 
 def test_dolly_as_published(shared: Path) -> None:
-    categories = [example.category for example in read_jsonl(shared / "data" / "databricks-dolly-15k.jsonl")]
+    categories = [example.category for example in read_examples(shared / "data" / "databricks-dolly-15k.jsonl")]
     parts = dirichlet(categories, 200, 0.5, rng(42))
     assert_disjoint_cover(parts, 15_011)
     assert min(map(len, parts)) >= 1
@@ -137,11 +137,10 @@ def test_the_control_deals_every_response_to_another_prompt(texts: list[tuple[st
 
 
 def test_global_generators_are_left_alone() -> None:
-    random.seed(3)
-    np.random.seed(3)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    seed_globally(3)
+    before = global_states()
     iid(10, 2, rng())
     dirichlet(["a"] * 10, 2, 1.0, rng())
     split_off(10, 0.5, rng())
     shuffle_responses([Example("a", "b", "c", "d")] * 5, rng())
-    assert before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert global_states() == before

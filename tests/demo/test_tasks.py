@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from itertools import islice, pairwise
 
-import numpy as np
 import pytest
+from tests.support.generators import global_states, seed_globally
 
 from fedkseed import demo
 from fedkseed.data import encode
@@ -28,11 +28,11 @@ def test_the_same_seed_gives_the_same_records_and_another_seed_others():
 
 
 def test_global_generators_are_neither_read_nor_changed():
-    np.random.seed(0)  # noqa: NPY002
-    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    seed_globally(0)
+    before = global_states()
     records = demo.clients(3)
-    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
-    np.random.seed(1)  # noqa: NPY002
+    assert global_states() == before
+    seed_globally(1)
     assert demo.clients(3) == records
 
 

@@ -13,12 +13,11 @@ from fedkseed.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def story(shared: Path):
-    folder = shared / "models/stories260k"
-    tokenizer = load_tokenizer(folder)
+def story(stories260k: Path):
+    tokenizer = load_tokenizer(stories260k)
     prompts = ["Once upon a time", "Tom", "The little cat went to the park with her mom and she was", "Lily said"]
     encoded = encode([Example(p, "", "x", "") for p in prompts], tokenizer, 200)
-    return load_model(folder, "float32"), tokenizer, encoded.examples
+    return load_model(stories260k, "float32"), tokenizer, encoded.examples
 
 
 def test_a_batch_gives_the_answers_of_single_prompts(story):

@@ -22,14 +22,14 @@ SHAPES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(
 
 
 @pytest.fixture(scope="module")
-def model(shared: Path) -> PreTrainedModel:
-    return load_model(shared / "models" / "stories260k")
+def model(stories260k: Path) -> PreTrainedModel:
+    return load_model(stories260k)
 
 
 @pytest.fixture(scope="module")
-def dolly(shared: Path) -> tuple[EncodedExample, ...]:
+def dolly(shared: Path, stories260k: Path) -> tuple[EncodedExample, ...]:
     examples = read_jsonl(shared / "data" / "databricks-dolly-15k.jsonl")[:24]
-    return encode(examples, load_tokenizer(shared / "models" / "stories260k"), 160).examples
+    return encode(examples, load_tokenizer(stories260k), 160).examples
 
 
 def random_example(prompt: int, response: int, seed: int) -> EncodedExample:

@@ -14,17 +14,12 @@ import psutil
 import pytest
 import torch
 from tests.support.flower_deployment import EXAMPLE, Deployment, answers, free_port
-from tests.support.flower_sites import CORRUPTIONS, RUN, SITES, make_sites, simulated
+from tests.support.flower_sites import CORRUPTIONS, RUN, SITES, simulated
 from tests.support.runs import read_metrics
 
 from fedkseed.kseed.ledger import Ledger
 
 LONG = {"deadline": 240.0}
-
-
-@pytest.fixture(scope="module")
-def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_sites(tmp_path_factory.mktemp("sites"))
 
 
 @pytest.fixture

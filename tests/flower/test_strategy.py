@@ -1,20 +1,27 @@
-"""The strategy against a grid in memory: the ledger of a simulation, whoever answers what, in whatever order.
-
-Here too, for the other files: three sites with records of their own, and the settings of both kinds of run.
-"""
+"""The strategy against a grid in memory: the ledger of a simulation, whoever answers what, in whatever order."""
 
 import json
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
-from tests.support.flower_grid import Answer, MemoryGrid, as_in_a_task, federation, node, run_config, started
-from tests.support.flower_sites import CORRUPTIONS, another, make_sites, simulated
+from tests.support.flower_grid import (
+    Answer,
+    Killed,
+    MemoryGrid,
+    die_after,
+    federation,
+    lying,
+    node,
+    renumbered,
+    run_config,
+    started,
+)
+from tests.support.flower_sites import CORRUPTIONS, another, simulated
 from tests.support.runs import read_metrics
 from tests.support.tiny import tiny_model
 
@@ -26,29 +33,12 @@ from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
 from fedkseed.flower.server_app import build_strategy, server_app
 from fedkseed.kseed.ledger import Ledger
 
-
-@pytest.fixture(scope="module", autouse=True)
-def in_a_task() -> Iterator[None]:
-    with as_in_a_task():
-        yield
-
-
-@pytest.fixture(scope="module")
-def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_sites(tmp_path_factory.mktemp("sites"))
+pytestmark = pytest.mark.usefixtures("in_a_task")
 
 
 @pytest.fixture(scope="module")
 def expected(sites: Path, tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     return simulated(sites, tmp_path_factory.mktemp("simulated") / "run").train()
-
-
-@pytest.fixture
-def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the strategy logs; Flower's logger tells its parents nothing unless told to."""
-    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 # --- The same bits as a simulation ---
@@ -96,31 +86,14 @@ def test_the_server_app_reads_its_context(sites: Path, tmp_path: Path, expected:
 # --- Going on ---
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("message", [1, 3, 4, 5, 8, 9, 11])
 def test_a_killed_server_goes_on_to_the_same_digest(sites: Path, tmp_path: Path, expected: Ledger, message: int) -> None:
     config = run_config(sites, tmp_path / "run")
     grid = federation(sites, config)
-    pull, pulled = grid.pull_messages, 0
-
-    def dying(message_ids: Iterable[str]) -> list[Message]:
-        nonlocal pulled
-        pulled += 1
-        if pulled > message:
-            raise Killed
-        return pull(message_ids)
-
-    grid.pull_messages = dying  # type: ignore[method-assign]
+    die_after(grid, message)
     with pytest.raises(Killed):
         started(config, grid)
-    again = {node_id + 500: answer for node_id, answer in grid.answers.items()}  # new node ids
-    fresh = MemoryGrid()
-    for node_id, answer in again.items():
-        fresh.add(node_id, answer)
-    assert started(config, fresh).digest() == expected.digest()
+    assert started(config, renumbered(grid)).digest() == expected.digest()
     kinds = [(event["event"], event["server_round"]) for event in read_metrics(tmp_path / "run")]
     assert kinds == [("evaluation", 0), *((kind, i) for i in (1, 2, 3) for kind in ("round", "evaluation"))]
 
@@ -153,17 +126,6 @@ def test_another_base_model_is_refused(sites: Path, tmp_path: Path) -> None:
 
 
 # --- Replies that are not what was asked for ---
-
-
-def lying(honest: Answer, make: Callable[[Message, bytes], Any]) -> Answer:
-    """Honest about who it is, and nothing else."""
-
-    def answer(message: Message) -> Any:
-        reply = honest(message)
-        assert isinstance(reply, Message)
-        return make(message, unwrap(reply)) if message.metadata.message_type == "train" else reply
-
-    return answer
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tests.support import laws
+from tests.support.rows import backends, families, kinds
 
 import fedkseed as fk
 from fedkseed.errors import BindingError, LedgerError
 from fedkseed.kseed.ledger import History
 from fedkseed.kseed.rounding import Precision
 
-families = pytest.mark.parametrize("family", laws.FAMILIES)
-kinds = pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
 forms = pytest.mark.parametrize("published", [False, True], ids=["checkpoint", "published"])
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (67, 33), "block.w": (130, 5), "block.norm": (40,), "scale": ()}
 FROZEN = ("block.norm",)
@@ -57,7 +56,7 @@ def test_apply_gives_the_bits_of_a_rebuild(
 
 
 @families
-@pytest.mark.parametrize("backend", laws.BACKENDS)
+@backends
 def test_every_backend_gives_the_same_bits(family: str, backend: str) -> None:
     bound = bind(family, torch.bfloat16)
     ledger = ledger_of(bound)
@@ -178,12 +177,12 @@ def test_bad_files(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """stories260k (tied weights and all), saved in bfloat16."""
     import transformers
 
     folder = tmp_path_factory.mktemp("bfloat16")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260k", dtype=torch.bfloat16)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.bfloat16)
     loaded.save_pretrained(folder)
     return folder
 

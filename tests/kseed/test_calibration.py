@@ -7,18 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.command_line import CommandLine, assert_one_line, command_line, flags
+from tests.support.command_line import CommandLine, assert_one_line, flags
 from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.calibration import Calibration, calibrate
 
-# click 8.5 deprecates names that typer 0.20 takes from it on import
-pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
-
 SIZE, NUM_SEEDS = 2048, 256
-fedkseed = pytest.fixture(scope="module")(command_line)
 
 
 class Quadratic:
@@ -109,9 +105,9 @@ def test_a_loss_that_tells_nothing_is_named(loss: Any, message: str) -> None:
 
 
 def test_tune_shows_what_it_tried_and_simulate_takes_it(
-    fedkseed: CommandLine, tiny: Path, shared: Path, tmp_path: Path
+    fedkseed: CommandLine, tiny: Path, stories260k: Path, tmp_path: Path
 ) -> None:
-    settings = tiny_settings(tiny, model=shared / "models" / "stories260k")
+    settings = tiny_settings(tiny, model=stories260k)
     without = {name: value for name, value in settings.items() if name not in ("lr", "eps")}
     shown = fedkseed("tune", *flags(without))
     assert shown.code == 0, shown

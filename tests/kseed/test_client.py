@@ -1,6 +1,5 @@
 """Clients with a real (small) model: what a request makes them do, against central SGD and against replay."""
 
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tests.support import laws
+from tests.support.generators import global_states, seed_globally
 
 import fedkseed as fk
 from fedkseed.errors import ProtocolError
@@ -304,14 +304,10 @@ def test_global_generators_are_neither_read_nor_moved(pair: tuple[Client, fk.Bin
     data = request(bound, np.zeros(256)).encode()
     reply = participant.answer(data)
 
-    def states() -> tuple[Any, ...]:
-        return random.getstate(), repr(np.random.get_state()), torch.random.get_rng_state().tolist()  # noqa: NPY002
-
-    torch.random.manual_seed(99)
-    random.seed(99)
-    before = states()
+    seed_globally(99)
+    before = global_states()
     assert participant.answer(data) == reply
-    assert states() == before
+    assert global_states() == before
 
 
 @pytest.mark.parametrize("change", [{"run_id": bytes(8)}, {"server_round": 2}, {"attempt": 1}], ids=["run", "round", "attempt"])

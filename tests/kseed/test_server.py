@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy.stats import chisquare
+from tests.support.generators import global_states, seed_globally
 
 import fedkseed as fk
 from fedkseed.errors import LedgerError, ProtocolError, RunError
@@ -174,17 +174,13 @@ def test_what_a_request_says(wire: Precision) -> None:
 
 @algorithms
 def test_global_generators_are_neither_read_nor_changed(algorithm: str) -> None:
-    def states() -> list[Any]:
-        legacy = np.random.get_state()  # noqa: NPY002
-        return [random.getstate(), legacy[1].tolist(), legacy[2], torch.get_rng_state().tolist()]
-
     ledgers = []
     for seed in (1, 2):
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002
-        before = states()
+        seed_globally(seed)
+        before = global_states()
         a_server = server(algorithm=algorithm)
         play(a_server, 2)
-        assert states() == before
+        assert global_states() == before
         ledgers.append(a_server.ledger.digest())
     assert ledgers[0] == ledgers[1]
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.support import laws
+from tests.support.rows import families, kinds
 
 import fedkseed as fk
 from fedkseed.errors import BindingError
@@ -19,8 +20,6 @@ from fedkseed.noise import QUANTUM
 
 KEY = 0x0123456789ABCDEF
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-families = pytest.mark.parametrize("family", laws.FAMILIES)
-kinds = pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
 SHAPES = {"embed.weight": (67, 33), "block.0.w": (130, 5), "block.0.scale": (), "big": (2 * QUANTUM + 131,), "none": (0, 4)}
 
 

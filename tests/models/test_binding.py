@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import random
 import weakref
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import laws
+from tests.support.generators import global_states, seed_globally
+from tests.support.rows import backends, families, half_types, quick_backends
 
 import fedkseed as fk
 from fedkseed.errors import BackendError, BindingError, FedKSeedError, InvalidValueError
@@ -19,10 +20,6 @@ from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.noise import get_backend
 
 KEY = 0xFEDCBA9876543210
-backends = pytest.mark.parametrize("backend", laws.BACKENDS)
-quick_backends = pytest.mark.parametrize("backend", laws.QUICK_BACKENDS)
-families = pytest.mark.parametrize("family", laws.FAMILIES)
-half_types = pytest.mark.parametrize("kind", laws.HALF_TYPES, ids=str)
 SHAPES = {
     "embed.weight": (67, 33),
     "block.0.w": (130, 5),
@@ -532,10 +529,6 @@ def test_binding_leaves_the_model_as_it_is():
 @families
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 def test_the_global_generators_are_neither_read_nor_moved(precision, family, backend):
-    def states():
-        _, words, position, *rest = np.random.get_state()  # noqa: NPY002 (the global one is the point)
-        return [torch.get_rng_state().tolist(), words.tolist(), position, rest, random.getstate()]
-
     def everything():
         model = laws.module_of(tensors_of(precision), backend=backend)
         bound = fk.bind(model, pool_of(family), backend=backend)
@@ -544,12 +537,10 @@ def test_the_global_generators_are_neither_read_nor_moved(precision, family, bac
         bound.perturb(2, 0.1)
         return bound.digest(), bound.identity().fingerprint
 
-    before = states()
+    before = global_states()
     first = everything()
-    assert states() == before
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    random.seed(1)
+    assert global_states() == before
+    seed_globally(1)
     assert everything() == first
 
 
@@ -601,14 +592,6 @@ def test_the_digest_is_of_names_shapes_dtypes_and_bytes(precision):
 
 
 # --- a real model ---
-
-
-@pytest.fixture(scope="module")
-def stories260k(shared: Path) -> Path:
-    path = shared / "models" / "stories260k"
-    if not (path / "model.safetensors").is_file():
-        pytest.skip(f"no model at {path}")
-    return path
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

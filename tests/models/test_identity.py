@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support import laws
+from tests.support.rows import half_types, kinds
 
 import fedkseed as fk
 from fedkseed.models.identity import BaseIdentity
@@ -64,7 +65,7 @@ def test_no_difference() -> None:
 # --- Of a model ---
 
 
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_identity_of_a_model_by_its_definition(kind: torch.dtype) -> None:
     """docs/noise.md: names, shapes and values widened to float32, of all parameters, in the order of their names."""
     bound = fk.bind(model(kind, ("c",)), POOL)
@@ -77,7 +78,7 @@ def test_identity_of_a_model_by_its_definition(kind: torch.dtype) -> None:
     assert found.frozen == ("c",)
 
 
-@pytest.mark.parametrize("kind", laws.HALF_TYPES, ids=str)
+@half_types
 def test_a_widened_load_has_the_same_identity(kind: torch.dtype) -> None:
     half = model(kind)
     assert fk.bind(half.float(), POOL).identity() == fk.bind(model(kind), POOL).identity()

@@ -18,16 +18,11 @@ from fedkseed.models.loading import base_path, load_model, load_tokenizer
 MODEL = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def tiny(shared: Path) -> Path:
-    return shared / "models" / "stories260k"
-
-
 @pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
+def copy(stories260k: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    folder = tmp_path / "tiny"
-    shutil.copytree(tiny, folder, copy_function=shutil.copyfile)
+    folder = tmp_path / "copy"
+    shutil.copytree(stories260k, folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)
     return folder
 
@@ -45,20 +40,20 @@ def change_tensors(folder: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
-def test_loads_in_the_precision_asked_for(tiny: Path, dtype: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    model = load_model(str(tiny), dtype)
+def test_loads_in_the_precision_asked_for(stories260k: Path, dtype: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    model = load_model(str(stories260k), dtype)
     assert {p.dtype for p in model.parameters()} == {torch.float32 if dtype == "auto" else getattr(torch, dtype)}
     assert not model.training
     assert all(p.requires_grad for p in model.parameters())
-    assert load_tokenizer(tiny).eos_token == "</s>"
+    assert load_tokenizer(stories260k).eos_token == "</s>"
     assert capfd.readouterr() == ("", "")  # no bars, no advice
 
 
-def test_transformers_settings_are_put_back(tiny: Path) -> None:
+def test_transformers_settings_are_put_back(stories260k: Path) -> None:
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load_model(tiny)
+    load_model(stories260k)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
@@ -95,13 +90,13 @@ def test_an_unknown_source_is_named(monkeypatch: pytest.MonkeyPatch, load: Any, 
 def test_a_folder_with_something_missing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(monkeypatch)
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"tiny: no tokenizer \(tokenizer\.json\) in this folder; give a whole"):
+    with pytest.raises(ModelError, match=r"copy: no tokenizer \(tokenizer\.json\) in this folder; give a whole"):
         load_tokenizer(copy)
     (copy / MODEL).unlink()
-    with pytest.raises(ModelError, match=r"tiny: no weights \(model\.safetensors\) in this folder; give a whole"):
+    with pytest.raises(ModelError, match=r"copy: no weights \(model\.safetensors\) in this folder; give a whole"):
         load_model(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"tiny: no config\.json in this folder; give a whole Hugging Face model folder"):
+    with pytest.raises(ModelError, match=r"copy: no config\.json in this folder; give a whole Hugging Face model folder"):
         load_model(copy)
 
 
@@ -117,7 +112,7 @@ def test_a_folder_with_something_missing(copy: Path, monkeypatch: pytest.MonkeyP
 )
 def test_a_damaged_file_is_one_line(copy: Path, file: str, content: bytes, load: Any) -> None:
     (copy / file).write_bytes(content)
-    with pytest.raises(ModelError, match=r"tiny: no .* could be loaded \(.+\); check that the folder or hub id is whole") as e:
+    with pytest.raises(ModelError, match=r"copy: no .* could be loaded \(.+\); check that the folder or hub id is whole") as e:
         load(copy)
     assert "\n" not in str(e.value)
     assert isinstance(e.value, FedKSeedError)
@@ -137,18 +132,18 @@ def test_weights_of_another_shape_are_refused(copy: Path) -> None:
         load_model(copy)
 
 
-def test_unknown_dtype_and_device(tiny: Path) -> None:
+def test_unknown_dtype_and_device(stories260k: Path) -> None:
     bad: Any = "float8"
     with pytest.raises(InvalidValueError, match=r"dtype 'float8' is unknown; expected one of auto, float32, float16, bfloat16"):
-        load_model(tiny, bad)
+        load_model(stories260k, bad)
     with pytest.raises(InvalidValueError, match=r"device 'toaster' cannot be used here \(.*\); try 'cpu'"):
-        load_model(tiny, device="toaster")
+        load_model(stories260k, device="toaster")
 
 
-def test_base_path_is_what_bind_re_reads(tiny: Path) -> None:
-    model = load_model(tiny)
-    path = base_path(str(tiny), model)
-    assert path == tiny
+def test_base_path_is_what_bind_re_reads(stories260k: Path) -> None:
+    model = load_model(stories260k)
+    path = base_path(str(stories260k), model)
+    assert path == stories260k
     pool = fk.SeedPool(key=1, size=8, family="hadamard")
     bound = fk.bind(model, pool, base=path)
     before = bound.digest()
@@ -158,17 +153,17 @@ def test_base_path_is_what_bind_re_reads(tiny: Path) -> None:
     assert bound.digest() == before
 
 
-def test_base_path_only_where_the_loaded_precision_loses_nothing(tiny: Path, copy: Path) -> None:
-    assert base_path(tiny, load_model(tiny, "bfloat16")) is None
-    assert base_path(tiny, load_model(tiny, "float16")) is None
+def test_base_path_only_where_the_loaded_precision_loses_nothing(stories260k: Path, copy: Path) -> None:
+    assert base_path(stories260k, load_model(stories260k, "bfloat16")) is None
+    assert base_path(stories260k, load_model(stories260k, "float16")) is None
     change_tensors(copy, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert base_path(copy, load_model(copy, "bfloat16")) == copy
     assert base_path(copy, load_model(copy, "float32")) == copy
     assert base_path(copy, load_model(copy, "float16")) is None
 
 
-def test_base_path_needs_the_models_own_values(tiny: Path, copy: Path) -> None:
-    model = load_model(tiny)
+def test_base_path_needs_the_models_own_values(stories260k: Path, copy: Path) -> None:
+    model = load_model(stories260k)
     assert base_path("nobody/nothing-here", model) is None
     change_tensors(copy, lambda tensors: {name: tensor * 2 for name, tensor in tensors.items()})
     assert base_path(copy, model) is None

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import laws
+from tests.support.rows import backends, families, half_types, kinds
 
 import fedkseed as fk
 from fedkseed.errors import BackendError, InvalidValueError
@@ -21,9 +22,6 @@ from fedkseed.noise import QUANTUM, HadamardMixture, Slot, cpu, get_backend, ten
 
 KEY = 0x0123456789ABCDEF
 NAME = "model.layers.3.self_attn.q_proj.weight"
-backends = pytest.mark.parametrize("backend", laws.BACKENDS)
-families = pytest.mark.parametrize("family", laws.FAMILIES)
-half_types = pytest.mark.parametrize("kind", laws.HALF_TYPES, ids=str)
 
 
 SEEDS = {"hadamard": 300, "gaussian": 3}  # a gaussian seed costs a pass
@@ -97,7 +95,7 @@ def test_a_sweep_stores_the_rounded_sum_of_base_and_mixture(backend, family, bas
 
 @backends
 @families
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_a_sweep_without_base_stores_the_rounded_mixture(backend, family, kind):
     for n in laws.few(backend, SIZES):
         out = swept(backend, mixture_for(family), None, kind, n=n)
@@ -105,7 +103,7 @@ def test_a_sweep_without_base_stores_the_rounded_mixture(backend, family, kind):
 
 
 @backends
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_a_sweep_without_base_keeps_the_mixtures_zeros_of_both_signs(backend, kind):
     mixture = HadamardMixture(KEY, np.zeros(128, np.float32))
     out = swept(backend, mixture, None, kind, n=300)
@@ -116,7 +114,7 @@ def test_a_sweep_without_base_keeps_the_mixtures_zeros_of_both_signs(backend, ki
 
 @backends
 @families
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_a_sweep_in_place_equals_one_into_another_tensor(backend, family, kind):
     base = some_base(70_003, kind).to(laws.device_of(backend))
     expected = swept(backend, mixture_for(family), base, kind)
@@ -126,7 +124,7 @@ def test_a_sweep_in_place_equals_one_into_another_tensor(backend, family, kind):
 
 @backends
 @families
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_a_sweep_writes_nothing_beside_its_slot(backend, family, kind):
     """Also at addresses that are not a multiple of a vector's width."""
     device = laws.device_of(backend)
@@ -267,7 +265,7 @@ def test_rounding_agrees_with_torch_on_all_2_32_patterns(kind):
 
 @backends
 @families
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_a_nan_stays_one_and_is_canonical_in_half_precision(backend, family, kind):
     base = torch.tensor([1.0, torch.nan, -torch.nan, 2.0]).to(kind).repeat(50)
     out = swept(backend, mixture_for(family), base, kind)

@@ -9,6 +9,7 @@ import torch
 from numba import njit
 from scipy import stats
 from tests.support import laws
+from tests.support.rows import backends
 
 import fedkseed as fk
 from fedkseed.noise import cpu, reference
@@ -61,7 +62,6 @@ def of_gpu(r, r2):
 
 # one row per backend of the contract table
 BOX_MULLER = {"reference": reference.box_muller, "cpu": of_cpu, **({"gpu": of_gpu} if "gpu" in laws.BACKENDS else {})}
-implementations = pytest.mark.parametrize("backend", laws.BACKENDS)
 
 
 def words(values) -> np.ndarray:
@@ -97,7 +97,7 @@ def all_over_the_turn(n: int) -> np.ndarray:
 # --- golden values ---
 
 
-@implementations
+@backends
 @pytest.mark.parametrize("vector", laws.VECTORS["gaussian"], ids=lambda v: v["name"])
 def test_gaussian_gives_the_golden_values(backend, vector):
     key, k = int(vector["key"]), vector["k"]
@@ -122,7 +122,7 @@ FROZEN = {
 }
 
 
-@implementations
+@backends
 @pytest.mark.parametrize("name_key_k", FROZEN, ids=lambda x: x[0])
 def test_the_bits_of_gaussian_noise_are_frozen(backend, name_key_k):
     """Pinned when the polynomials were chosen: another bit here breaks every model published with gaussian noise."""
@@ -231,7 +231,7 @@ def test_every_square_root_is_correctly_rounded_on_all_backends():
     assert not is_correctly_rounded_root(wrong, x).all()
 
 
-@implementations
+@backends
 def test_the_largest_and_smallest_radii_are_finite_and_not_zero(backend):
     """The logarithm's argument is never 0 and never 1."""
     radius, sine = BOX_MULLER[backend](words([LARGEST, 511, SMALLEST, SMALLEST - 511]), words([0] * 4))
@@ -240,14 +240,14 @@ def test_the_largest_and_smallest_radii_are_finite_and_not_zero(backend):
     np.testing.assert_allclose(radius, [large, large, small, small], rtol=1e-6)
 
 
-@implementations
+@backends
 def test_whole_perturbations_have_the_transcriptions_bits(backend):
     """Through the sweep itself, on enough elements that a compiler's rewriting of the loop would show."""
     z = fk.SeedPool(KEY, 8, "gaussian").perturbation("w", 1_000_003, 5, backend)
     np.testing.assert_array_equal(laws.bits(z), laws.bits(laws.gaussian_z(KEY, "w", 1_000_003, 5)))
 
 
-@implementations
+@backends
 def test_the_transcription_is_near_pythons_own_float64(backend):
     z = fk.SeedPool(KEY, 8, "gaussian").perturbation("w", 20_001, 7, backend)
     assert np.abs(z - np.array(laws.gaussian_z64(KEY, "w", 20_001, 7))).max() <= BOUND
@@ -266,7 +266,7 @@ def looks_normal(z) -> bool:
     return near and stats.kstest(z, "norm").pvalue > 1e-3
 
 
-@implementations
+@backends
 @pytest.mark.parametrize("key", [0, KEY, 2**64 - 1])
 def test_a_perturbation_is_normally_distributed(backend, key):
     z = fk.SeedPool(key, 4096, "gaussian").perturbation("w", SAMPLE, 17, backend)

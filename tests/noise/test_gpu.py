@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from tests.support import laws
+from tests.support.rows import families, kinds
 
 import fedkseed as fk
 from fedkseed.errors import BackendError
-from fedkseed.noise import Slot, get_backend, tensor_id
+from fedkseed.noise import Slot, Source, get_backend, tensor_id
 
 KEY = 0xFEDCBA9876543210
 needs_triton = pytest.mark.skipif("gpu" not in laws.BACKENDS, reason="needs Triton")
-families = pytest.mark.parametrize("family", laws.FAMILIES)
 TYPES = ("float32", "float16", "bfloat16")
 ALL_PAIRS = [(out, base) for out in TYPES for base in (*TYPES, "none")]
 PAIRS = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "none")]
@@ -46,13 +46,15 @@ CONTROLS = {
     "starved": "gaussian,float32,float32,90,maxnreg=24",
     "unaligned": "hadamard,bfloat16,bfloat16,90,ALIGNED=0",
 }
+FOLDS = [f"fold-{kind},90" for kind in ("hadamard,float32,", "hadamard,bfloat16,", "gaussian,float32,")]
+FOLDS += [f"{FOLDS[0]},SMALL=1", f"{FOLDS[1]},SMALL=1"]
 
 
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     variants = [f"{f},{out},{base},{arch}" for f in laws.FAMILIES for out, base in PAIRS for arch in ARCHITECTURES]
     roots = [f"roots,,,{arch}" for arch in ARCHITECTURES]
-    return compiled(tmp_path_factory.mktemp("triton"), *variants, *roots, *CONTROLS.values())
+    return compiled(tmp_path_factory.mktemp("triton"), *variants, *roots, *FOLDS, *CONTROLS.values())
 
 
 def count(facts: dict, *names: str) -> int:
@@ -95,6 +97,19 @@ def test_machine_code_has_no_fused_operations_no_spills_and_accesses_of_full_wid
     table = wide_accesses(elements, "float32") if family == "hadamard" else 0
     assert count(facts, "LDG.E.128") == wide_accesses(elements, base) + table
     assert count(facts, "STG.E.128") == wide_accesses(elements, out)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", FOLDS)
+def test_machine_code_of_folds_has_no_atomics_no_spills_and_reads_of_full_width(machine_code, variant):
+    facts, (family, kind) = machine_code[variant], variant.removeprefix("fold-").split(",")[:2]
+    assert facts["ptx_fma"] == facts["ptx_ftz"] == 0
+    assert count(facts, "RED", "ATOM") == 0  # the order of the additions is fixed
+    assert count(facts, "DADD") <= 32  # one an element of a tile, and one more where it joins the partial sums
+    check_registers(facts)
+    partial = wide_accesses(2048, "float64") if family == "hadamard" else 0
+    assert count(facts, "LDG.E.128") == wide_accesses(2048, kind) + partial
+    assert count(facts, "STG.E.128") == partial
 
 
 @needs_triton
@@ -152,7 +167,7 @@ def launches(gpu, monkeypatch):
 
         return Kernel()
 
-    for name in ("hadamard_sweep", "gaussian_sweep"):
+    for name in ("hadamard_sweep", "gaussian_sweep", "hadamard_fold", "gaussian_fold"):
         monkeypatch.setattr(gpu.kernels, name, recording(getattr(gpu.kernels, name)))
     return seen
 
@@ -186,7 +201,7 @@ def test_one_launch_for_each_pair_of_types(gpu, launches, family):
 
 
 @families
-@pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
+@kinds
 def test_tiles_as_small_as_a_gpus_give_the_same_bits(gpu, monkeypatch, family, kind):
     """The interpreter's are larger, since it takes its time for each program."""
     monkeypatch.setattr(gpu, "INTERPRETED", False)
@@ -197,6 +212,36 @@ def test_tiles_as_small_as_a_gpus_give_the_same_bits(gpu, monkeypatch, family, k
     fk.bind(model, pool, backend="gpu").rebuild(coefficients)
     fk.bind(right, pool, backend="cpu").rebuild(coefficients)
     assert laws.all_bits(model) == laws.all_bits(right)
+
+
+@families
+def test_a_call_of_a_fold_is_one_launch_for_each_type(gpu, launches, family):
+    device = laws.device_of("gpu")
+    folded = [(100, torch.float32), (0, torch.float16), (5000, torch.float32), (300, torch.bfloat16)]
+    sources = [Source(torch.ones(n, dtype=kind, device=device), i) for i, (n, kind) in enumerate(folded)]
+    fold = gpu.BACKEND.fold(fk.SeedPool(KEY, 3, family).directions())
+    fold.add(sources)
+    columns = 1 if family == "hadamard" else 3
+    assert launches == [(2, columns), (1, columns)]
+    fold.add(sources[:1])
+    assert launches[2:] == [(1, columns)]
+
+
+@families
+def test_lanes_share_the_steps_of_a_fold(gpu, monkeypatch, family):
+    """More lanes than the few that a small tensor gets, and a GPU's own tiles: within the bound, and the same bits again."""
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "STEPS_PER_LANE", 1)
+    pool, found = fk.SeedPool(KEY, 3, family), []
+    sources = [Source(torch.randn(n, generator=torch.Generator().manual_seed(n)), i) for i, n in enumerate((9001, 5, 4097))]
+    for backend in ("gpu", "gpu", "reference"):
+        fold = get_backend(backend).fold(pool.directions())
+        there = [Source(s.values.to(laws.device_of(backend)), s.tensor_id) for s in sources]
+        fold.add(there)
+        fold.add(there[1:])
+        found.append(pool.numbers(fold.sums()))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], found[2], rtol=0, atol=1e-12 * 13000)
 
 
 # --- the benchmark ---

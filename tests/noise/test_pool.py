@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import laws
+from tests.support.generators import global_states, seed_globally
+from tests.support.rows import backends, families, quick_backends
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
@@ -21,9 +23,6 @@ from fedkseed.errors import InvalidValueError
 KEY = 0x0123456789ABCDEF
 BLOCKS = (1, 2, 3, 5, 127, 128, 129, 1000, 1024, 4096, 65535, 65536)
 
-backends = pytest.mark.parametrize("backend", laws.BACKENDS)
-quick_backends = pytest.mark.parametrize("backend", laws.QUICK_BACKENDS)
-families = pytest.mark.parametrize("family", laws.FAMILIES)
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 keys = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1])
 
@@ -364,11 +363,6 @@ def test_a_combination_is_rounded_once():
 # --- no global state ---
 
 
-def states() -> list[object]:
-    _, words, position, *rest = np.random.get_state()  # noqa: NPY002
-    return [torch.get_rng_state().tolist(), words.tolist(), position, rest, random.getstate()]
-
-
 @quick_backends
 @families
 def test_the_global_generators_are_neither_read_nor_moved(backend, family):
@@ -378,17 +372,15 @@ def test_the_global_generators_are_neither_read_nor_moved(backend, family):
     def everything():
         return pool.perturbation("w", 3000, 5, backend).tobytes() + pool.combine("w", 3000, coefficients, backend).tobytes()
 
-    before = states()
+    before = global_states()
     first = everything()
-    assert states() == before
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    random.seed(1)
+    assert global_states() == before
+    seed_globally(1)
     assert everything() == first
     for draw in (torch.rand, np.random.rand, lambda _: random.random()):  # the negative control: one draw is noticed
-        before = states()
+        before = global_states()
         draw(1)
-        assert states() != before
+        assert global_states() != before
     assert everything() == first
 
 

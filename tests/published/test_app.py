@@ -18,10 +18,9 @@ from typing import Any
 import pandas
 import pytest
 import yaml
-from tests.support.command_line import ENVIRONMENT, CommandLine, command_line
+from tests.support.command_line import CommandLine, environment
 from tests.support.natural_instructions import in_words, task, write_folder
 from tests.support.runs import held_out, read_metrics
-from tests.support.tiny import tiny_settings
 
 from fedkseed.data import read_jsonl
 from fedkseed.errors import ConfigError
@@ -73,26 +72,19 @@ DEFAULTS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny data where the published code looks for them."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    (folder / "data").mkdir()
-    (folder / "records.jsonl").rename(folder / "data/databricks-dolly-15k.jsonl")
+def data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny data under the names that the published code looks for."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "databricks-dolly-15k.jsonl").symlink_to(tiny / "records.jsonl")
     tasks = {f"task00{i}_x": in_words(task([30] * 40, str(i))) for i in range(4)}
-    write_folder(folder / "data/natural-instructions-2.8", tasks, {"task009_t": in_words(task([30] * 25, "t"))})
+    write_folder(folder / "natural-instructions-2.8", tasks, {"task009_t": in_words(task([30] * 25, "t"))})
     return folder
 
 
 @pytest.fixture
-def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder of a test: its own, with that data."""
-    (tmp_path / "data").symlink_to(tiny / "data")
+    (tmp_path / "data").symlink_to(data)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -335,7 +327,7 @@ def test_flags_with_resume_are_refused_and_missing_ones_have_their_defaults(
 
 def start(args: Sequence[object], folder: Path) -> "subprocess.Popen[str]":
     words = [sys.executable, str(MAIN), *[str(arg) for arg in args]]
-    return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def when_evaluated(process: "subprocess.Popen[str]", logs: Path, times: int) -> Path:
@@ -389,7 +381,7 @@ def test_a_published_command_runs_as_it_stands(shared: Path, tmp_path: Path, com
     done = subprocess.run(
         [sys.executable, *command.split()[1:], *quick, *small],
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -402,5 +394,5 @@ def test_a_published_command_runs_as_it_stands(shared: Path, tmp_path: Path, com
     assert len(re.findall("cost here with", done.stdout)) == 2
     (same,) = re.findall("the same with fedkseed: fedkseed (.*)", done.stdout)
     fedkseed = [sys.executable, "-c", "from fedkseed.cli import main; main()", *shlex.split(same), "--run", "again"]
-    again = subprocess.run(fedkseed, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    again = subprocess.run(fedkseed, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert digest(again.stdout) == digest(done.stdout)

@@ -56,7 +56,7 @@ def test_any_file_of_a_run_makes_it_one(tmp_path: Path, config: SimulationConfig
 def test_a_folder_with_other_things_may_be_used(tmp_path: Path, config: SimulationConfig) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("x")
-    (tmp_path / "run" / ".config.toml.tmp").write_text("a kill left this")
+    (tmp_path / "run" / f".config.toml.{2**30}-0badcafe.tmp").write_text("a kill left this")
     RunFolder.create(tmp_path / "run", config)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "notes.txt"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.command_line import CommandLine, assert_one_line, command_line, flags
+from tests.support.command_line import CommandLine, assert_one_line, flags
 from tests.support.natural_instructions import in_words, published_sizes, task, write_folder
 from tests.support.runs import Watcher, read_metrics, simulation
 from tests.support.tiny import tiny_settings
@@ -18,20 +18,12 @@ from fedkseed.runs.settings import build
 
 
 @pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, 60 records in three categories, and a folder of Natural Instructions with words that the model has."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    tasks = {
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Natural Instructions with words that the tiny model has."""
+    train = {
         f"task00{i}_{name}": in_words(task([30] * n, name)) for i, (name, n) in enumerate([("a", 19), ("b", 20), ("c", 60)])
     }
-    write_folder(folder / "tasks", tasks, {"task009_t": in_words(task([30] * 25, "t"))})
-    return folder
+    return write_folder(tmp_path_factory.mktemp("tasks"), train, {"task009_t": in_words(task([30] * 25, "t"))})
 
 
 def prepared(tiny: Path, **changes: Any) -> Records:
@@ -226,16 +218,16 @@ def test_a_name_that_is_no_clients_name_is_one_line(fedkseed: CommandLine, tiny:
 # --- Natural Instructions ---
 
 
-def test_a_folder_of_natural_instructions_gives_a_client_a_task_and_holds_the_test_tasks_out(tiny: Path) -> None:
-    records = prepared(tiny, data=tiny / "tasks", partition="client")
-    sizes = published_sizes(tiny / "tasks", "train", 48)
+def test_a_folder_of_natural_instructions_gives_a_client_a_task_and_holds_the_test_tasks_out(tiny: Path, tasks: Path) -> None:
+    records = prepared(tiny, data=tasks, partition="client")
+    sizes = published_sizes(tasks, "train", 48)
     assert {name: len(examples) for name, examples in records.clients.items()} == {k.split("_")[0]: n for k, n in sizes.items()}
     assert sizes == {"task001_b": 4, "task002_c": 12}
     assert held(records) == {"task009_t": 20}
 
 
-def test_its_tasks_are_categories_too(tiny: Path) -> None:
-    records = prepared(tiny, data=tiny / "tasks", held_out_category="task001_b", partition="iid", num_clients=3)
+def test_its_tasks_are_categories_too(tiny: Path, tasks: Path) -> None:
+    records = prepared(tiny, data=tasks, held_out_category="task001_b", partition="iid", num_clients=3)
     assert held(records) == {"task001_b": 4}
     assert [len(examples) for examples in records.clients.values()] == [4, 4, 4]
 
@@ -243,7 +235,7 @@ def test_its_tasks_are_categories_too(tiny: Path) -> None:
 def test_another_folder_is_refused_and_a_broken_task_named(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny, partition="client")
     result = fedkseed("simulate", *flags(settings | {"data": tmp_path}))
-    assert_one_line(result, 2, f"--data is '{tmp_path}': a folder, but not of Natural Instructions; give a file to --data")
+    assert_one_line(result, 2, f"--data is '{tmp_path}': a folder without files of records (.csv,")
     folder = write_folder(tmp_path / "broken", {"task001_x": {"Definition": ["Do."], "Instances": []}})
     result = fedkseed("simulate", *flags(settings | {"data": folder}))
     assert_one_line(result, 2, "tasks/task001_x.json: no instances")
@@ -253,9 +245,9 @@ def test_another_folder_is_refused_and_a_broken_task_named(fedkseed: CommandLine
     assert_one_line(result, 2, "task077_gone.json: no such file, though", "train_tasks.txt names the task")
 
 
-def test_epochs_through_a_simulation(tiny: Path, tmp_path: Path) -> None:
+def test_epochs_through_a_simulation(tiny: Path, tasks: Path, tmp_path: Path) -> None:
     settings = tiny_settings(
-        tiny, data=tiny / "tasks", partition="client", local_unit="epochs", local_steps=2, batch_size=5, fraction_train=1.0
+        tiny, data=tasks, partition="client", local_unit="epochs", local_steps=2, batch_size=5, fraction_train=1.0
     )
     run, watcher = simulation(tmp_path / "run", settings | {"num_rounds": 1})
     run.train()

@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.command_line import ENVIRONMENT, FEDKSEED, CommandLine, assert_one_line, command_line, flags
+from tests.support.command_line import FEDKSEED, CommandLine, assert_one_line, environment, flags
 from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import tiny_settings
 
 from fedkseed.kseed.ledger import Ledger
 
 KILLED = -signal.SIGKILL
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 @dataclass(frozen=True)
@@ -233,7 +228,7 @@ def test_three_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny:
 def launch(*args: object) -> subprocess.Popen[str]:
     """The console script, as a user runs it."""
     command = [str(FEDKSEED), *[str(arg) for arg in args]]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def wait_for(run: Path, ready: Callable[[Path], bool], process: subprocess.Popen[str]) -> None:

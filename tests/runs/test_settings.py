@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from tests.support.command_line import CommandLine, assert_one_line, command_line, flags
+from tests.support.command_line import CommandLine, assert_one_line, flags
 from tests.support.tiny import tiny_settings
 
 from fedkseed.errors import ConfigError
@@ -14,11 +14,6 @@ from fedkseed.federation import FederationConfig, Limits
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import SimulationConfig, build, flag
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 @pytest.fixture

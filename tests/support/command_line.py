@@ -1,7 +1,5 @@
 """`fedkseed` as a user calls it, in processes that begin quickly."""
 
-import atexit
-import functools
 import json
 import os
 import subprocess
@@ -14,8 +12,12 @@ from typing import Any
 from tests.support.tiny import tiny_settings
 
 FEDKSEED = Path(sys.executable).parent / "fedkseed"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
 SERVER = Path(__file__).with_name("command_server.py")
+
+
+def environment() -> dict[str, str]:
+    """Of a process that is started: with the tests' own cache of token ids, which a fixture names."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Result:
     code: int
     stdout: str
     stderr: str
+
+
+def shell(*command: object) -> Result:
+    """Any command, in a process that begins as from a shell."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=environment())
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 class CommandLine:
@@ -35,7 +43,7 @@ class CommandLine:
         self._folder = tempfile.TemporaryDirectory()
         command = [sys.executable, "-P", SERVER, json.dumps(tiny_settings(Path(self._folder.name))), self._folder.name]
         self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=self._folder.name
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=self._folder.name
         )
 
     def __call__(
@@ -65,14 +73,6 @@ class CommandLine:
     def close(self) -> None:
         self._server.communicate()
         self._folder.cleanup()
-
-
-@functools.cache
-def command_line() -> CommandLine:
-    """One for all test files."""
-    line = CommandLine()
-    atexit.register(line.close)
-    return line
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedkseed.flower import client_app, exchange
 from fedkseed.flower import strategy as flower_strategy
 from fedkseed.flower.config import read_config
+from fedkseed.flower.envelope import unwrap
 from fedkseed.flower.server_app import build_strategy
 from fedkseed.kseed.ledger import Ledger
 from tests.support.flower_sites import RUN, SITES
@@ -116,3 +117,40 @@ def started(config: dict[str, Any], grid: MemoryGrid) -> Ledger:
     a_strategy = build_strategy(read_config(config))
     a_strategy.start(grid)
     return a_strategy.ledger
+
+
+def lying(honest: Answer, make: Callable[[Message, bytes], Any]) -> Answer:
+    """Honest about who it is, and nothing else."""
+
+    def answer(message: Message) -> Any:
+        reply = honest(message)
+        assert isinstance(reply, Message)
+        return make(message, unwrap(reply)) if message.metadata.message_type == "train" else reply
+
+    return answer
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_after(grid: MemoryGrid, pulls: int) -> None:
+    """Let the server be killed when it has asked for replies so many times."""
+    pull, pulled = grid.pull_messages, 0
+
+    def dying(message_ids: Iterable[str]) -> list[Message]:
+        nonlocal pulled
+        pulled += 1
+        if pulled > pulls:
+            raise Killed
+        return pull(message_ids)
+
+    grid.pull_messages = dying  # type: ignore[method-assign]
+
+
+def renumbered(grid: MemoryGrid) -> MemoryGrid:
+    """The same nodes at a new SuperLink, under new ids."""
+    fresh = MemoryGrid()
+    for node_id, answer in grid.answers.items():
+        fresh.add(node_id + 500, answer)
+    return fresh

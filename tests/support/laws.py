@@ -3,6 +3,7 @@
 It shares no code with src/: nothing here imports fedkseed. Slow is fine; clever is not.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -242,11 +243,19 @@ def seed_noise(
     return 1.0 - 2 * ((sign + parity(bucket & k)) & 1)
 
 
+@functools.lru_cache(maxsize=32)
+def _longer_noise(
+    family: str, key: int, size: int, name: str, n: int, k: int, start: int, **variant: bool
+) -> NDArray[np.float64]:
+    return seed_noise(family, key, size, name, n, k, start, **variant)
+
+
 def number(
     family: str, key: int, size: int, name: str, g: NDArray[np.float64], k: int, start: int = 0, **variant: bool
 ) -> tuple[float, float]:
     """u_k = sum_i g_i z_k[i], rounded once, and the sum of the terms' magnitudes; products of binary32 numbers are exact."""
-    terms = g * seed_noise(family, key, size, name, len(g), k, start, **variant)
+    longer = 1 << max(0, len(g) - 1).bit_length()  # kept from call to call: a shorter tensor has its beginning
+    terms = g * _longer_noise(family, key, size, name, longer, k, start, **variant)[: len(g)]
     return math.fsum(terms), math.fsum(np.abs(terms))
 
 

@@ -30,7 +30,7 @@ MAX_ANSWER = 12
 
 
 def demo(run: Path | None, seed: int) -> None:
-    """Tune the built-in model with FedKSeed-Pro over 20 simulated clients and show what came of it.
+    """Tune the built-in model by gradients in K numbers over 20 simulated clients and show what came of it.
 
     Args:
         run: the run's folder; None makes one under `runs/`.
@@ -45,7 +45,7 @@ def demo(run: Path | None, seed: int) -> None:
     begin = time.perf_counter()
     with watching(config, folder, tensorboard=False) as observer:
         observer.note(
-            "20 clients hold instruction tasks of seven kinds; one kind is held out. FedKSeed-Pro tunes all parameters."
+            "20 clients hold instruction tasks of seven kinds; one kind is held out. Gradients in 4,096 numbers tune all of it."
         )
         kept = RunFolder.create(folder, config)
         simulation = Simulation(kept, prepare(config, observer), observer)
@@ -111,7 +111,7 @@ def _show(simulation: Simulation, ledger: Path, records: list[Example], before: 
         print(f"\nasked     {asked}\nbefore    {before[i].strip()}\nafter     {after[i].strip()}")
     mean = sum(traffic) / len(traffic)
     print(
-        f"\nbytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}, with 200 steps; "
+        f"\nbytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}; "
         f"sending the weights both ways: {weights:,})\n"
         f"the tuned model as a published ledger: {len(Ledger.load(ledger).published().encode()):,} bytes"
     )

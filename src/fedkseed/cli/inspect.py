@@ -22,7 +22,7 @@ def inspect(path: Path) -> None:
     ledger = Ledger.load(file)
     a = np.abs(ledger.coefficients)
     rows = {
-        "file": f"{file}, {file.stat().st_size:,} bytes, {'checkpoint of a run' if ledger.history else 'published'}",
+        "file": f"{file}, {file.stat().st_size:,} bytes, {'checkpoint of a run' if ledger.is_checkpoint else 'published'}",
         "digest": ledger.digest(),
         "rounds": f"{ledger.round}",
         "pool": f"K = {ledger.pool.size}, {ledger.pool.family}, key {ledger.pool.key:#018x}",
@@ -31,6 +31,11 @@ def inspect(path: Path) -> None:
         "coefficients": f"{np.count_nonzero(a)} of {a.size} not zero; |a|: mean {a.mean():.3g}, largest {a.max():.3g}",
         "distance": f"{np.sqrt(np.sum(ledger.coefficients.astype(np.float64) ** 2)):.3g} per parameter (root of sum a^2)",
     }
+    if ledger.pages:
+        page, published = ledger.pages[-1], len(ledger.published().encode())
+        rows["pages"] = f"{len(ledger.pages)} of {page.basis} numbers, {page.movement}; the last is shown above"
+        rows["parts"] = f"{', '.join(str(len(one.parts)) for one in ledger.pages)}, of {ledger.precision}"
+        rows["to publish"] = f"{published:,} bytes"
     if ledger.history is not None:
         counts = ledger.history.grad_counts
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"

@@ -14,9 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
-from fedkseed.runs.settings import SimulationConfig, build, flag, flags, read_settings_file
-
-AUTO = "auto"
+from fedkseed.runs.settings import AUTO, SimulationConfig, build, flag, flags, read_settings_file
 
 if TYPE_CHECKING:
     from fedkseed.runs.folder import RunFolder
@@ -52,14 +50,14 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
 
 
 def tune(config: Path | None, **flags: str | None) -> None:
-    """Find a workable --lr and --eps for a model and data, in a few hundred forward passes, and say why these.
+    """Find a workable --lr (and --eps, of two-point algorithms) for a model and data, and say why these.
 
     The settings are those of simulate, whose `--lr auto` takes what this finds. The batch size matters most.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     settings = build({**(read_settings_file(config) if config else {}), **given, "lr": 1.0})
     found = _calibrated(settings, keep_eps=False)
-    print(f"\ntake: --lr {found['lr']:g} --eps {found['eps']:g}")
+    print("\ntake: " + " ".join(f"{flag(name)} {value:g}" for name, value in found.items()))
 
 
 def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
@@ -72,7 +70,8 @@ def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
     with _interruptible():
         found = find(settings, PlainDisplay(settings, Console()))
     show(found)
-    return {"lr": found.lr} if keep_eps else {"lr": found.lr, "eps": found.eps}
+    eps = getattr(found, "eps", None)
+    return {"lr": found.lr} if keep_eps or eps is None else {"lr": found.lr, "eps": eps}
 
 
 def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], tensorboard: bool) -> None:
@@ -89,9 +88,10 @@ def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str
     with watching(settings, resume, tensorboard) as observer:
         with _interruptible():
             records = prepare(settings, observer)
-        if given:
-            folder.write_config(settings)
-        train(folder, records, observer, _go_on(resume))
+        with folder.held():  # before the checkpoint is read: nobody moves it on meanwhile
+            if given:
+                folder.write_config(settings)
+            train(folder, records, observer, _go_on(resume))
 
 
 def _go_on(folder: Path) -> str:

@@ -6,10 +6,29 @@ from rich.console import Console
 from rich.table import Table
 
 from fedkseed.kseed.calibration import Calibration
+from fedkseed.runs.rates import Rate
 
 
-def show(found: Calibration) -> None:
+def show(found: Calibration | Rate) -> None:
     """Print what was measured and why it leads to these values."""
+    if isinstance(found, Rate):
+        _show_rates(found)
+    else:
+        _show_calibration(found)
+
+
+def _show_rates(found: Rate) -> None:
+    best = min(found.attempts, key=lambda attempt: attempt.after)
+    table = Table("lr", "loss after 3 rounds", box=None, pad_edge=False)
+    table.add_row("base", f"{found.before:.4f}")
+    for attempt in found.attempts:
+        note = "  <- the best; a third of it is taken, for the rounds to come" if attempt is best else ""
+        table.add_row(f"{attempt.lr:.3g}", f"{attempt.after:.4f}{note}")
+    Console(soft_wrap=True).print(table)
+    print(f"\n{found.num_steps} local steps")
+
+
+def _show_calibration(found: Calibration) -> None:
     console = Console(soft_wrap=True)
     table = Table("eps", "slopes differ from those at its neighbours by", box=None, pad_edge=False)
     for agreement in found.agreements:

@@ -11,23 +11,22 @@ __all__ = ["SETTINGS", "clients", "held_out", "model_folder"]
 
 SETTINGS: MappingProxyType[str, Any] = MappingProxyType(
     {
-        "algorithm": "fedkseed-pro",
+        "algorithm": "fedkseed-grad",
         "num_clients": 20,
         "fraction_train": 0.2,
-        "num_rounds": 40,
-        "local_steps": 20,
+        "num_rounds": 8,
+        "local_steps": 10,
         "batch_size": 8,
         "max_length": 96,
-        "lr": 8e-4,
+        "lr": 2e-3,
         "schedule": "linear",
-        "eps": 2e-3,
         "num_seeds": 4096,
-        "noise": "hadamard",
-        "eval_every": 4,
+        "local_optimizer": "adam",
+        "eval_every": 1,
         "dtype": "float32",
     }
 )
-"""The demo's `SimulationConfig`, but for the model and the data; found by dev/pretrain/find_settings.py."""
+"""The demo's `SimulationConfig`, but for the model and the data; dev/LOG.md (2026-11-27) says what else was tried."""
 
 
 def model_folder() -> Path:

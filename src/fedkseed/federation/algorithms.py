@@ -25,6 +25,7 @@ class Algorithm:
         draws: how a round's seeds are chosen: `uniform`, by `importance`, or `fresh` ones, used once; None: there are none.
         attaches: what is tuned in place of all parameters: adapters (`lora`) or a soft prompt (`prompt`, `prompt-encoder`).
         steps: the optimiser of a client's local steps, `sgd` or `adam`.
+        usual_lr: a learning rate to look around.
         on_flower: whether it runs on Flower.
         settings: those that not every algorithm takes, and this one does.
     """
@@ -37,6 +38,7 @@ class Algorithm:
     draws: Literal["uniform", "importance", "fresh"] | None = None
     attaches: Literal["lora", "prompt", "prompt-encoder"] | None = None
     steps: Literal["sgd", "adam"] = "sgd"
+    usual_lr: float = 1e-5
     on_flower: bool = False
     settings: tuple[str, ...] = ()
 
@@ -49,6 +51,11 @@ class Algorithm:
     def has_ledger(self) -> bool:
         """Whether the tuned model is K numbers."""
         return self.sends in ("scalars", "changes")
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether these are several pools' numbers, one after the other."""
+        return self.sends == "changes"
 
     @property
     def needs_peft(self) -> bool:
@@ -93,18 +100,24 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm(
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",
-            "changes", "gradient", settings=(*SEEDS, *CHANGES),
+            "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES),
         ),
-        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient"),
-        Algorithm("fedit", "FedIT", "LoRA by Adam", "tensors", "gradient", attaches="lora", steps="adam", settings=LORA),
-        Algorithm("fedit-sgd", "FedIT-SGD", "LoRA by SGD", "tensors", "gradient", attaches="lora", settings=LORA),
+        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient", usual_lr=0.05),
+        Algorithm(
+            "fedit", "FedIT", "LoRA by Adam",
+            "tensors", "gradient", attaches="lora", steps="adam", usual_lr=1e-3, settings=LORA,
+        ),
+        Algorithm(
+            "fedit-sgd", "FedIT-SGD", "LoRA by SGD",
+            "tensors", "gradient", attaches="lora", usual_lr=0.05, settings=LORA,
+        ),
         Algorithm(
             "fedprompt", "FedPrompt", "a soft prompt by Adam",
-            "tensors", "gradient", attaches="prompt", steps="adam", settings=PROMPT,
+            "tensors", "gradient", attaches="prompt", steps="adam", usual_lr=0.01, settings=PROMPT,
         ),
         Algorithm(
             "fedptuning", "FedPTuning", "a soft prompt through an encoder, by Adam",
-            "tensors", "gradient", attaches="prompt-encoder", steps="adam", settings=PROMPT,
+            "tensors", "gradient", attaches="prompt-encoder", steps="adam", usual_lr=0.01, settings=PROMPT,
         ),
         Algorithm("fedzo", "FedZO", "all parameters, zeroth-order", "tensors", "two-point", "fresh", settings=PROBES),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -81,6 +82,13 @@ def check_integer(name: str, value: Any, low: int, high: int) -> None:
     """Refuse what is not an integer from low to high."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ProtocolError(f"{name} is {shown(value)}; expected an integer from {low} to {high}")
+
+
+def check_choice(name: str, value: Any, known: Container[int]) -> None:
+    """Refuse what is not the number of something that is known."""
+    check_integer(name, value, 0, 2**16)
+    if value not in known:
+        raise ProtocolError(f"{name} is {value}, which is unknown here; update the older side")
 
 
 def check_number(name: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
@@ -108,6 +108,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
     ) -> None:
         self.config, self.run_id, self.limits = config, run_id, limits or Limits()
         self._attempt = 0
+        self.forward_only: frozenset[str] | None = None
         self._pending: dict[str, RequestT] = {}
         self.clients: tuple[str, ...] = ()
         if clients is not None:
@@ -134,8 +135,17 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
     def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> None:
         """Move the checkpoint on by the accepted replies, in the order of the clients' names."""
 
-    def admit(self, clients: Sequence[str], num_examples: Mapping[str, int] | None = None) -> None:
+    def admit(
+        self,
+        clients: Sequence[str],
+        num_examples: Mapping[str, int] | None = None,
+        forward_only: Collection[str] | None = None,
+    ) -> None:
         """Set whom the next rounds may ask, by their stable names; `num_examples` as above.
+
+        Args:
+            clients, num_examples: see the class.
+            forward_only: those of them that cannot backpropagate, where clients say so; None: as the settings have it.
 
         Raises:
             ProtocolError: a name is not 1 to 64 bytes of printable text.
@@ -153,6 +163,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             )
         self.steps = {name: count_steps(self.config, (num_examples or {}).get(name), name) for name in clients}
         self.clients, self.cohort_size = tuple(sorted(clients)), cohort_size
+        self.forward_only = None if forward_only is None else frozenset(forward_only)
 
     @property
     def finished(self) -> bool:
@@ -177,6 +188,10 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         lr = learning_rate(self.config.schedule, self.config.lr, server_round - 1, self.config.num_rounds)
         self._pending = dict(self._requests(server_round, self._attempt, cohort, lr))
         return tuple(self._pending.values())
+
+    def whole(self, client: str) -> RequestT | None:
+        """A planned request for a client that has lost what it was taken to have; None if the planned one builds on nothing."""
+        return None
 
     def absorb(self, replies: Iterable[tuple[str, bytes]]) -> Outcome:
         """Close the round with the replies that came, as (sender, bytes) in any order, or ask for another attempt.

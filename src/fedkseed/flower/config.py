@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from fedkseed.errors import ConfigError
+from fedkseed.data import resolve_source
+from fedkseed.data.cache import cache_folder
+from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
 from fedkseed.runs.folder import CONFIG, RunFolder, read_settings, settings_of
 from fedkseed.runs.settings import RunConfig, SimulationConfig
 from fedkseed.runs.validation import Words, validated
 
-NODE_KEYS = ("name", "model", "data", "eval-data", "columns")
+NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation")
 SIMULATED_KEYS = ("partition-id", "num-partitions")
 CHANGEABLE = ("run", "clients", "num_rounds", "min_clients", "deadline", "eval_every", "eval_limit", "eval_data")
 """What may differ when a run is gone on with: none of it says what a client computes."""
@@ -35,7 +37,7 @@ class FlowerConfig(RunConfig):
     def _runs_on_flower(cls, value: str) -> str:
         known = [name for name, row in ALGORITHMS.items() if row.on_flower]
         if value not in known:
-            raise ValueError(f"on Flower only {' and '.join(known)} run; the baselines run in fedkseed simulate")
+            raise ValueError(f"on Flower only {', '.join(known)} run; the baselines run in fedkseed simulate")
         return value
 
     @property
@@ -86,6 +88,11 @@ def read_config(run_config: Mapping[str, Any]) -> FlowerConfig:
             f"run-config {_kebab(name)} is {settings[name]!r}, but nodes have records of their own; leave it empty, "
             "or give data, which Flower's simulation engine deals out"
         )
+    if "two_point_clients" in settings:
+        raise ConfigError(
+            f"run-config two-point-clients is {settings['two_point_clients']!r}, but each node says whether it can "
+            'backpropagate; leave it empty, and give backpropagation = "no" in the node-config of those that cannot'
+        )
     return validated(FlowerConfig, settings, WORDS)
 
 
@@ -98,12 +105,16 @@ class Node:
         config: the run's settings, with the node's own model and columns.
         data: its own records; None in the simulation engine.
         eval_data: its own records to evaluate on, if it has any.
+        state: the folder of what it keeps between messages.
+        backpropagation: whether it can backpropagate.
     """
 
     client: str | int
     config: FlowerConfig
     data: str | None = None
     eval_data: str | None = None
+    state: Path = field(default_factory=lambda: cache_folder() / "pages")
+    backpropagation: bool = True
 
 
 def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Node:
@@ -130,16 +141,26 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
         if not node_config.get(key):
             raise ConfigError(f'node-config has no {key}; start the SuperNode with --node-config \'name="..." data="..."\'')
     for key in ("data", "eval-data"):
-        if node_config.get(key) and not Path(str(node_config[key])).is_file():
-            raise ConfigError(
-                f"node-config {key} is {node_config[key]!r}: no such file; give the path of a jsonl, CSV or parquet file"
-            )
+        if node_config.get(key):
+            try:
+                resolve_source(str(node_config[key]))
+            except DataError as error:
+                reason = str(error).removeprefix(f"{node_config[key]}: ")
+                raise ConfigError(f"node-config {key} is {node_config[key]!r}: {reason}") from None
+    able = node_config.get("backpropagation") or "yes"
+    if able not in ("yes", "no"):
+        raise ConfigError(f'node-config backpropagation is {able!r}; expected "yes" or "no"')
+    state = {"state": Path(str(node_config["state"]))} if node_config.get("state") else {}
+    if state and state["state"].exists() and not state["state"].is_dir():
+        raise ConfigError(f"node-config state is {node_config['state']!r}: no folder; give one that the node may write")
     # the server's records are not the node's, and its settings of them say nothing about the node's
     dealt = {_kebab(name) for name in SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()}
     own = {key: value for key, value in run_config.items() if key != "eval-data" and key not in dealt}
     own |= {key: node_config[key] for key in ("model", "columns") if key in node_config}
-    eval_data = node_config.get("eval-data")
-    return Node(str(node_config["name"]), read_config(own), str(node_config["data"]), str(eval_data) if eval_data else None)
+    eval_data = str(node_config["eval-data"]) if node_config.get("eval-data") else None
+    return Node(
+        str(node_config["name"]), read_config(own), str(node_config["data"]), eval_data, backpropagation=able == "yes", **state
+    )
 
 
 def open_run(config: FlowerConfig) -> RunFolder:

@@ -1,4 +1,4 @@
-"""Our own bytes inside Flower's records, and the two small messages that only a federation in the field needs."""
+"""Our own bytes inside Flower's records, and the small messages that only a federation in the field needs."""
 
 from __future__ import annotations
 
@@ -73,18 +73,30 @@ class Hello(_Small):
         base: fingerprint of its base weights.
         num_examples: records to train on.
         num_eval_examples: records to evaluate on.
+        backpropagation: whether it can backpropagate; only algorithms whose clients should ask.
     """
 
     name: str
     base: Digest
     num_examples: Annotated[int, Field(ge=1, le=2**53)]
     num_eval_examples: Annotated[int, Field(ge=0, le=2**53)]
+    backpropagation: bool = True
 
     @field_validator("name")
     @classmethod
     def _printable(cls, value: str) -> str:
         check_name(value)
         return value
+
+
+class Lacking(_Small):
+    """Client to server, in place of a reply: I have lost pages that the request builds on; send all of them.
+
+    Attributes:
+        pages: how many it has.
+    """
+
+    pages: Annotated[int, Field(ge=0, le=65535)]
 
 
 class Evaluation(_Small):

@@ -49,11 +49,25 @@ class Exchange:
             replies += [(request, reply) for reply in found]
         return replies
 
-    def wait(self, seconds: float) -> list[tuple[Message, Message]]:
-        """All replies that come within so many seconds; returns early when none is open."""
+    def wait(
+        self, seconds: float, again: Callable[[Message, Message], Message | None] = lambda request, reply: None
+    ) -> list[tuple[Message, Message]]:
+        """All replies that come within so many seconds; returns early when none is open.
+
+        Args:
+            seconds: how long.
+            again: what to ask instead, after a (request, reply) that does not count; None for one that does.
+        """
         end = time.monotonic() + seconds
-        replies = self.collect()
-        while self._open and (left := end - time.monotonic()) > 0:
+        replies: list[tuple[Message, Message]] = []
+        while True:
+            for request, reply in self.collect():
+                further = again(request, reply)
+                if further is None:
+                    replies.append((request, reply))
+                else:
+                    self.send([further])
+            left = end - time.monotonic()
+            if not self._open or left <= 0:
+                return replies
             time.sleep(min(POLL_SECONDS, left))
-            replies += self.collect()
-        return replies

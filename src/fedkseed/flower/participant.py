@@ -10,31 +10,49 @@ from typing import Any
 
 from flwr.supercore import log
 
-from fedkseed.data import EncodedExample, encode, get_template, pad_token_id, read_source
+from fedkseed.data import EncodedExample, encode, pad_token_id, read_source
 from fedkseed.errors import ConfigError, ProtocolError
 from fedkseed.flower.config import EngineConfig, FlowerConfig, node_settings
-from fedkseed.flower.envelope import Evaluation, Hello
+from fedkseed.flower.envelope import Evaluation, Hello, Lacking
+from fedkseed.flower.kept import KeptPages
 from fedkseed.flower.log import Log
-from fedkseed.kseed.client import Client
+from fedkseed.kseed.change_client import ChangeClient, patched
+from fedkseed.kseed.change_messages import ChangeRequest
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.messages import TrainRequest
+from fedkseed.kseed.pages import Page
 from fedkseed.kseed.server import seed_pool
 from fedkseed.models.loading import Dtype, load_model, load_tokenizer
 from fedkseed.noise.pool import SeedPool
-from fedkseed.runs.records import Records, check_context, prepare, sample
-from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, TimedModel, bind_loaded
+from fedkseed.runs.algorithms import roles_of
+from fedkseed.runs.records import Records, check_context, describe, prepare, sample
+from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, bind_loaded, checkpoint_activations
 
 
 # One model and one data set stay in a process that lives on, as the simulation engine's actors do. A SuperNode starts a
 # process for each message, so that there everything is loaded anew.
 @lru_cache(maxsize=1)
-def load_bound(source: str, dtype: Dtype, device: str, pool: SeedPool) -> BoundModel:
+def load_bound(source: str, dtype: Dtype, device: str, pool: SeedPool, pages: bool, checkpointing: bool = False) -> BoundModel:
     """Load a base model and bind it; see `bind_loaded`.
+
+    Args:
+        source, dtype, device: see `load_model`.
+        pool: of the run, or of its first page.
+        pages: whether the run has pages; those that others have opened are not for one that has not.
+        checkpointing: whether backward passes recompute activations.
 
     Raises:
         FedKSeedError: the model cannot be loaded or used.
     """
-    return bind_loaded(source, load_model(source, dtype, device), pool)
+    loaded = bind_loaded(source, load_model(source, dtype, device), pool)
+    if checkpointing:
+        checkpoint_activations(loaded.model)
+    return loaded
+
+
+def load_for(config: FlowerConfig, *, training: bool) -> BoundModel:
+    """The model that a run's settings name, to train it or to evaluate it; see `load_bound`."""
+    checkpointing = training and config.checkpointing == "on"
+    return load_bound(config.model, config.dtype, config.device, seed_pool(config), config.facts.has_pages, checkpointing)
 
 
 @lru_cache(maxsize=1)
@@ -54,11 +72,9 @@ def read_examples(config: FlowerConfig, source: str, what: str) -> list[EncodedE
         FedKSeedError: the file or the tokenizer cannot be used.
     """
     records = read_source(source, "train", config.max_length, config.seed, config.columns)
-    encoded = encode(records, load_tokenizer(config.model), config.max_length, get_template(config.template))
+    encoded = encode(records, load_tokenizer(config.model), config.max_length, config.prompts())
     check_context(config.model, config.max_length, encoded.examples)
-    log(
-        INFO, "%s records: %s used, %s dropped, %s cut", what, len(encoded.examples), encoded.num_dropped, encoded.num_truncated
-    )
+    log(INFO, describe(what, encoded))
     return list(encoded.examples)
 
 
@@ -94,7 +110,9 @@ class Participant:
             self._pad_id = pad_token_id(load_tokenizer(config.model))
             self._examples = read_examples(config, node.data or "", "training")
             self._held_out = drawn(config, read_examples(config, node.eval_data, "evaluation")) if node.eval_data else []
-        self._loaded = load_bound(config.model, config.dtype, config.device, seed_pool(config))
+        self._config, self._backpropagation = config, node.backpropagation
+        self._loaded = load_for(config, training=True)
+        self._kept = KeptPages(node.state, self.name, self._loaded.identity)
         self._seconds_loading = time.perf_counter() - begin
 
     def hello(self, data: bytes) -> bytes:
@@ -104,21 +122,34 @@ class Participant:
             base=self._loaded.identity.fingerprint,
             num_examples=len(self._examples),
             num_eval_examples=len(self._held_out),
+            backpropagation=self._backpropagation,
         ).encode()
 
     def train(self, data: bytes) -> bytes:
-        """See `fedkseed.kseed.client.Client.answer`."""
+        """Train as a request's bytes say; the reply's bytes, or those of `Lacking`.
+
+        Raises:
+            ProtocolError: see `answer` of `fedkseed.kseed.client.Client` and `fedkseed.kseed.change_client.ChangeClient`.
+        """
         begin = time.perf_counter()
-        watch = Stopwatch()
-        task = TextTask(self._loaded.model, self._examples, self._pad_id, watch)
-        client = Client(self.name, TimedModel(self._loaded.bound, watch), self._loaded.identity, task)
-        reply = client.answer(data)
-        request = TrainRequest.decode(data)
+        watch, roles, loaded = Stopwatch(), roles_of(self._config.facts), self._loaded
+        request = roles.request(data)
+        task = TextTask(loaded.model, self._examples, self._pad_id, watch)
+        client = roles.client(self.name, loaded.bound, loaded.identity, task, watch)
+        if isinstance(client, ChangeClient) and isinstance(request, ChangeRequest):
+            client.pages = self._kept.load(request.run_id)
+            if _lacks(client.pages, request):
+                log(INFO, "%s: round %s builds on pages that are not here; asking for all", self.name, request.server_round)
+                return Lacking(pages=len(client.pages)).encode()
+            reply = client.answer(data)
+            self._kept.save(request, client.pages)
+        else:
+            reply = client.answer(data)
         spent = ", ".join(f"{activity} {seconds:.2f} s" for activity, seconds in watch.read().items())
         log(
             INFO,
             "%s: round %s, %s steps in %.2f s (%s) after %.2f s of loading",
-            *(self.name, request.server_round, len(request.indices), time.perf_counter() - begin, spent, self._seconds_loading),
+            *(self.name, request.server_round, request.num_steps, time.perf_counter() - begin, spent, self._seconds_loading),
         )
         return reply
 
@@ -133,11 +164,21 @@ class Participant:
         if not self._held_out:
             raise ProtocolError(f"{self.name!r} has no records to evaluate on; give eval-data in its node-config")
         difference = ledger.base.difference(self._loaded.identity, self._loaded.bound.names)
-        if difference or ledger.pool != self._loaded.bound.pool:
-            raise ProtocolError(
-                f"the ledger is of another base model or pool than {self.name!r} has ({difference or ledger.pool})"
-            )
+        first = ledger.pages[0].pool if ledger.pages else ledger.pool
+        if difference or first != seed_pool(self._config) or bool(ledger.pages) != self._config.facts.has_pages:
+            raise ProtocolError(f"the ledger is of another base model or pool than {self.name!r} has ({difference or first})")
         result = self._loaded.evaluate(ledger, self._held_out, self._pad_id)
         return Evaluation(
             ledger=ledger.digest(), loss=result.loss, num_examples=result.num_examples, num_tokens=result.num_tokens
         ).encode()
+
+
+def _lacks(pages: tuple[Page, ...], request: ChangeRequest) -> bool:
+    """Whether a request builds on other pages than these."""
+    if request.is_whole:
+        return False
+    try:
+        patched(pages, request)
+    except ProtocolError:
+        return True
+    return False

@@ -8,10 +8,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedkseed.data import EncodedExample, pad_token_id
 from fedkseed.evaluation import EvalLoss
 from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run, read_config
-from fedkseed.flower.participant import drawn, load_bound, read_examples, simulated_records
+from fedkseed.flower.participant import drawn, load_bound, load_for, read_examples, simulated_records
 from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.server import seed_pool
 from fedkseed.models.loading import load_tokenizer
 from fedkseed.runs.algorithms import check_base
 
@@ -35,7 +34,7 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
         FedKSeedError: the model, the data or the run folder cannot be used.
     """
     held_out = _held_out(config)
-    loaded = load_bound(config.model, config.dtype, config.device, seed_pool(config))
+    loaded = load_for(config, training=False)
     run = open_run(config)
     base = check_base(run.load_ledger(), loaded, config.model)
     weight_bytes = sum(p.nbytes for p in loaded.model.parameters())

@@ -14,17 +14,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
-from fedkseed.errors import ProtocolError
+from fedkseed.errors import ProtocolError, RunError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Limits, Outcome, count_steps
-from fedkseed.flower.config import FlowerConfig
-from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
+from fedkseed.flower.config import EngineConfig, FlowerConfig
+from fedkseed.flower.envelope import Evaluation, Hello, Lacking, unwrap, wrap
 from fedkseed.flower.exchange import POLL_SECONDS, Exchange
 from fedkseed.flower.log import Log
 from fedkseed.flower.roll import Member, Roll
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.server import Server
 from fedkseed.models.identity import BaseIdentity
+from fedkseed.runs.algorithms import roles_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.events import summary
 from fedkseed.runs.folder import RunFolder
@@ -33,7 +33,7 @@ WAITING_NOTE_SECONDS = 60.0
 
 
 class FedKSeed(Strategy):
-    """FedKSeed and FedKSeed-Pro, whichever the settings name, on Flower.
+    """FedKSeed, FedKSeed-Pro and FedKSeed-grad, whichever the settings name, on Flower.
 
     `start` differs from Flower's: it takes no arrays (the model is the ledger in the run's folder), goes on from that
     ledger, closes a round at its deadline with the replies that came, and refuses a bad reply instead of ending the run.
@@ -61,10 +61,11 @@ class FedKSeed(Strategy):
     ) -> None:
         self.run, self.config = run, config
         self._base, self._weight_bytes, self._evaluate_here = base, weight_bytes, evaluate
-        self._server = Server(config, run.load_ledger() or base, None, limits)
+        self._server = roles_of(config.facts).server(config, run.load_ledger() or base, None, limits, None)
         self._driver = Driver(run, self._server, Log(describe=partial(summary, num_rounds=config.num_rounds)), self._called)
         self._members: dict[str, Member] = {}
         self._asked: dict[str, Message] = {}
+        self._asked_again: set[str] = set()
         self._result = Result()
 
     @property
@@ -93,14 +94,9 @@ class FedKSeed(Strategy):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """The next round's requests to the clients that are here; arrays and config are ignored."""
+        self._asked_again = set()
         self._asked = {
-            request.client: Message(
-                wrap(data),
-                self._members[request.client].node_id,
-                MessageType.TRAIN,
-                ttl=self.config.deadline,
-                group_id=str(server_round),
-            )
+            request.client: self._train_message(request.client, data, str(server_round))
             for request, data in self._driver.plan()
         }
         return list(self._asked.values())
@@ -163,6 +159,10 @@ class FedKSeed(Strategy):
             {name: {"loss": e.loss, "num_tokens": e.num_tokens} for name, e in sorted(found.items())},
         )
 
+    def _train_message(self, client: str, data: bytes, group_id: str) -> Message:
+        node_id = self._members[client].node_id
+        return Message(wrap(data), node_id, MessageType.TRAIN, ttl=self.config.deadline, group_id=group_id)
+
     def _called(self, client: str) -> str:
         return f"{client} (node {self._asked[client].metadata.dst_node_id})"
 
@@ -171,10 +171,25 @@ class FedKSeed(Strategy):
         server_round = self.ledger.round + 1
         exchange = Exchange(grid)
         exchange.send(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
-        metrics = self.aggregate_train(server_round, [reply for _, reply in exchange.wait(self.config.deadline)])[1]
+        replies = [reply for _, reply in exchange.wait(self.config.deadline, self._ask_again)]
+        metrics = self.aggregate_train(server_round, replies)[1]
         if metrics is not None:
             self._result.train_metrics_clientapp[server_round] = metrics
         return metrics is not None
+
+    def _ask_again(self, request: Message, reply: Message) -> Message | None:
+        """The whole request, for a client that has lost pages which the first one builds on; nobody gets it twice."""
+        try:
+            lacking = Lacking.decode(unwrap(reply))
+        except ProtocolError:
+            return None
+        client = next((name for name, asked in self._asked.items() if asked is request), None)
+        if client is None or client in self._asked_again or (data := self._driver.whole(client)) is None:
+            return None
+        log(INFO, "%s has %s pages and lacks others; all are sent", self._called(client), lacking.pages)
+        self._asked_again.add(client)
+        self._asked[client] = self._train_message(client, data, request.metadata.group_id)
+        return self._asked[client]
 
     def _evaluate(self, grid: Grid, roll: Roll) -> None:
         self._begin, server_round = time.perf_counter(), self.ledger.round
@@ -202,7 +217,7 @@ class FedKSeed(Strategy):
                 noted = time.monotonic()
                 log(INFO, "waiting for clients: %s of %s are here", here, wanted)
             time.sleep(POLL_SECONDS)
-        self._server.admit(list(self._members), self._sizes())
+        self._server.admit(list(self._members), self._sizes(), self._forward_only())
         known = set(self.run.driver.get("clients", ()))
         if not self._members.keys() <= known:  # a report wants to know who was here, asked or not
             self.run.write_config(self.config, {**self.run.driver, "clients": sorted(known | self._members.keys())})
@@ -210,9 +225,24 @@ class FedKSeed(Strategy):
     def _sizes(self) -> dict[str, int]:
         return {name: member.hello.num_examples for name, member in self._members.items()}
 
+    def _forward_only(self) -> list[str] | None:
+        """Who cannot backpropagate, as the nodes say; of the simulation engine's, which say nothing, the settings' share."""
+        if isinstance(self.config, EngineConfig):
+            return None
+        return [name for name, member in self._members.items() if not member.hello.backpropagation]
+
     def _check_hello(self, hello: Hello) -> None:
-        """Whether the client's steps fit into a request: its own count of records must not end the run."""
+        """Whether the run has a use for a client.
+
+        Its steps must fit into a request: its own count of records must not end the run. Without backpropagation it answers
+        with scalars, which only changes by sgd can be weighed against.
+        """
         count_steps(self.config, hello.num_examples, hello.name)
+        if not hello.backpropagation and self.config.facts.has_pages and self.config.local_optimizer != "sgd":
+            raise RunError(
+                f"{hello.name!r} cannot backpropagate, and local-optimizer {self.config.local_optimizer} has no use for its "
+                "scalars; take sgd for the run"
+            )
 
 
 def _metrics(event: dict[str, Any]) -> MetricRecord:

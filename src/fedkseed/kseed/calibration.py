@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.client import Model
@@ -86,8 +87,15 @@ def calibrate(model: Model, loss: Callable[[int], float], rng: np.random.Generat
     Raises:
         InvalidValueError: losses are not finite, or do not change along any direction, or every walk raised them.
     """
-    counted, num_seeds = _Counted(loss), model.pool.size
-    base = np.zeros(num_seeds, np.float32)
+    base = np.zeros(model.pool.size, np.float32)
+    try:
+        return _calibrated(model, _Counted(loss), rng, base)
+    finally:  # also after an error or Ctrl-C
+        model.rebuild(base)
+
+
+def _calibrated(model: Model, counted: _Counted, rng: np.random.Generator, base: NDArray[np.float32]) -> Calibration:
+    num_seeds = model.pool.size
     directions: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
     agreements = _agreements(model, directions[:EPS_DIRECTIONS], counted)
     eps = min(agreements, key=lambda a: a.disagreement).eps
@@ -105,7 +113,6 @@ def calibrate(model: Model, loss: Callable[[int], float], rng: np.random.Generat
         model.rebuild(base)
         steps: list[int] = rng.choice(num_seeds, TRIAL_STEPS).tolist()
         trials.append(_walk(model, steps, lr, eps, counted))
-    model.rebuild(base)
     if _raised(trials[-1], slope):
         raise InvalidValueError(
             f"{TRIAL_STEPS} steps raised the loss at every rate from {trials[0].lr:g} down to {trials[-1].lr:g}; "

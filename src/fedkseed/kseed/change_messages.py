@@ -17,6 +17,7 @@ from fedkseed.federation.envelope import (
     MAX_STEPS,
     Reply,
     Request,
+    check_choice,
     check_integer,
     check_number,
     check_positive,
@@ -37,6 +38,8 @@ REQUEST, REPLY = "c?", "c!"
 MAX_BYTES = 1 << 27
 MAX_PAGES, MAX_PARTS = 65535, 65535
 WIRES, BASES, MOVEMENTS = tuple(BITS), get_args(Basis), get_args(Movement)
+"""Messages hold places in these: what is new comes last."""
+OPTIMIZER_BY_CODE = {optimizer.code: optimizer for optimizer in OPTIMIZERS.values()}
 KEY: np.dtype[Any] = np.dtype("<u8")
 COUNT: np.dtype[Any] = np.dtype("<u2")
 STEP: np.dtype[Any] = np.dtype("<f4")
@@ -109,6 +112,11 @@ class ChangeRequest(Request):
         """How many local steps are asked for."""
         return self.steps
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds all pages, so that it builds on nothing that the client has."""
+        return self.have == 0 and self.patches[0].first == 0
+
     def page(self, key: int, parts: tuple[Coded, ...]) -> Page:
         """A page of this run."""
         return Page(SeedPool(key, self.size, self.family), self.basis, self.movement, parts)
@@ -127,7 +135,7 @@ class ChangeRequest(Request):
                 np.array([[patch.first, len(patch.parts)] for patch in patches], COUNT).tobytes(),
                 np.array([part.step for part in parts], STEP).tobytes(),
                 b"".join(part.numbers for part in parts),
-                *(self.steps, int(self.measure == "two-point"), list(OPTIMIZERS).index(self.optimizer)),
+                *(self.steps, int(self.measure == "two-point"), OPTIMIZERS[self.optimizer].code),
                 *(float(self.eps), float(self.max_grad), self.loss_clip),
             ],
         )
@@ -146,18 +154,18 @@ class ChangeRequest(Request):
         keys, counts, steps_of, numbers, steps, two_point, optimizer, eps, max_grad, loss_clip = fields[14:]
         check_integer("pool size", size, 1, MAX_SIZE)
         for name, value, known in (
-            ("family", family, BY_CODE),
             ("basis", basis, BASES),
             ("movement", movement, MOVEMENTS),
             ("wire", wire, WIRES),
             ("measure", two_point, (0, 1)),
-            ("optimizer", optimizer, OPTIMIZERS),
         ):
             check_integer(name, value, 0, len(known) - 1)
+        check_choice("family", family, BY_CODE)
+        check_choice("optimizer", optimizer, OPTIMIZER_BY_CODE)
         patches = _patches(keys, counts, steps_of, numbers, WIRES[wire], size)
         head = (run_id, server_round, attempt, client, base, digest, lr, batch_size)
         about = (size, BY_CODE[family].name, BASES[basis], MOVEMENTS[movement], WIRES[wire], have, patches)
-        measure, chosen = "two-point" if two_point else "gradient", list(OPTIMIZERS)[optimizer]
+        measure, chosen = "two-point" if two_point else "gradient", OPTIMIZER_BY_CODE[optimizer].name
         return cls(*head, *about, steps, measure, chosen, eps, max_grad, loss_clip)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +85,18 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
         return self.ledger
 
     def two_point_clients(self) -> frozenset[str]:
-        """Those that are asked for scalars: a share of all clients that the settings say, drawn by the run's seed."""
+        """Those that are asked for scalars: who says so, or else a share that the settings say, drawn by the run's seed."""
+        if self.forward_only is not None:
+            return self.forward_only
         ranked = sorted(self.clients, key=lambda name: derive(self.config.seed, "two-point", name))
         return frozenset(ranked[: round(self.config.two_point_clients * len(ranked))])
+
+    def whole(self, client: str) -> ChangeRequest | None:
+        """See `Rounds.whole`."""
+        request = self._pending[client]
+        if request.is_whole:
+            return None
+        return replace(request, have=0, patches=tuple(Patch(page.pool.key, 0, page.parts) for page in self.ledger.pages))
 
     def absorb(self, replies: object) -> Outcome:
         """See `Rounds.absorb`."""

@@ -20,6 +20,7 @@ from fedkseed.federation.envelope import (
     MAX_STEPS,
     Reply,
     Request,
+    check_choice,
     check_integer,
     check_positive,
     pack_fields,
@@ -102,7 +103,7 @@ class TrainRequest(Request):
         precision, exponent, numbers, digest, indices, lr, eps, batch_size, max_grad, loss_clip = fields[8:]
         check_integer("pool key", key, 0, 2**64 - 1)
         check_integer("pool size", size, 1, MAX_SIZE)
-        check_integer("family", family, 0, max(BY_CODE))
+        check_choice("family", family, BY_CODE)
         pool = SeedPool(key, size, BY_CODE[family].name)
         packed = _unflat(precision, exponent, numbers)
         steps = tuple(read_array("indices", indices, INDEX).tolist())

@@ -24,12 +24,14 @@ class Optimizer:
 
     Attributes:
         name: what settings call it.
+        code: what messages call it; never changes, never used again for another.
         bounded: whether the rate alone says how far a step goes, whatever the gradient's length.
         start: `(K) -> state`, before the first step.
         step: `(gradient, lr, state) -> (change, state)`: what is added to the numbers, float64[K]; pure.
     """
 
     name: str
+    code: int
     bounded: bool
     start: Callable[[int], State]
     step: Callable[[F64, float, State], tuple[F64, State]]
@@ -53,20 +55,21 @@ def _adam(gradient: F64, lr: float, state: State) -> tuple[F64, State]:
     return -lr * mean / (1 - DECAY**count) / root, {"mean": mean, "square": square, "count": count}
 
 
-SGD = Optimizer("sgd", False, lambda size: {}, lambda gradient, lr, state: (-lr * gradient, state))
+SGD = Optimizer("sgd", 0, False, lambda size: {}, lambda gradient, lr, state: (-lr * gradient, state))
 """`a <- a - lr u`: the paper's."""
 OPTIMIZERS = {
     optimizer.name: optimizer
     for optimizer in (
         SGD,
-        Optimizer("momentum", False, lambda size: {"mean": np.zeros(size)}, _momentum),
+        Optimizer("momentum", 1, False, lambda size: {"mean": np.zeros(size)}, _momentum),
         Optimizer(
             "adam",
+            2,
             True,
             lambda size: {"mean": np.zeros(size), "square": np.zeros(size), "count": np.zeros(1)},
             _adam,
         ),
-        Optimizer("sign", True, lambda size: {"mean": np.zeros(size)}, _sign),
+        Optimizer("sign", 3, True, lambda size: {"mean": np.zeros(size)}, _sign),
     )
 }
 """By name: sgd; momentum 0.9; Adam (Kingma and Ba, 2015); the sign of a momentum (Bernstein et al., 2018)."""

@@ -244,15 +244,38 @@ class Binding:
             if gradient is not None:
                 self._fold(projection, name, gradient)
 
-        parameters: list[tuple[str, Any]] = [
-            (entry.name, entry.parameter) for entry in self._tunable
-        ]  # torch's hooks are untyped
-        hooks = [x.register_post_accumulate_grad_hook(partial(fold, name)) for name, x in parameters]
+        with self._untied() as leaves:
+            hooks = [leaf.register_post_accumulate_grad_hook(partial(fold, name)) for name, leaf in leaves]
+            try:
+                yield projection
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    @contextmanager
+    def _untied(self) -> Iterator[list[tuple[str, Any]]]:
+        """Every tunable parameter, by canonical name; inside, each further name of a tied one is a leaf of its own.
+
+        The leaves share the memory. Autograd would keep the gradient of a tied parameter's first use until the last one's is
+        there, and add them up: for an embedding that is also the head, three gradients of that size. Leaves are folded one by
+        one, and the fold adds them up.
+        """
+        leaves: list[tuple[str, Any]] = [(entry.name, entry.parameter) for entry in self._tunable]
+        replaced: list[tuple[dict[str, Any], str, Any]] = []
         try:
-            yield projection
+            for entry in self._tunable:
+                for alias in entry.aliases:
+                    if alias == entry.name:
+                        continue
+                    path, _, name = alias.rpartition(".")
+                    owner: dict[str, Any] = self.model.get_submodule(path)._parameters
+                    replaced.append((owner, name, owner[name]))
+                    owner[name] = torch.nn.Parameter(entry.parameter.detach())
+                    leaves.append((entry.name, owner[name]))
+            yield leaves
         finally:
-            for hook in hooks:
-                hook.remove()
+            for owner, name, parameter in replaced:
+                owner[name] = parameter
 
     def digest(self) -> str:
         """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""

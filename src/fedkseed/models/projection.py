@@ -14,6 +14,8 @@ from fedkseed.models.sweeps import Backends, Tensors
 from fedkseed.noise import QUANTUM, Source, tensor_id
 from fedkseed.noise.pool import SeedPool
 
+LAUNCH_ELEMENTS = 1 << 22
+"""On a GPU gradients wait until they have so many elements: 16 MiB of float32, and a few launches a model."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -21,8 +23,8 @@ class Projection:
     """The adjoint of a sweep: gradients go in, tensor by tensor, and `u_k = sum_i g_i z_k[i]` comes out.
 
     All of `add` counts, in whatever order and however often a tensor comes; the same calls give the same bits on one
-    machine, and lie within docs/noise.md's bound of each other on all. A gradient's memory is free after the call. Autograd
-    has a thread for each device, so calls wait for each other.
+    machine, and lie within docs/noise.md's bound of each other on all. A gradient's memory is free after the call, on a GPU
+    after a few more. Autograd has a thread for each device, so calls wait for each other.
 
     Args:
         pool: the pool of perturbations.
@@ -37,6 +39,7 @@ class Projection:
         self._pool, self._indices = pool, None if indices is None else pool.check_indices(indices)
         directions = pool.directions(self._indices)
         self._folds = {device: backend.fold(directions) for device, backend in backends.items()}
+        self._waiting: dict[str, list[Source]] = {device: [] for device in backends}
         self._lock = threading.Lock()
 
     def add(self, name: str, gradient: torch.Tensor, start: int = 0) -> None:
@@ -71,21 +74,31 @@ class Projection:
         return self._pool.numbers(self._sums(), self._indices)
 
     def _fold(self, gradients: Sequence[tuple[str, torch.Tensor, int]]) -> None:
-        sources: dict[str, list[Source]] = {device: [] for device in self._folds}
+        sources: list[tuple[str, Source]] = []
         for name, gradient, start in gradients:
             check_gradient(name, gradient)
             if start % QUANTUM:
                 raise InvalidValueError(f"gradient of {name} starts at {start}; expected a multiple of {QUANTUM}")
-            if gradient.device.type not in sources:
-                raise InvalidValueError(f"gradient of {name} is on {gradient.device}; expected {' or '.join(sources)}")
-            sources[gradient.device.type].append(Source(gradient.detach().reshape(-1), tensor_id(name), start))
+            if gradient.device.type not in self._folds:
+                raise InvalidValueError(f"gradient of {name} is on {gradient.device}; expected {' or '.join(self._folds)}")
+            sources.append((gradient.device.type, Source(gradient.detach().reshape(-1), tensor_id(name), start)))
         with self._lock:
-            for device, fold in self._folds.items():
-                if sources[device]:
-                    fold.add(sources[device])
+            for device, source in sources:
+                self._waiting[device].append(source)
+            for device, waiting in self._waiting.items():
+                # a launch takes longer than most tensors' folds
+                if device == "cpu" or sum(source.values.numel() for source in waiting) >= LAUNCH_ELEMENTS:
+                    self._add_waiting(device)
+
+    def _add_waiting(self, device: str) -> None:
+        if self._waiting[device]:
+            self._folds[device].add(self._waiting[device])
+            self._waiting[device] = []
 
     def _sums(self) -> NDArray[np.float64]:
         with self._lock, np.errstate(invalid="ignore"):  # infinities of both signs
+            for device in self._folds:
+                self._add_waiting(device)
             return np.sum([fold.sums() for fold in self._folds.values()], axis=0)  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,7 @@ of threads cannot change a bit.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from fedkseed.noise.backend import (
     QUANTUM,
     Directions,
     Fold,
+    GaussianDirections,
+    GaussianMixture,
     HadamardDirections,
     HadamardMixture,
     Mixture,
@@ -546,8 +548,10 @@ class _CpuSweep:
         if isinstance(mixture, HadamardMixture):
             kernel: Any = _hadamard_sweep
             arguments: tuple[Any, ...] = (self._work, mixture.table, np.uint64(mixture.key))
-        else:
+        elif isinstance(mixture, GaussianMixture):
             kernel, arguments = _gaussian_sweep, (self._work, mixture.seeds, mixture.amounts)
+        else:
+            assert_never(mixture)
         if threads == 1:
             kernel(*arguments, 0, 1, self._total)
             return
@@ -563,8 +567,10 @@ class _CpuFold:
         self._directions: Any
         if isinstance(directions, HadamardDirections):
             self._kernel, self._directions, entries = _hadamard_fold, np.uint64(directions.key), directions.block
-        else:
+        elif isinstance(directions, GaussianDirections):
             self._kernel, self._directions, entries = _gaussian_fold, directions.seeds, len(directions.seeds)
+        else:
+            assert_never(directions)
         self._lanes = np.zeros((FOLD_LANES, entries), np.float64)
 
     def add(self, sources: Sequence[Source]) -> None:

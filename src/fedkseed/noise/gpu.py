@@ -1,7 +1,8 @@
 """The GPU backend: Triton kernels that read and write each weight once (docs/noise.md).
 
-One sweep is one launch per device and pair of types, for all tensors together. Nothing waits for the device: the work
-table and the mixture go there from pinned memory, and all happens on the current stream.
+One sweep is one launch per device and pair of types, for all tensors together; one call of a fold is one per device and
+type. Nothing waits for the device: the work table and the mixture go there from pinned memory, and all happens on the
+current stream.
 
 In Triton's interpreter (`TRITON_INTERPRET=1`, set before Triton is imported) the same kernels work on tensors in main
 memory, slowly: so they are tested where there is no GPU.
@@ -10,7 +11,7 @@ memory, slowly: so they are tested where there is no GPU.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from fedkseed.noise.backend import (
     QUANTUM,
     Directions,
     Fold,
+    GaussianDirections,
+    GaussianMixture,
     HadamardDirections,
     HadamardMixture,
     Mixture,
@@ -40,7 +43,7 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 WIDEST_ACCESS = 16
 """Bytes that a thread reads or writes at once, at addresses that are multiples of it."""
 FOLD_PROGRAMS = 1024
-"""Programs of a fold's launch at most: what a large GPU runs at a time; not asked of the device, so that all add in one order."""
+"""Programs of a fold's launch at most: what a large GPU runs at a time. No device is asked, so all add in one order."""
 STEPS_PER_LANE = 4
 """A launch with fewer steps for each lane uses fewer lanes."""
 
@@ -105,13 +108,13 @@ class _GpuFold:
         self._hadamard = isinstance(directions, HadamardDirections)
         if isinstance(directions, HadamardDirections):
             self._kernel: Any = kernels.hadamard_fold
-            self._tile, self._entries = kernels.FOLD_TILE, directions.block
-            self._width = self._step = max(directions.block, self._tile)
-            self._columns = self._width // self._tile
-        else:
+            self._entries, self._width = directions.block, max(directions.block, kernels.FOLD_TILE)
+            self._columns = self._width // kernels.FOLD_TILE
+        elif isinstance(directions, GaussianDirections):
             self._kernel = kernels.gaussian_fold
-            self._tile = self._step = kernels.GAUSSIAN_TILE
             self._columns = self._width = self._entries = len(directions.seeds)
+        else:
+            assert_never(directions)
         self._lanes = max(1, FOLD_PROGRAMS // max(1, self._columns))
         self._partial: dict[torch.device, torch.Tensor] = {}
         self._arguments: dict[torch.device, tuple[Any, ...]] = {}
@@ -128,11 +131,14 @@ class _GpuFold:
             if device not in self._partial:
                 self._partial[device] = torch.zeros(self._lanes, self._width, dtype=torch.float64, device=device)
                 self._arguments[device] = self._constants_of(device)
-            work, steps = _work(slots, self._step)
-            lanes = max(1, min(self._lanes, steps // STEPS_PER_LANE))
-            constants = {"KIND": TYPES[dtype], "ALIGNED": aligned, "TILE": self._tile}
+            constants = {"KIND": TYPES[dtype], "ALIGNED": aligned}
             if self._hadamard:
-                constants["SMALL"] = self._entries < self._tile
+                constants |= {"TILE": kernels.FOLD_TILE, "SMALL": self._entries < kernels.FOLD_TILE}
+                work, steps = _work(slots, self._width)
+            else:
+                constants["TILE"] = _tile(False, slots)
+                work, steps = _work(slots, constants["TILE"])
+            lanes = max(1, min(self._lanes, steps // STEPS_PER_LANE))
             with torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore"):
                 self._kernel[(self._columns, lanes)](
                     _upload(work, device), len(work), steps, lanes, self._partial[device], *self._arguments[device],
@@ -178,6 +184,8 @@ def _arguments(mixture: Mixture, device: torch.device) -> tuple[Any, ...]:
     """What a kernel needs to know of the mixture."""
     if isinstance(mixture, HadamardMixture):
         return _upload(mixture.table, device), *_signed_halves(mixture.key), len(mixture.table).bit_length() - 1
+    if not isinstance(mixture, GaussianMixture):
+        assert_never(mixture)
     return _upload(mixture.seeds.view(np.int64), device), _upload(mixture.amounts, device), len(mixture.seeds)
 
 

@@ -1,6 +1,7 @@
 """The slow backend: docs/noise.md in NumPy, line by line. Every other backend must match its bits."""
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from fedkseed.noise.backend import (
     Directions,
     Fold,
     GaussianDirections,
+    GaussianMixture,
     HadamardDirections,
     HadamardMixture,
     Mixture,
@@ -85,6 +87,8 @@ def mixture_sum(mixture: Mixture, tensor_id: int, start: int, n: int) -> F32:
     """float32[n]: `sum_k a_k z_k` on elements start .. start + n - 1 of a tensor."""
     if isinstance(mixture, HadamardMixture):
         return hadamard_sum(mixture, tensor_id, start, n)
+    if not isinstance(mixture, GaussianMixture):
+        assert_never(mixture)
     total = np.zeros(n, np.float32)
     for seed, amount in zip(mixture.seeds, mixture.amounts, strict=True):
         total = total + amount * gaussian(int(seed), tensor_id, start, n)
@@ -135,7 +139,11 @@ class ReferenceBackend:
 
     def fold(self, directions: Directions) -> Fold:
         """See `Backend.fold`."""
-        return _HadamardFold(directions) if isinstance(directions, HadamardDirections) else _GaussianFold(directions)
+        if isinstance(directions, HadamardDirections):
+            return _HadamardFold(directions)
+        if isinstance(directions, GaussianDirections):
+            return _GaussianFold(directions)
+        assert_never(directions)
 
 
 class _HadamardFold:

@@ -115,7 +115,7 @@ def _bytes(record: RunRecord) -> Chart:
 
 def _seed_use(record: RunRecord) -> Chart | None:
     name, title = "seed_use", "How often seeds were used"
-    if not record.config.facts.has_ledger:
+    if record.config.facts.sends != "scalars":
         return None
     history = record.ledger.history if record.ledger else None
     if history is None:
@@ -207,7 +207,7 @@ def _time(record: RunRecord) -> Chart:
     caption = (
         "Forward passes should dominate: noise and rebuild are what FedKSeed adds to them."
         if record.config.facts.measures == "two-point"
-        else 'Backpropagation and the optimiser\'s steps, of which FedKSeed has none, are in "other".'
+        else 'Backpropagation, folding and the optimiser\'s steps are in "other".'
     )
     return Chart(name, title, alt, caption, drawing.time_split(list(table), split))
 

@@ -9,6 +9,12 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.settings import RunConfig
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
+HOW = {
+    False: """A causal language model, tuned by federated learning without backpropagation: for each local step a client sends a
+number, how the loss of its records changes along a random direction that a seed stands for.""",
+    True: """A causal language model, tuned by federated learning with gradients in K numbers: a client sends how far each of K
+random directions, which seeds stand for, took its records' loss down.""",
+}
 LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,6 +36,8 @@ def model_card(base: str, ledger: Ledger, config: RunConfig | None = None, losse
     """
     method = config.facts.title if config else "FedKSeed"
     published = ledger.published()
+    by_gradients = bool(ledger.pages)
+    several = f" on each of {len(ledger.pages)} pages" if len(ledger.pages) > 1 else ""
     rows = {
         "base model": f"`{base}`, fingerprint `{ledger.base.fingerprint}`",
         "method": f"{method} ({PAPER})",
@@ -41,12 +49,12 @@ def model_card(base: str, ledger: Ledger, config: RunConfig | None = None, losse
         rows |= {
             "a client's round": f"{config.local_steps} local {config.local_unit} {step} {config.batch_size} records",
             "learning rate": f"{config.lr:g}, {config.schedule}",
-            "eps": f"{config.eps:g}",
+            **({} if config.facts.measures == "gradient" else {"eps": f"{config.eps:g}"}),
             "prompt template": Path(config.template).name,
         }
     if losses is not None:
         rows["held-out loss"] = f"{losses[0]:.4f} before, {losses[1]:.4f} after, in nats per response token"
-    if ledger.history is not None:
+    if ledger.is_checkpoint:
         rows["digest of the run's ledger"] = f"`{ledger.digest()}`"
     rows["digest of the published ledger"] = f"`{published.digest()}`, {len(published.encode()):,} bytes"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -58,15 +66,13 @@ pipeline_tag: text-generation
 base_model: {json.dumps(base, ensure_ascii=False)}
 tags:
 - fedkseed
-- federated-learning
-- zeroth-order-optimisation
+- federated-learning{"" if by_gradients else chr(10) + "- zeroth-order-optimisation"}
 ---
 
 # {base}, tuned with fedkseed
 
-A causal language model, tuned by federated learning without backpropagation: for each local step a client sends a number,
-how the loss of its records changes along a random direction that a seed stands for. These weights are the base model's plus
-K such directions, by the ledger's coefficients.
+{HOW[by_gradients]} These weights are the base model's plus
+K such directions{several}, by the ledger's coefficients.
 
 | | |
 | --- | --- |

@@ -303,6 +303,8 @@ def _ledger(record: RunRecord) -> list[Html]:
         ["coefficients", f"{used:,} of {ledger.pool.size:,} not zero, {ledger.precision}"],
         ["base model", _tag("code", ledger.base.fingerprint)],
     ]
+    if ledger.pages:
+        rows.insert(4, ["pages", f"{len(ledger.pages)}, of {ledger.pages[-1].basis} numbers; the last one is shown"])
     if ledger.history is not None:
         rows.insert(2, ["steps in it", f"{int(ledger.history.grad_counts.sum()):,}"])
     caption = "The tuned model is these coefficients over the base model; equal digests are equal ledgers."

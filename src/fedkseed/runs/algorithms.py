@@ -5,8 +5,9 @@ An algorithm is a row of `fedkseed.federation.algorithms`; only one that sends s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,14 +15,18 @@ import torch
 
 from fedkseed.baselines import Parameters, TensorClient, TensorServer, TunedTensors, attach, fingerprint
 from fedkseed.errors import LedgerError, RunError
-from fedkseed.federation import Checkpoint, Rounds
+from fedkseed.federation import Checkpoint, Limits, Rounds
 from fedkseed.federation.algorithms import Algorithm
+from fedkseed.federation.envelope import Request
 from fedkseed.federation.task import Task
 from fedkseed.kseed.change_client import ChangeClient
-from fedkseed.kseed.change_server import ChangeServer, new_page
+from fedkseed.kseed.change_messages import ChangeRequest
+from fedkseed.kseed.change_server import ChangeServer
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.messages import TrainRequest
 from fedkseed.kseed.server import Server, seed_pool
+from fedkseed.models.binding import Binding
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
@@ -61,6 +66,35 @@ class Federation:
 
 
 @dataclass(frozen=True)
+class Roles:
+    """Server and client of runs whose model is a ledger, for a simulation and for Flower alike.
+
+    Attributes:
+        server: `(settings, ledger or the base's identity, clients or None, limits or None, sizes or None)`.
+        request: reads a request's bytes.
+        client: `(name, bound model, the base's identity, task, stopwatch) -> Participant`.
+    """
+
+    server: Callable[
+        [RunConfig, Ledger | BaseIdentity, Sequence[str] | None, Limits | None, Mapping[str, int] | None], Server | ChangeServer
+    ]
+    request: Callable[[bytes], Request]
+    client: Callable[[str, Binding, BaseIdentity, TextTask, Stopwatch], Participant]
+
+
+SCALARS = Roles(
+    Server,
+    TrainRequest.decode,
+    lambda name, bound, base, task, watch: Client(name, TimedModel(bound, watch), base, task),
+)
+CHANGES = Roles(
+    ChangeServer,
+    ChangeRequest.decode,
+    lambda name, bound, base, task, watch: ChangeClient(name, TimedPages(bound, watch), base, task),
+)
+
+
+@dataclass(frozen=True)
 class Kind:
     """What becomes of one kind of replies.
 
@@ -68,58 +102,33 @@ class Kind:
         file: the checkpoint's name in a run's folder.
         load: reads it.
         federate: `(settings, model, checkpoint or None, records, stopwatch) -> Federation`.
+        roles: who takes part, wherever they are; None of what runs in simulations only.
     """
 
     file: str
     load: Callable[[Path], Checkpoint]
     federate: Callable[[RunConfig, torch.nn.Module, Any, Records, Stopwatch], Federation]
+    roles: Roles | None = None
 
 
-def over_seeds(
-    config: RunConfig, model: torch.nn.Module, ledger: Ledger | None, records: Records, watch: Stopwatch
+def over_ledger(
+    roles: Roles, config: RunConfig, model: torch.nn.Module, ledger: Ledger | None, records: Records, watch: Stopwatch
 ) -> Federation:
     """K numbers: one model bound to the run's pool, shared by all clients.
 
     Raises:
-        LedgerError: the ledger is of another base model.
-    """
-    loaded = bind_loaded(config.model, model, seed_pool(config))
-    check_base(ledger, loaded, config.model)
-    base, bound = loaded.identity, loaded.bound
-    server = Server(config, ledger or base, list(records.clients), num_examples=records.sizes)
-    shared = TimedModel(bound, watch)
-    clients = {
-        name: Client(name, shared, base, TextTask(model, examples, records.pad_id, watch))
-        for name, examples in records.clients.items()
-    }
-    return Federation(model, server, clients, lambda: bound.rebuild(server.ledger.coefficients))
-
-
-def over_changes(
-    config: RunConfig, model: torch.nn.Module, ledger: Ledger | None, records: Records, watch: Stopwatch
-) -> Federation:
-    """Pages of K numbers: one model bound to them, shared by all clients.
-
-    Raises:
         LedgerError: the ledger is of another base model or of other settings.
     """
-    loaded = bind_loaded(config.model, model, new_page(config, 0).pool)
-    base, bound = check_base(ledger, loaded, config.model), loaded.bound
+    loaded = bind_loaded(config.model, model, seed_pool(config))
+    base = check_base(ledger, loaded, config.model)
     if config.checkpointing == "on":
         checkpoint_activations(model)
-    server = ChangeServer(config, ledger or base, list(records.clients), num_examples=records.sizes)
-    shared = TimedPages(bound, watch)
+    server = roles.server(config, ledger or base, list(records.clients), None, records.sizes)
     clients = {
-        name: ChangeClient(name, shared, base, TextTask(model, examples, records.pad_id, watch))
+        name: roles.client(name, loaded.bound, base, TextTask(model, examples, records.pad_id, watch), watch)
         for name, examples in records.clients.items()
     }
-
-    def restore() -> None:
-        *closed, page = server.ledger.pages
-        bound.open_page(page.pool, [one.closed() for one in closed], page.movement)
-        bound.rebuild(page.coefficients())
-
-    return Federation(model, server, clients, restore)
+    return Federation(model, server, clients, lambda: loaded.restore(server.ledger))
 
 
 def check_base(ledger: Ledger | None, loaded: BoundModel, source: str) -> BaseIdentity:
@@ -157,8 +166,8 @@ def over_tensors(
 
 
 KINDS = {
-    "scalars": Kind(LEDGER, Ledger.load, over_seeds),
-    "changes": Kind(LEDGER, Ledger.load, over_changes),
+    "scalars": Kind(LEDGER, Ledger.load, partial(over_ledger, SCALARS), SCALARS),
+    "changes": Kind(LEDGER, Ledger.load, partial(over_ledger, CHANGES), CHANGES),
     "tensors": Kind(TENSORS, TunedTensors.load, over_tensors),
 }
 """By what clients send."""
@@ -167,6 +176,18 @@ KINDS = {
 def kind_of(algorithm: Algorithm) -> Kind:
     """What becomes of an algorithm's replies."""
     return KINDS[algorithm.sends]
+
+
+def roles_of(algorithm: Algorithm) -> Roles:
+    """Server and client of an algorithm whose model is a ledger.
+
+    Raises:
+        RunError: it is none of those.
+    """
+    roles = kind_of(algorithm).roles
+    if roles is None:
+        raise RunError(f"{algorithm.name} sends {algorithm.sends}; it runs in fedkseed simulate only")
+    return roles
 
 
 def checkpoint_path(path: Path) -> Path:

@@ -43,6 +43,7 @@ class Driver:
         self._called = called
         self.outcome: Outcome | None = None
         self._requests: list[tuple[Request, bytes]] = []
+        self._repeated = 0
         self._begin = time.perf_counter()
 
     @property
@@ -65,8 +66,13 @@ class Driver:
 
         Raises:
             TooFewRepliesError: a round failed three times for want of replies; the checkpoint is safe.
+            RunFolderError: another process is writing to the run's folder.
             RunError: a file cannot be written; the checkpoint is safe.
         """
+        with self.run.held():
+            return self._drive(attempt, evaluate)
+
+    def _drive(self, attempt: Callable[[], bool], evaluate: Callable[[], None]) -> Checkpoint:
         self.run.cut_metrics(self.round)
         if self._due() and not any(event["server_round"] == self.round for event in self._evaluations()):
             evaluate()
@@ -81,7 +87,17 @@ class Driver:
         """The requests of the next attempt at a round, and their bytes."""
         self._begin = time.perf_counter()
         self._requests = [(request, request.encode()) for request in self.server.plan()]
+        self._repeated = 0
         return self._requests
+
+    def whole(self, client: str) -> bytes | None:
+        """A planned request once more, for a client that has lost what the first one builds on; None if that is nothing."""
+        request = self.server.whole(client)
+        if request is None:
+            return None
+        data: bytes = request.encode()
+        self._repeated += len(data)
+        return data
 
     def close(
         self,
@@ -121,7 +137,7 @@ class Driver:
         if outcome.status == "repeat":
             return None
         event |= {
-            "bytes_down": sum(len(data) for _, data in self._requests) / len(self._requests),
+            "bytes_down": (sum(len(data) for _, data in self._requests) + self._repeated) / len(self._requests),
             "bytes_up": sum(len(data) for _, data in replies) / len(replies),
             "seconds": time.perf_counter() - self._begin,
             **measured(),
@@ -156,7 +172,7 @@ class Driver:
         self.observer.note(
             f"round {self.round}: the held-out loss is {loss:.4f}, it was {best:.4f}: the run diverges. "
             f"Start anew with a lower --lr than {self.config.lr:g}"
-            + (", or with --lr auto; fedkseed tune explains it" if self.config.facts.measures == "two-point" else "")
+            ", or with --lr auto; fedkseed tune explains it"
         )
 
     def _evaluations(self) -> list[dict[str, Any]]:

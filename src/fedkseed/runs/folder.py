@@ -10,7 +10,8 @@ import os
 import secrets
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import tomli_w
 
 from fedkseed.errors import RunError, RunFolderError
 from fedkseed.federation import Checkpoint
-from fedkseed.files import write_atomically
+from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import LEDGER, checkpoint_path, kind_of
 from fedkseed.runs.settings import DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
-CONFIG, METRICS = "config.toml", "metrics.jsonl"
+CONFIG, METRICS, LOCK = "config.toml", "metrics.jsonl", ".lock"
 
 
 def new_folder(root: Path, prefix: str = "") -> Path:
@@ -82,6 +83,29 @@ class RunFolder:
         simulated = "data" in settings or not driver
         return cls(path, validated(SimulationConfig if simulated else RunConfig, settings, WORDS, stored=True), driver)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the one process that writes to the folder; nested calls are fine.
+
+        Raises:
+            RunFolderError: another process is.
+            RunError: the folder cannot be written.
+        """
+        lock = Lock(self.path / LOCK)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            holder = lock.acquire()
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot write the run folder ({error.strerror}); choose another --run") from error
+        if holder is not None:
+            raise RunFolderError(
+                f"{self.path} is being written by process {holder or 'of another user'}; wait until it is done, or end it first"
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
     @property
     def ledger_path(self) -> Path:
         """Where a ledger is, if the algorithm has one."""
@@ -102,7 +126,7 @@ class RunFolder:
         if not isinstance(self.config, SimulationConfig):
             raise RunFolderError(
                 f"{self.path} is a run on Flower, whose records are its clients' own: go on with it by starting its app again "
-                f"with run = {self.path}; fedkseed evaluate {self.path} needs --data"
+                f"with run = {self.path}; fedkseed evaluate {self.path} takes --data"
             )
         return self.config
 

@@ -41,6 +41,6 @@ class Progress(Nobody):
         from tqdm.auto import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(unit="round")
+            self._bar = tqdm(unit="round", leave=True)
         self._bar.set_description(text, refresh=False)
         self._bar.set_postfix(self._losses)

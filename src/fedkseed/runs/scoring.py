@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from fedkseed.evaluation import AllScores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.models.loading import context_length, context_of, load_model, load_tokenizer
 from fedkseed.runs.algorithms import checkpoint_path
 from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.observer import Nobody, Observer
-from fedkseed.runs.records import check_context, describe, load_examples, sample
+from fedkseed.runs.records import check_room, describe, load_examples, sample
 from fedkseed.runs.settings import RunConfig, SimulationConfig
 
 
@@ -69,19 +71,27 @@ def evaluate(
         run: a run's folder, or a ledger file.
         ledger: another ledger than the run's, such as a published one.
         observer: who watches; None for nobody.
-        choices: what is said instead of the run's settings; see `Choices`.
+        choices: what is said instead of the run's settings; see `Choices`. `model` may be a pair (loaded model, tokenizer),
+            which is left as it was; `data` may be records, as of `fedkseed.simulate`.
 
     Raises:
         ConfigError: no ledger, no model or no data is known.
         FedKSeedError: the ledger, the model or the data cannot be used.
     """
-    return measure(
-        None if run is None else Path(run), None if ledger is None else Path(ledger), Choices(**choices), observer or Nobody()
-    )
+    unknown = sorted(choices.keys() - {field.name for field in fields(Choices)})
+    if unknown:
+        known = ", ".join(field.name for field in fields(Choices))
+        raise ConfigError(f"{unknown[0]!r} is unknown; expected one of: {known}")
+    named, inputs = separate(choices)
+    where, other = None if run is None else Path(run), None if ledger is None else Path(ledger)
+    return measure(where, other, Choices(**named), observer or Nobody(), inputs)
 
 
-def measure(run: Path | None, ledger: Path | None, choices: Choices, observer: Observer) -> Evaluated:
-    """The same, with the choices in one."""
+def measure(
+    run: Path | None, ledger: Path | None, choices: Choices, observer: Observer, inputs: Inputs | None = None
+) -> Evaluated:
+    """The same, with the choices in one, and objects in place of what they name."""
+    given = inputs or Inputs()
     where = ledger or run
     if where is None:
         raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
@@ -90,17 +100,21 @@ def measure(run: Path | None, ledger: Path | None, choices: Choices, observer: O
     config = _run_config(run or where)
     baseline = config if config is not None and not config.facts.has_ledger and ledger is None else None
     tuning = TunedTensors.load(checkpoint_path(where)) if baseline else Ledger.load(checkpoint_path(where))
-    source, records = _source(config, choices, where), _records(config, choices, where)
-    tokenizer = load_tokenizer(source)
-    template = get_template(choices.template or (config.template if config else "plain"))
+    source, records = _source(config, choices, where), given.data or _records(config, choices, where)
+    tokenizer = given.tokenizer or load_tokenizer(source)
+    template = config.prompts(choices.template) if config else get_template(choices.template or "plain")
     max_length, seed = choices.max_length or (config.max_length if config else 1024), config.seed if config else 0
     encoded = encode(records, tokenizer, max_length, template, partial(observer.progress, "tokenising"))
     observer.note(describe("evaluation", encoded))
-    check_context(source, max_length, encoded.examples, baseline.soft_prompt if baseline else 0)
+    room = context_length(source) if given.model is None else context_of(given.model.config)
+    check_room(room, source, max_length, encoded.examples, baseline.soft_prompt if baseline else 0)
     chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
     examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
     answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
-    model: Any = load_model(source, config.dtype if config else "auto", "cpu")
+    model: Any = copy.deepcopy(given.model)
+    if model is None:
+        model = load_model(source, config.dtype if config else "auto", "cpu")
+    model.train(False)
     base = score(model, tokenizer, examples, kept, answered, observer.progress)
     if isinstance(tuning, Ledger):
         apply(model, tuning)

@@ -13,6 +13,7 @@ from fedkseed.errors import ConfigError, RunError
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.envelope import Request
+from fedkseed.kseed.calibration import Calibration
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
 from fedkseed.runs.algorithms import kind_of
@@ -22,8 +23,9 @@ from fedkseed.runs.inputs import separate
 from fedkseed.runs.memory import peak_memory
 from fedkseed.runs.observer import Nobody, Observer, Probe
 from fedkseed.runs.records import Records, prepare
-from fedkseed.runs.settings import SimulationConfig, build, read_settings_file
+from fedkseed.runs.settings import AUTO, SimulationConfig, build, settings_given
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch
+from fedkseed.runs.tuning import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,7 +124,8 @@ def simulate(
     """Tune a model by a federation of simulated clients; what `fedkseed simulate` does (docs/python.md).
 
     Args:
-        settings: those of `fedkseed simulate` with underscores: a dict, a TOML file or `SimulationConfig`. In a dict, `model`
+        settings: those of `fedkseed simulate` with underscores: a dict, a TOML file or `SimulationConfig`. In a dict, `lr` may
+            be "auto"; `model`
             may be a pair (loaded model, tokenizer), which is tuned in place; `data` and `eval_data` may be records: a list
             of dicts, a DataFrame, a dataset.
         run: the run's folder; one that holds a run with these settings is gone on with. None makes one under `runs/`.
@@ -132,16 +135,19 @@ def simulate(
         ConfigError: a setting is unknown, missing or out of its range; or the folder's run has others.
         FedKSeedError: the data, the model or the folder cannot be used.
     """
-    if isinstance(settings, SimulationConfig):
-        settings = settings.model_dump()
-    elif isinstance(settings, (str, Path)):
-        settings = read_settings_file(Path(settings))
-    named, inputs = separate(settings)
-    config, watch = build(named), observer or Nobody()
+    named, inputs = separate(settings_given(settings))
+    watch = observer or Nobody()
+    if named.get("lr") == AUTO:
+        found = find(build({**named, "lr": 1.0}), watch, inputs)
+        named["lr"] = found.lr
+        if isinstance(found, Calibration):
+            named.setdefault("eps", found.eps)
+    config = build(named)
     folder = open_or_create(new_folder(Path("runs")) if run is None else Path(run), config)
-    simulation = Simulation(folder, prepare(config, watch, inputs), watch, inputs.model)
-    checkpoint = simulation.train()
-    simulation.restore()
+    with folder.held():
+        simulation = Simulation(folder, prepare(config, watch, inputs), watch, inputs.model)
+        checkpoint = simulation.train()
+        simulation.restore()
     losses = {e["server_round"]: e["eval_loss"] for e in folder.metrics() if e["event"] == "evaluation"}
     return Result(folder.path, checkpoint, losses)
 
@@ -163,5 +169,6 @@ def open_or_create(path: Path, config: SimulationConfig) -> RunFolder:
                 f"{name} is {now.get(name)!r}, the run in {path} was started with {before.get(name)!r}; "
                 "give its own settings to go on with it, or another folder"
             )
-    folder.write_config(config)
+    if config.num_rounds > folder.config.num_rounds:
+        folder.write_config(config)
     return folder

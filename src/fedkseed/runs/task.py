@@ -69,9 +69,16 @@ class BoundModel:
         """Which base model it is."""
         return self.bound.identity()
 
+    def restore(self, ledger: Ledger) -> None:
+        """Set the model's weights to those of a ledger over this base."""
+        if ledger.pages:
+            *closed, page = ledger.pages
+            self.bound.open_page(page.pool, [one.closed() for one in closed], page.movement)
+        self.bound.rebuild(ledger.coefficients)
+
     def evaluate(self, ledger: Ledger, examples: Sequence[EncodedExample], pad_id: int) -> EvalLoss:
         """The loss of some records under a ledger's model."""
-        self.bound.rebuild(ledger.coefficients)
+        self.restore(ledger)
         return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id)
 
 
@@ -131,8 +138,12 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     Raises:
         ModelError: it cannot for this architecture.
     """
+    options = {"use_reentrant": False}
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if hasattr(model, "activation_checkpointing_enable"):  # the old name is deprecated
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
         raise ModelError(
             f"--checkpointing on: {type(model).__name__} does not support it ({error!s:.120}); leave it out"

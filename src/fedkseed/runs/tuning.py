@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 
 from fedkseed.data import collate
-from fedkseed.errors import ConfigError
 from fedkseed.evaluation import mean_loss
 from fedkseed.kseed.calibration import Calibration, calibrate
 from fedkseed.kseed.server import seed_pool
@@ -17,44 +17,45 @@ from fedkseed.models.loading import load_model
 from fedkseed.randomness import generator
 from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.observer import Nobody, Observer
+from fedkseed.runs.rates import Rate, find_rate
 from fedkseed.runs.records import prepare
-from fedkseed.runs.settings import SimulationConfig, build, read_settings_file
+from fedkseed.runs.settings import SimulationConfig, build, settings_given
 from fedkseed.runs.task import bind_loaded
 
 
-def tune(settings: Mapping[str, Any] | str | Path, observer: Observer | None = None) -> Calibration:
-    """Find a workable `lr` and `eps` for a model and data, in a few hundred forward passes; what `fedkseed tune` does.
+def tune(settings: Mapping[str, Any] | str | Path | SimulationConfig, observer: Observer | None = None) -> Calibration | Rate:
+    """Find a workable `lr` (of two-point algorithms `eps` too) for a model and data; what `fedkseed tune` does.
+
+    Two-point algorithms are calibrated by slope and curvature, the others by short federations at several rates.
 
     Args:
         settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model is left as it was.
         observer: who watches; None for nobody.
 
     Returns:
-        What was found, and how: `.lr` and `.eps` are to be taken.
+        What was found, and how: `.lr`, and `.eps` of a `Calibration`, are to be taken.
 
     Raises:
         FedKSeedError: a setting, the data or the model cannot be used, or no rate was found.
     """
-    chosen = read_settings_file(Path(settings)) if isinstance(settings, (str, Path)) else dict(settings)
-    named, inputs = separate({**chosen, "lr": 1.0})
+    named, inputs = separate({**settings_given(settings), "lr": 1.0})
     return find(build(named), observer or Nobody(), inputs)
 
 
-def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = None) -> Calibration:
+def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = None) -> Calibration | Rate:
     """The same for settings that are valid.
 
     Raises:
         FedKSeedError: the data or the model cannot be used, or no rate was found.
     """
-    if config.facts.measures != "two-point":
-        raise ConfigError(
-            f"--algorithm {config.algorithm} has no calibration, which is of zeroth-order steps; give --lr, "
-            "or find it by a grid with fedkseed compare"
-        )
     given = inputs or Inputs()
     records = prepare(config, observer, given)
+    if config.facts.measures != "two-point":
+        observer.note("trying rates: a few rounds at each, on the clients' records")
+        return find_rate(config, records, observer, given.model)
     pooled = [example for examples in records.clients.values() for example in examples]
-    model = given.model if given.model is not None else load_model(config.model, config.dtype, config.device)
+    model = load_model(config.model, config.dtype, config.device) if given.model is None else copy.deepcopy(given.model)
+    model.train(False)
     bound = bind_loaded(config.model, model, seed_pool(config)).bound
     observer.note("calibrating: a few hundred forward passes on batches of the clients' records")
 

@@ -1,0 +1,138 @@
+"""A learning rate for any algorithm, from short federations at rates a factor of three apart.
+
+Calibration by slope and curvature (`fedkseed.kseed.calibration`) is of two-point steps. Whatever else an algorithm does is
+tried: the same few rounds at each rate, on the run's own clients, and the loss on records that all of them hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedkseed.data import collate
+from fedkseed.errors import InvalidValueError
+from fedkseed.evaluation import mean_loss
+from fedkseed.models.loading import load_model
+from fedkseed.randomness import generator
+from fedkseed.runs.algorithms import Federation, kind_of
+from fedkseed.runs.observer import Observer
+from fedkseed.runs.records import Records
+from fedkseed.runs.settings import SimulationConfig
+from fedkseed.runs.task import Stopwatch
+
+FACTOR = 3.0
+TRIAL_ROUNDS, TRIAL_STEPS, TRIAL_CLIENTS = 3, 8, 4
+TRIAL_BATCHES, BATCH = 8, 8
+MAX_TRIALS = 7
+SAFETY = 1 / 3
+"""What goes well for a few rounds can overshoot in many: the rate taken is a factor below the best one."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A short federation at one rate: the mean loss of some records after it."""
+
+    lr: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What was found, and how.
+
+    Attributes:
+        lr: the learning rate to take.
+        before: the loss of the records under the base model.
+        attempts: the rates that were tried, ascending.
+        num_steps: local steps that it took.
+    """
+
+    lr: float
+    before: float
+    attempts: tuple[Attempt, ...]
+    num_steps: int
+
+
+def find_rate(config: SimulationConfig, records: Records, observer: Observer, model: Any = None) -> Rate:
+    """Try rates around the algorithm's usual one; the best that is not at an end, else further ones.
+
+    Args:
+        config: the settings; its rate is not looked at.
+        records: the clients' records.
+        observer: hears of every attempt.
+        model: a loaded model, which is left as it was; None loads the one that the settings name.
+
+    Raises:
+        InvalidValueError: no rate lowers the loss.
+    """
+    names = sorted(records.clients)[:TRIAL_CLIENTS]
+    own = {name: records.clients[name] for name in names}
+    pooled = [example for examples in own.values() for example in examples]
+    drawn = generator(config.seed, "rates").choice(len(pooled), min(TRIAL_BATCHES * BATCH, len(pooled)), replace=False)
+    held = [pooled[i] for i in drawn.tolist()]
+    few = Records(own, held, [], records.pad_id)
+    short = config.model_copy(
+        update={
+            "num_rounds": TRIAL_ROUNDS,
+            "fraction_train": 1.0,
+            "min_replies": 1,
+            "local_unit": "steps",
+            "local_steps": min(config.local_steps, TRIAL_STEPS) if config.local_unit == "steps" else TRIAL_STEPS,
+        }
+    )
+
+    def loss(federation: Federation) -> float:
+        with torch.inference_mode():
+            device = next(federation.model.parameters()).device
+            parts = [held[i : i + BATCH] for i in range(0, len(held), BATCH)]
+            return float(np.mean([mean_loss(federation.model, collate(p, records.pad_id, device)).item() for p in parts]))
+
+    def attempt(lr: float) -> Attempt:
+        federation = _federate(short.model_copy(update={"lr": lr}), few, model)
+        server = federation.server
+        while not server.finished:
+            requests = server.plan()
+            server.absorb([(r.client, federation.clients[r.client].answer(r.encode())) for r in requests])
+        federation.restore()
+        after = loss(federation)
+        observer.note(f"lr {lr:.3g}: loss {after:.4f}")
+        return Attempt(lr, after if math.isfinite(after) else math.inf)
+
+    before = loss(_federate(short.model_copy(update={"lr": config.facts.usual_lr}), few, model))
+    observer.note(f"base model: loss {before:.4f}")
+    attempts = _search(config.facts.usual_lr, attempt)
+    best = min(attempts, key=lambda a: a.after)
+    if not best.after < before:
+        tried = ", ".join(f"{a.lr:.3g}" for a in attempts)
+        raise InvalidValueError(
+            f"no rate of {tried} lowers the loss of {before:.4f} in {TRIAL_ROUNDS} rounds; "
+            "give a larger --batch-size, or choose --lr by hand"
+        )
+    steps = len(attempts) * TRIAL_ROUNDS * len(names) * short.local_steps
+    return Rate(float(f"{best.lr * SAFETY:.2g}"), before, tuple(attempts), steps)
+
+
+def _search(usual: float, attempt: Callable[[float], Attempt]) -> list[Attempt]:
+    """Attempts at three rates, and at further ones while the best is at an end; ascending."""
+    attempts = [attempt(usual * FACTOR**i) for i in (-1, 0, 1)]
+    while len(attempts) < MAX_TRIALS:
+        best = min(range(len(attempts)), key=lambda i: attempts[i].after)
+        if best == 0:
+            attempts.insert(0, attempt(attempts[0].lr / FACTOR))
+        elif best == len(attempts) - 1:
+            attempts.append(attempt(attempts[-1].lr * FACTOR))
+        else:
+            break
+    return attempts
+
+
+def _federate(config: SimulationConfig, records: Records, given: Any) -> Federation:
+    model = load_model(config.model, config.dtype, config.device) if given is None else copy.deepcopy(given)
+    model.train(False)
+    return kind_of(config.facts).federate(config, model, None, records, Stopwatch())
