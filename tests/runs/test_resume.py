@@ -119,6 +119,58 @@ def test_a_kill_at_any_write_fsync_or_rename_loses_nothing(
         assert_as_uninterrupted(run, uninterrupted)
 
 
+@pytest.fixture(scope="module")
+def of_pages(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Four rounds of changes: three pages, the remainder of one bit a number, an optimiser's state; a client of scalars."""
+    settings = tiny_settings(
+        tiny, algorithm="fedkseed-grad", num_seeds=128, lr=0.003, wire="sign", rounds_per_page=2, num_rounds=5,
+        server_optimizer="momentum", server_lr=0.5, two_point_clients=0.25, eval_every=2, local_steps=2,
+    )  # fmt: skip
+    return whole(fedkseed, tmp_path_factory.mktemp("pages") / "run", settings)
+
+
+def assert_as_pages(run: Path, expected: Whole) -> None:
+    """As above, but for bytes down: a server that goes on knows of no client's pages, and sends them all once more."""
+
+    def without(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in event.items() if k != "bytes_down"} for event in found]
+
+    assert (run / "ledger.safetensors").read_bytes() == expected.ledger
+    assert without(events(run)) == without(expected.events)
+    assert sorted(path.name for path in run.iterdir()) == ["config.toml", "ledger.safetensors", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("part", [0, *[pytest.param(part, marks=pytest.mark.slow) for part in range(1, 4)]])
+def test_a_kill_at_any_write_loses_no_page_and_no_state(
+    fedkseed: CommandLine, of_pages: Whole, tmp_path: Path, part: int
+) -> None:
+    log = tmp_path / "log"
+    result = fedkseed(
+        "simulate", *flags(of_pages.settings), "--run", tmp_path / "run", kill=(-1, str(tmp_path / "run"), str(log))
+    )
+    assert result.code == 0
+    points = log.read_text().splitlines()
+    assert Counter(points)["rename ledger.safetensors"] == 5
+    assert len(Ledger.load(tmp_path / "run" / "ledger.safetensors").pages) == 3
+    for point in range(1 + part, len(points) + 1, 4):
+        run, log = tmp_path / f"run-{point}", tmp_path / f"log-{point}"
+        result = fedkseed("simulate", *flags(of_pages.settings), "--run", run, kill=(point, str(run), str(log)))
+        assert result.code == KILLED, (points[point - 1], result)
+        assert_loadable(run, of_pages)
+        go_on(fedkseed, run, of_pages)
+        assert_as_pages(run, of_pages)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_more_rounds_turn_the_pages_of_a_longer_run(fedkseed: CommandLine, of_pages: Whole, tmp_path: Path, stop: int) -> None:
+    """A run that ended where a page was over has not turned it; the one that goes on has."""
+    run = tmp_path / "run"
+    whole(fedkseed, run, of_pages.settings | {"num_rounds": stop})
+    assert len(Ledger.load(run / "ledger.safetensors").pages) == -(-stop // 2)
+    assert fedkseed("simulate", "--resume", run, "--num-rounds", 5).code == 0
+    assert (run / "ledger.safetensors").read_bytes() == of_pages.ledger
+
+
 @pytest.mark.slow
 def test_a_resumed_run_may_be_killed_too(
     fedkseed: CommandLine, uninterrupted: Whole, kill_points: list[str], tmp_path: Path
