@@ -476,7 +476,8 @@ def test_a_baseline_is_refused_on_flower(tiny: Path, tmp_path: Path, algorithm: 
     given = {"algorithm": algorithm, "model": str(tiny / "model"), "lr": 0.1, "run": str(tmp_path / "run")}
     assert read_config(given | {"algorithm": "fedkseed-pro"}).algorithm == "fedkseed-pro"
     expected = (
-        rf"algorithm is '{algorithm}': on Flower only fedkseed and fedkseed-pro run; the baselines run in fedkseed simulate"
+        rf"algorithm is '{algorithm}': on Flower only fedkseed, fedkseed-pro, fedkseed-grad run; "
+        "the baselines run in fedkseed simulate"
     )
     with pytest.raises(ConfigError, match=expected):
         read_config(given)
