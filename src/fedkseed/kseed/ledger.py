@@ -62,10 +62,14 @@ class Ledger:
     Attributes:
         pool: the pool of perturbations.
         base: the base model's identity.
-        precision: what the coefficients were rounded to; see `fedkseed.kseed.rounding`.
+        precision: what the coefficients are rounded to; see `fedkseed.kseed.rounding`.
         round: number of rounds that have gone in.
         coefficients: float32[K], the rounded values that everybody rebuilds from.
         history: what the run needs to go on; None in the published form.
+
+    Raises:
+        InvalidValueError: the coefficients are not K numbers of that precision, or not those of the history; or the round is
+            no count.
     """
 
     pool: SeedPool
@@ -76,13 +80,20 @@ class Ledger:
     history: History | None
 
     def __post_init__(self) -> None:
-        if self.history is not None and not np.array_equal(
-            self.coefficients, rounded(self.history.accumulators, self.precision)
-        ):
+        if type(self.round) is not int or self.round < 0:
+            raise InvalidValueError(f"round is {self.round!r}; expected an integer from 0 on")
+        coefficients = self.pool.check_coefficients(self.coefficients)
+        if self.history is not None and not np.array_equal(coefficients, rounded(self.history.accumulators, self.precision)):
             raise InvalidValueError(
-                "the coefficients are not those of the ledger's accumulators, which a run goes on from; "
-                "change a published ledger: dataclasses.replace(ledger.published(), coefficients=...)"
+                "the coefficients are not those of the ledger's accumulators, which a run goes on from; change a published "
+                'ledger: dataclasses.replace(ledger.published(), precision="float32", coefficients=...)'
             )
+        if self.history is None and (lost := np.flatnonzero(coefficients != rounded(coefficients, self.precision))).size:
+            raise InvalidValueError(
+                f"coefficient {lost[0]} is {coefficients[lost[0]]}, which {self.precision} cannot hold beside the others; "
+                'give precision="float32" too'
+            )
+        object.__setattr__(self, "coefficients", coefficients)
 
     def __repr__(self) -> str:
         kind = "checkpoint" if self.history else "published"
