@@ -70,7 +70,8 @@ def separate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
 def _rows(records: Any, key: str) -> Iterable[Mapping[str, Any]]:
     """A list of dicts, the rows of a DataFrame, those of a dataset."""
     if hasattr(records, "to_dict") and hasattr(records, "columns"):
-        records = records.to_dict("records")
+        # a cell of a table that holds nothing is NaN; of a record it is None
+        records = records.astype(object).where(records.notna(), None).to_dict("records")
     if isinstance(records, Mapping) or not isinstance(records, Iterable):
         raise DataError(f"{key} is of type {type(records).__name__}; expected a file, a hub id, or a list of dicts")
     rows = list(records)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedkseed.data import collate
@@ -26,7 +27,8 @@ def tune(settings: Mapping[str, Any] | str | Path, observer: Observer | None = N
     """Find a workable `lr` and `eps` for a model and data, in a few hundred forward passes; what `fedkseed tune` does.
 
     Args:
-        settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model is left as it was.
+        settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model keeps its weights, and is in
+            evaluation mode afterwards.
         observer: who watches; None for nobody.
 
     Returns:
@@ -55,6 +57,7 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
     records = prepare(config, observer, given)
     pooled = [example for examples in records.clients.values() for example in examples]
     model = given.model if given.model is not None else load_model(config.model, config.dtype, config.device)
+    model.train(False)
     bound = bind_loaded(config.model, model, seed_pool(config)).bound
     observer.note("calibrating: a few hundred forward passes on batches of the clients' records")
 
@@ -64,4 +67,7 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
         with torch.inference_mode():
             return mean_loss(model, collate([pooled[i] for i in chosen], records.pad_id, model.device)).item()
 
-    return calibrate(bound, loss, generator(config.seed, "calibration directions"))
+    try:
+        return calibrate(bound, loss, generator(config.seed, "calibration directions"))
+    finally:  # also where it stopped half way
+        bound.rebuild(np.zeros(config.num_seeds, np.float32))
