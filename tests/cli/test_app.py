@@ -428,8 +428,6 @@ def test_doctor_finds_wrong_bits(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 @OLD_TYPER
 def test_the_doctors_expectation_is_the_oracles() -> None:
-    import laws
-
     from fedkseed.cli.doctor import EXPECTED
 
     a = (np.arange(64, dtype=np.float32) - 31) * np.float32(0.001)
