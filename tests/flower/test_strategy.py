@@ -14,6 +14,7 @@ from tests.support.flower_grid import (
     Killed,
     MemoryGrid,
     die_after,
+    engine,
     federation,
     lying,
     node,
@@ -26,7 +27,6 @@ from tests.support.runs import read_metrics
 
 from fedkseed.errors import ConfigError, LedgerError, RunError
 from fedkseed.federation import Limits
-from fedkseed.flower import client_app
 from fedkseed.flower.config import EngineConfig, node_settings, read_config
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
 from fedkseed.flower.server_app import build_strategy, server_app
@@ -436,12 +436,7 @@ def test_simulated_nodes_hold_what_a_simulation_deals_out(sites: Path, tmp_path:
     config = run_config(
         sites, tmp_path / "run", data=str(sites / "joint.jsonl"), num_clients=3, partition="iid", eval_data="", num_rounds=2
     )
-    grid = MemoryGrid()
-    app = client_app()
-    for i in range(3):
-        own = {"partition-id": i, "num-partitions": 3}
-        grid.add(i + 1, lambda m, own=own: app(m, Context(1, m.metadata.dst_node_id, own, RecordDict(), config)))  # type: ignore[misc]
-    ledger = started(config, grid)
+    ledger = started(config, engine(config, 3))
     run = simulated(sites, tmp_path / "simulated", partition="iid", num_clients=3, eval_data=None, num_rounds=2)
     assert ledger.digest() == run.train().digest()
     losses = [[e["eval_loss"] for e in read_metrics(tmp_path / n) if e["event"] == "evaluation"] for n in ("run", "simulated")]

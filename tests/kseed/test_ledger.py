@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -99,6 +100,109 @@ def test_advance_leaves_the_old_ledger_alone() -> None:
 def test_accumulators_that_no_precision_holds_are_refused() -> None:
     with pytest.raises(InvalidValueError):
         some_ledger().advance(replace(history(8), accumulators=np.full(8, np.nan)))
+
+
+# --- By hand ---
+
+
+def linear(seed: int = 0) -> torch.nn.Linear:
+    model = torch.nn.Linear(6, 5)
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_loop_of_ones_own_can_save_what_it_found(tmp_path: Path, kind: Callable[[Any], Any]) -> None:
+    """Through the file to another copy of the base model, to the bit; also a number that float16 does not hold."""
+    bound = fk.bind(linear(), POOL)
+    a = [0.5, 0.0, -3.0, float(np.float32(0.1)), 0.0, 2.0**-40, 1e4, -0.25]
+    bound.rebuild(a)
+    ledger = fk.Ledger.of(bound, kind(a), round=3)
+    assert (ledger.round, ledger.history, ledger.precision, ledger.pool) == (3, None, "float32", POOL)
+    assert ledger.base == bound.identity()
+    ledger.save(tmp_path / "ledger.safetensors")
+    assert same(fk.Ledger.load(tmp_path / "ledger.safetensors"), ledger)
+    other = linear()
+    fk.apply(other, tmp_path / "ledger.safetensors")
+    assert fk.bind(other, POOL).digest() == bound.digest() != fk.bind(linear(), POOL).digest()
+    with pytest.raises(LedgerError, match="this model is not the ledger's base"):
+        fk.apply(linear(seed=1), ledger)
+
+
+def test_a_ledger_of_a_model_that_has_moved_is_of_its_base() -> None:
+    bound = fk.bind(linear(), POOL)
+    before = fk.Ledger.of(bound, [0.5] * 8)
+    bound.move([1, 2], [0.25, 0.5])
+    assert fk.Ledger.of(bound, [0.5] * 8).digest() == before.digest()
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "text"),
+    [
+        ([0.5] * 7, r"coefficients have shape \(7,\); the pool has K = 8 seeds"),
+        ([0.5] * 7 + [0.1], "coefficient 7 is 0.1; float32 cannot hold it: round it first, such as with"),
+        ([np.nan] * 8, "coefficient 0 is nan; all must be finite"),
+        ("a text", "coefficients are str; expected an array, a list or a tensor of numbers"),
+    ],
+    ids=str,
+)
+def test_a_ledger_of_no_coefficients_is_refused(coefficients: Any, text: str) -> None:
+    bound = fk.bind(linear(), POOL)
+    with pytest.raises(InvalidValueError, match=text):
+        fk.Ledger.of(bound, coefficients)
+    with pytest.raises(InvalidValueError, match=text):
+        replace(fk.Ledger.of(bound, [0.5] * 8), coefficients=coefficients)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, True, None])
+def test_a_round_that_is_no_count_is_refused(value: Any) -> None:
+    """It could be saved and not be read again."""
+    with pytest.raises(InvalidValueError, match=rf"round is {value!r}; expected an integer from 0 on"):
+        fk.Ledger.of(fk.bind(linear(), POOL), [0.5] * 8, round=value)
+
+
+def test_other_coefficients_in_a_checkpoint_are_refused_with_what_to_do() -> None:
+    """Its file has the accumulators alone, so that the change would be lost without a word."""
+    ledger = some_ledger()
+    found = (np.arange(8) * 0.1).astype(np.float32)
+    with pytest.raises(InvalidValueError) as caught:
+        replace(ledger, coefficients=found)
+    assert str(caught.value) == (
+        "the coefficients are not those of the ledger's accumulators, which a run goes on from; change a published ledger: "
+        'dataclasses.replace(ledger.published(), precision="float32", coefficients=...)'
+    )
+    advised = replace(ledger.published(), precision="float32", coefficients=found)
+    assert fk.Ledger.decode(advised.encode()).coefficients.tolist() == found.tolist()
+    assert replace(ledger, coefficients=ledger.coefficients.copy()).digest() == ledger.digest()
+
+
+def test_coefficients_that_the_precision_does_not_hold_are_refused() -> None:
+    """Else the ledger and its file would be two models with one digest."""
+    ledger = some_ledger("float16", published=True)
+    with pytest.raises(
+        InvalidValueError, match=r'coefficient 1 is 0\.1.*, which float16 cannot hold .*; give precision="float32"'
+    ):
+        replace(ledger, coefficients=(np.arange(8) * 0.1).astype(np.float32))
+    held = replace(ledger, coefficients=[0.5, -0.25, 3, 0, 0, 0, 0, 1])
+    assert held.coefficients.dtype == np.float32
+    assert same(fk.Ledger.decode(held.encode()), held)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(PRECISIONS))
+def test_what_a_run_publishes_is_always_held(seed: int, precision: Precision) -> None:
+    ledger = some_ledger(precision, seed, published=True)
+    assert same(fk.Ledger.decode(ledger.encode()), ledger)
+
+
+def test_a_person_can_read_a_ledger_and_a_binding() -> None:
+    ledger = some_ledger()
+    known = f"8 of K = 8 gaussian seeds in use, base {ledger.base.fingerprint[:16]}>"
+    assert repr(ledger) == f"<Ledger, checkpoint: 1 rounds, {known}"
+    assert repr(ledger.published()) == f"<Ledger, published: 1 rounds, {known}"
+    bound = fk.bind(linear(), fk.SeedPool(1, 4096))
+    assert repr(bound) == "<Binding of Linear: 35 tunable parameters, K = 4,096 hadamard seeds>"
 
 
 # --- Files ---
@@ -202,9 +306,7 @@ CHANGES: dict[str, Callable[[fk.Ledger], fk.Ledger]] = {
     "round": lambda x: replace(x, round=2),
     "key": lambda x: replace(x, pool=replace(x.pool, key=1)),
     "family": lambda x: replace(x, pool=replace(x.pool, family="hadamard")),
-    "precision": lambda x: replace(
-        x, precision="float32", coefficients=rounded(x.history.accumulators, "float32") if x.history else x.coefficients
-    ),
+    "precision": lambda x: replace(x, precision="float32", coefficients=rounded(accumulators(x), "float32")),
     "fingerprint": lambda x: replace(x, base=replace(x.base, fingerprint="0" * 64)),
     "digests": lambda x: replace(x, base=replace(x.base, digests=x.base.digests + np.uint32(1))),
     "frozen": lambda x: replace(x, base=replace(x.base, frozen=())),
@@ -212,6 +314,11 @@ CHANGES: dict[str, Callable[[fk.Ledger], fk.Ledger]] = {
     "grad_sums": lambda x: replace(x, history=changed(x, "grad_sums")),
     "grad_counts": lambda x: replace(x, history=changed(x, "grad_counts")),
 }
+
+
+def accumulators(ledger: fk.Ledger) -> NDArray[np.float64]:
+    assert ledger.history is not None
+    return ledger.history.accumulators
 
 
 def changed(ledger: fk.Ledger, name: str) -> History:

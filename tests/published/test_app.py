@@ -140,6 +140,21 @@ def test_use_prompts_false_means_no(home: Path, words: list[str], value: bool) -
     assert config_of(*words, "--dataset", "dolly", "--zerotask", "0").template == "dolly"
 
 
+def test_it_runs_as_a_module_too(tmp_path: Path) -> None:
+    """From any folder, as from an installed wheel; `main.py` is but a shim."""
+    command = [sys.executable, "-m", "fedkseed.published"]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False)
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert helped.stdout.startswith("usage: ")
+    assert "--zerotask" in helped.stdout
+    wrong = subprocess.run(
+        [*command, "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False
+    )
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_help_names_the_traps(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

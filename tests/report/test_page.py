@@ -15,14 +15,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
-from fedkseed.kseed.importance import importances, probabilities
 from fedkseed.kseed.ledger import History, Ledger
-from fedkseed.kseed.server import start
+from fedkseed.kseed.server import Server, start
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.report import reading, report
+from fedkseed.report import drawing, reading, report
 from fedkseed.report.charts import charts
 from fedkseed.report.drawing import render
 from fedkseed.report.page import page
@@ -248,14 +248,44 @@ def test_every_setting_is_shown(make: Maker) -> None:
             assert f"{name} {field.description} {'not set' if value is None else value}" in text
 
 
+def label_of_probabilities(outline: Outline) -> str:
+    return next(str(a["aria-label"]) for a in outline.all("svg") if str(a["aria-label"]).startswith("Probabilities"))
+
+
+def said_of(share: NDArray[np.float64]) -> str:
+    ratios = share * share.size
+    return f"from {ratios.max():.2f} to {ratios.min():.2f} times the uniform probability of {1 / share.size:.3g}"
+
+
+def servers_probabilities(run: Path) -> NDArray[np.float64]:
+    """Those that a server draws the next round's seeds with: it is asked, the formula isn't repeated."""
+    return Server(RunFolder.open(run).config, Ledger.load(run / "ledger.safetensors"), ["somebody"]).probabilities()
+
+
 def test_seed_probabilities_are_those_of_the_next_round(complete: Complete) -> None:
+    assert said_of(servers_probabilities(complete.run)) in label_of_probabilities(complete.outline)
     history = Ledger.load(complete.run / "ledger.safetensors").history
     assert history is not None
-    ratios = probabilities(importances(history.grad_sums, history.grad_counts)) * 256
-    label = next(a for a in complete.outline.all("svg") if str(a["aria-label"]).startswith("Probabilities"))["aria-label"]
-    assert f"from {ratios.max():.2f} to {ratios.min():.2f} times the uniform probability of 0.00391" in str(label)
     counts = history.grad_counts
     assert f"240 steps over 256 seeds, each used {counts.min()} to {counts.max()} times" in complete.html
+
+
+def test_seed_probabilities_know_where_histories_start(
+    make: Maker, complete: Complete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chart's curve too, number by number."""
+    events = [evaluation(0, 4.0), closed(1), evaluation(1, 3.9)]
+    drawn: list[NDArray[np.float64]] = []
+    monkeypatch.setattr(drawing, "seed_probabilities", drawn.append)
+    texts = set()
+    for first in (0.0, 40.0):
+        run = make(events, 3, name=f"start {first}", importance_start=first)
+        record = reading.read(run)
+        (chart,) = [chart for chart in charts(record) if chart.name == "seed_probabilities"]
+        assert said_of(servers_probabilities(run)) in chart.alt
+        assert drawn.pop().tolist() == servers_probabilities(run).tolist()
+        texts.add(chart.alt)
+    assert len(texts) == 2  # so that the wrong formula, which leaves the start out, must fail
 
 
 def test_uniform_drawing_has_no_probabilities(make: Maker) -> None:
