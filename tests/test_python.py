@@ -20,14 +20,9 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.runs import tuning
 from fedkseed.runs.simulation import Result
-from tests.support.command_line import ENVIRONMENT, CommandLine, assert_one_line, command_line, contents, flags
+from tests.support.command_line import CommandLine, assert_one_line, contents, environment, flags
 from tests.support.runs import Watcher, held_out, read_metrics
 from tests.support.tiny import tiny_model, tiny_settings
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +426,7 @@ def test_names_are_loaded_when_first_used(tmp_path: Path) -> None:
         "import sys, fedkseed as fk; dir(fk); print('torch' in sys.modules); "
         "fk.SimulationConfig; print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout.split()[0] == "False"
     assert done.stdout.split()[2] == "False"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from tests.support.command_line import CommandLine, assert_one_line, command_line, contents
+from tests.support.command_line import CommandLine, assert_one_line, contents
 from tests.support.drivers import Driven, in_simulation, on_flower, on_flower_by_a_client, on_the_engine
 from tests.support.flower_grid import as_in_a_task, engine, federation, run_config, started
 from tests.support.flower_sites import SITES, make_sites
@@ -28,11 +28,6 @@ from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import RunConfig, SimulationConfig
 
 DEALT = ("data", "num_clients", "partition", "alpha", "min_partition_size", "subsample", "responses", "held_out_category")
-
-
-@pytest.fixture(scope="module")
-def fedkseed() -> CommandLine:
-    return command_line()
 
 
 @pytest.fixture(scope="module", autouse=True)

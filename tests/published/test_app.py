@@ -143,12 +143,12 @@ def test_use_prompts_false_means_no(home: Path, words: list[str], value: bool) -
 def test_it_runs_as_a_module_too(tmp_path: Path) -> None:
     """From any folder, as from an installed wheel; `main.py` is but a shim."""
     command = [sys.executable, "-m", "fedkseed.published"]
-    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False)
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
     assert (helped.returncode, helped.stderr) == (0, "")
     assert helped.stdout.startswith("usage: ")
     assert "--zerotask" in helped.stdout
     wrong = subprocess.run(
-        [*command, "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False
+        [*command, "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False
     )
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
