@@ -1,6 +1,7 @@
 """Templates and encoding: exact boundaries, labels on response and EOS only, exact counts of what is lost."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.support.tiny import CHAT
 from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
-from fedkseed.data import TEMPLATES, Example, encode, get_template, read_jsonl
+from fedkseed.data import TEMPLATES, Dropped, Example, Rendered, encode, get_template, read_examples, why_dropped
 from fedkseed.errors import DataError, InvalidValueError, ModelError
 
 BOS, EOS = 1, 2
@@ -29,32 +30,29 @@ def alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def texts(rendered: Rendered) -> tuple[str, str]:
+    return rendered.prompt, rendered.response
+
+
 def test_plain_has_an_input_section_only_for_an_input(tokenizer: PreTrainedTokenizerBase) -> None:
     plain = get_template("plain")
-    assert plain(Example("Do.", "", "Done.", ""), tokenizer) == ("Instruction:\nDo.\n\nResponse:\n", "Done.")
-    assert plain(Example("Do.", " \n", "Done.", ""), tokenizer)[0] == "Instruction:\nDo.\n\nResponse:\n"
-    assert plain(Example("Do.", "It.", "Done.", ""), tokenizer)[0] == "Instruction:\nDo.\n\nInput:\nIt.\n\nResponse:\n"
+    assert texts(plain(Example("Do.", "", "Done.", ""), tokenizer)) == ("Instruction:\nDo.\n\nResponse:\n", "Done.")
+    assert plain(Example("Do.", " \n", "Done.", ""), tokenizer).prompt == "Instruction:\nDo.\n\nResponse:\n"
+    assert plain(Example("Do.", "It.", "Done.", ""), tokenizer).prompt == "Instruction:\nDo.\n\nInput:\nIt.\n\nResponse:\n"
 
 
 def test_chat_is_the_tokenizers_own_template(own_tokenizer: PreTrainedTokenizerBase) -> None:
     own_tokenizer.chat_template = CHAT
     chat = get_template("chat")
-    assert chat(Example("Do.", "It.", "Done.", ""), own_tokenizer) == ("[user]Do.\n\nIt.\n[assistant]", "Done.")
-    assert chat(Example("Do.", "", "Done.", ""), own_tokenizer) == ("[user]Do.\n[assistant]", "Done.")
-
-
-def test_a_chat_prompt_does_not_change_with_the_date(own_tokenizer: PreTrainedTokenizerBase) -> None:
-    own_tokenizer.chat_template = "{% if not date_string is defined %}{% set date_string = strftime_now('%c') %}{% endif %}" + (
-        "{{ date_string }}"
-    )
-    assert get_template("chat")(EXAMPLES[0], own_tokenizer)[0] == "26 Jul 2024"
+    assert texts(chat(Example("Do.", "It.", "Done.", ""), own_tokenizer)) == ("[user]Do.\n\nIt.\n[assistant]", "Done.")
+    assert texts(chat(Example("Do.", "", "Done.", ""), own_tokenizer)) == ("[user]Do.\n[assistant]", "Done.")
 
 
 def test_chat_without_a_template_or_with_one_that_refuses(own_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match=r"stories260k has no chat template; use the template 'plain'"):
         encode(EXAMPLES, own_tokenizer, 64, get_template("chat"))
     own_tokenizer.chat_template = "{{ raise_exception('I want\n a system turn') }}"
-    with pytest.raises(ModelError, match=r"refused a conversation of 1 \(I want a system turn\); use the template 'plain'"):
+    with pytest.raises(ModelError, match=r"a record: the chat template of .* refuses it \(I want a system turn\); give --refu"):
         encode(EXAMPLES, own_tokenizer, 64, get_template("chat"))
 
 
@@ -70,7 +68,7 @@ def test_an_unknown_template_is_named() -> None:
 def test_prompt_response_and_eos_are_tokenised_apart(own_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     own_tokenizer.chat_template = CHAT
     for example in (EXAMPLES[0], EXAMPLES[2]):
-        prompt, response = TEMPLATES[name](example, own_tokenizer)
+        prompt, response = texts(TEMPLATES[name](example, own_tokenizer))
         (encoded,) = encode([example], own_tokenizer, 512, TEMPLATES[name]).examples
         ids = encoded.input_ids.tolist()
         assert ids[: encoded.prompt_length] == [BOS, *alone(own_tokenizer, prompt)]
@@ -158,9 +156,33 @@ def test_refusals(own_tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_dolly(shared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    examples = read_jsonl(shared / "data" / "databricks-dolly-15k.jsonl")[:1500]
+    examples = read_examples(shared / "data" / "databricks-dolly-15k.jsonl")[:1500]
     data = encode(examples, tokenizer, 256)
     assert len(data.examples) + data.num_dropped == 1500
     for i, encoded in zip(data.kept[:20], data.examples, strict=False):
         response = tokenizer.decode(encoded.input_ids[encoded.prompt_length :], skip_special_tokens=True)
         assert examples[i].output.strip().startswith(str(response).strip())
+
+
+def test_a_text_alone_has_no_prompt(own_tokenizer: PreTrainedTokenizerBase) -> None:
+    own_tokenizer.chat_template = CHAT
+    example = Example("", "", "Once upon a time.", "", alone=True)
+    for name in TEMPLATES:
+        (encoded,) = encode([example], own_tokenizer, 512, get_template(name)).examples
+        assert encoded.input_ids.tolist() == [BOS, *alone(own_tokenizer, "Once upon a time."), EOS]
+        assert encoded.prompt_length == 1
+    own_tokenizer.backend_tokenizer.post_processor = ByteLevel()  # type: ignore[attr-defined]
+    (encoded,) = encode([example], own_tokenizer, 512).examples
+    assert (encoded.prompt_length, encoded.num_targets) == (0, len(encoded.input_ids) - 1)
+
+
+def test_what_is_dropped_is_counted_by_reason_and_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = [replace(example, where=f"d.jsonl:{n}") for n, example in enumerate(EXAMPLES, start=1)]
+    examples += [Example("", "", "", "", fault="it has only a response", where="e.json, record 3")]
+    data = encode(examples, tokenizer, 128)
+    assert why_dropped(data.dropped) == (
+        "2 no response, first d.jsonl:2; 1 no response token within 128, first d.jsonl:5; "
+        "1 it has only a response, first e.json, record 3"
+    )
+    many = [Dropped("", f"reason {n}") for n in range(6)]
+    assert why_dropped(many) == "1 reason 0; 1 reason 1; 1 reason 2; 1 reason 3; 2 for other reasons"

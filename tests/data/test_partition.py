@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.generators import global_states, seed_globally
 
-from fedkseed.data import Example, dirichlet, iid, read_jsonl, shuffle_responses, split_off
+from fedkseed.data import Example, dirichlet, iid, read_examples, shuffle_responses, split_off
 from fedkseed.errors import DataError, InvalidValueError
 
 SEEDS = st.integers(0, 2**32)
@@ -82,7 +82,7 @@ def test_shares_of_a_category_are_dirichlets() -> None:
 
 
 def test_dolly_as_published(shared: Path) -> None:
-    categories = [example.category for example in read_jsonl(shared / "data" / "databricks-dolly-15k.jsonl")]
+    categories = [example.category for example in read_examples(shared / "data" / "databricks-dolly-15k.jsonl")]
     parts = dirichlet(categories, 200, 0.5, rng(42))
     assert_disjoint_cover(parts, 15_011)
     assert min(map(len, parts)) >= 1

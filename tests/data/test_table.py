@@ -1,5 +1,6 @@
 """Records in tables: CSV, TSV, parquet and datasets of the hub give what jsonl gives, and say in one line what is wrong."""
 
+import csv
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedkseed.data import Example, is_hub_id, parse_columns, read_csv, read_examples, read_hub, read_parquet
+from fedkseed.data import Example, is_hub_id, parse_columns, read_examples
 from fedkseed.errors import DataError
 from fedkseed.runs.settings import build
 
@@ -43,7 +44,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_csv(tmp_path: Path, start: str, end: str) -> None:
     lines = [HEADER.strip(), '"Add, please.","two ""lines""\nof it",3,sums', "Näme,,x,names", ""]
     path = write(tmp_path / "a.csv", start + end.join(lines))
-    assert read_csv(path) == read_examples(path) == EXAMPLES
+    assert read_examples(path) == EXAMPLES
 
 
 def test_tsv(tmp_path: Path) -> None:
@@ -59,8 +60,9 @@ def test_columns_of_a_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "where", "message"),
     [
-        ("", "", "no records; expected rows with an instruction and a response"),
+        ("", "", "no records; expected some with an instruction and a response"),
         (HEADER, "", "no records"),
+        ("instruction, output ,output\na,b,c\n", ":1", "two columns are called 'output'; give each its own name"),
         (HEADER + "a,b,c,d\na,b,c\n", ":3", "the row has other columns than the first row names; mend its commas and quotes"),
         (HEADER + "a,b,c,d,e\n", ":2", "the row has other columns than the first row names"),
         (HEADER + 'a,"b"x,c,d\n', ":2", "not CSV (',' expected after '\"'); mend the row's quotes"),
@@ -68,9 +70,9 @@ def test_columns_of_a_csv(tmp_path: Path) -> None:
         (
             "question,response\na,b\n",
             ":2",
-            "no field 'instruction'; found ['question', 'response'], so add it, or say with --col",
+            "no field 'instruction' or 'prompt'; found ['question', 'response'], so add it, or say with --col",
         ),
-        ("instruction,answer\na,b\n", ":2", "no field 'output' or 'response'; found ['answer', 'instruction'], so add it"),
+        ("instruction,answer\na,b\n", ":2", "no field 'output' or 'response' or 'completion'; found ['answer', 'instruction']"),
         (
             HEADER.encode() + b"a,b,c,d\n" * 20_000 + b"a,\xff,c,d\n",
             ":20002",
@@ -87,11 +89,32 @@ def test_a_bad_csv_is_named_with_its_line(tmp_path: Path, content: str | bytes, 
 
 
 def test_a_csv_that_is_missing_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.csv: cannot be read \(No such file or directory\); expected a CSV file"):
+    with pytest.raises(DataError, match=r"nowhere\.csv: no such file; check the path of the data"):
         read_examples(tmp_path / "nowhere.csv")
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(DataError, match=r"folder\.csv: cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"folder\.csv: a folder without files of records \(\.csv, .*\), and not of Natural"):
         read_examples(tmp_path / "folder.csv")
+
+
+def test_blanks_around_column_names_do_not_count(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", ' Question ," The answer, in short"\nWhy?, So.\n')
+    assert read_examples(path, parse_columns('instruction=Question,output="The answer, in short"')) == [
+        Example("Why?", "", " So.", "")
+    ]
+    assert read_examples(write(tmp_path / "b.csv", " Instruction,Response \na,b\n")) == [Example("a", "", "b", "")]
+
+
+def test_a_field_of_any_length(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    path = write(tmp_path / "a.csv", f"instruction,response\n{'x' * 200_000},y\n")
+    assert len(read_examples(path)[0].instruction) == 200_000
+    assert csv.field_size_limit() == before  # the csv module's own limit is everybody's
+
+
+def test_a_conversation_in_a_csv_is_json(tmp_path: Path) -> None:
+    talk = '[{""role"": ""user"", ""content"": ""Why?""}, {""role"": ""assistant"", ""content"": ""So.""}]'
+    (example,) = read_examples(write(tmp_path / "a.csv", f'messages,category\n"{talk}",x\n'))
+    assert (example.instruction, example.output, example.category) == ("Why?", "So.", "x")
 
 
 # --- Parquet ---
@@ -99,13 +122,13 @@ def test_a_csv_that_is_missing_or_a_folder(tmp_path: Path) -> None:
 
 def test_parquet(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ROWS)
-    assert read_parquet(path) == read_examples(path) == EXAMPLES
+    assert read_examples(path) == EXAMPLES
 
 
 def test_parquet_with_numbered_categories_and_conversations(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     path = write_parquet(tmp_path / "a.parquet", [{"messages": talk, "category": 3}])
-    assert read_examples(path) == [Example("Why?", "", "So.", "3")]
+    assert read_examples(path) == [Example("Why?", "", "So.", "3", history=({"role": "user", "content": "Why?"},))]
 
 
 def test_a_bad_parquet_is_one_line(tmp_path: Path) -> None:
@@ -113,16 +136,18 @@ def test_a_bad_parquet_is_one_line(tmp_path: Path) -> None:
         DataError, match=r"bad\.parquet: cannot be read \(.*\); expected a parquet file, so check the name or give"
     ):
         read_examples(write(tmp_path / "bad.parquet", "junk"))
-    with pytest.raises(DataError, match=r"none\.parquet: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.parquet: no such file"):
         read_examples(tmp_path / "none.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet, record 2: field 'response' is a null; expected a string"):
-        read_examples(write_parquet(tmp_path / "a.parquet", [ROWS[0], {**ROWS[1], "response": None}]))
-    with pytest.raises(DataError, match=r"a\.parquet, record 1: no field 'instruction'; found \['a'\]"):
+    with pytest.raises(DataError, match=r"a\.parquet, record 2: field 'response' is a array; expected a string"):
+        read_examples(write_parquet(tmp_path / "a.parquet", [{"instruction": "i", "response": r} for r in (None, ["a"])]))
+    with pytest.raises(DataError, match=r"a\.parquet, record 1: no field 'instruction' or 'prompt'; found \['a'\]"):
         read_examples(write_parquet(tmp_path / "a.parquet", [{"a": "b"}]))
 
 
 @pytest.mark.parametrize(("module", "source"), [("pyarrow", "a.parquet"), ("datasets", "owner/name")])
-def test_without_the_extra_the_fix_is_said(monkeypatch: pytest.MonkeyPatch, module: str, source: str) -> None:
+def test_without_the_extra_the_fix_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, source: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.parquet", "")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"{source} needs an extra; install it with: pip install 'fedkseed\[datasets\]'"):
         read_examples(source)
@@ -159,22 +184,22 @@ class Hub:
 @pytest.mark.parametrize(("source", "split"), [("owner/my-data_2.5", "train"), ("owner/name:validation", "validation")])
 def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, source: str, split: str) -> None:
     hub = Hub(monkeypatch, ROWS)
-    assert read_examples(source) == read_hub(source) == EXAMPLES
-    assert hub.asked == [(source.partition(":")[0], split, False)] * 2
+    assert read_examples(source) == EXAMPLES
+    assert hub.asked == [(source.partition(":")[0], split, False)]
 
 
 def test_a_dataset_of_the_hub_with_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, [{"q": "Why?", "a": "So.", "label": 2}])
-    assert read_hub("o/n", parse_columns("instruction=q,output=a,category=label")) == [Example("Why?", "", "So.", "2")]
-    with pytest.raises(DataError, match=r"o/n, record 1: no field 'instruction'; found \['a', 'label', 'q'\]"):
-        read_hub("o/n")
+    assert read_examples("o/n", parse_columns("instruction=q,output=a,category=label")) == [Example("Why?", "", "So.", "2")]
+    with pytest.raises(DataError, match=r"o/n, record 1: no field 'instruction' or 'prompt'; found \['a', 'label', 'q'\]"):
+        read_examples("o/n")
 
 
 def test_where_the_hub_is_out_of_reach_the_cache_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     hub = Hub(monkeypatch, ROWS, reachable=False)
-    assert read_hub("o/n") == EXAMPLES
+    assert read_examples("o/n") == EXAMPLES
     assert hub.asked == [("o/n", "train", True)]
     assert datasets.config.HF_HUB_OFFLINE is False  # put back
 
@@ -182,7 +207,7 @@ def test_where_the_hub_is_out_of_reach_the_cache_counts(monkeypatch: pytest.Monk
 def test_neither_hub_nor_cache_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, reachable=False, cached=False)
     with pytest.raises(DataError) as caught:
-        read_hub("o/n")
+        read_examples("o/n")
     assert str(caught.value) == (
         "o/n: cannot be read (no route to the hub); expected a dataset's hub id, and the network, "
         "so check the name or give a jsonl file"
@@ -192,11 +217,11 @@ def test_neither_hub_nor_cache_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 def test_whatever_datasets_raises_is_one_short_line(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, ValueError("Unknown split.\n" * 100))
     with pytest.raises(DataError, match=r"^o/n:valid: cannot be read \(Unknown split\. .*\.\.\.\); expected") as caught:
-        read_hub("o/n:valid")
+        read_examples("o/n:valid")
     assert len(str(caught.value)) < 300
     Hub(monkeypatch, [])
-    with pytest.raises(DataError, match=r"^o/n: no records; expected rows"):
-        read_hub("o/n")
+    with pytest.raises(DataError, match=r"^o/n: no records; expected some"):
+        read_examples("o/n")
 
 
 def test_the_real_library_without_a_network_asks_once_and_gives_up(tmp_path: Path) -> None:
@@ -221,7 +246,7 @@ def test_the_real_library_without_a_network_asks_once_and_gives_up(tmp_path: Pat
             [
                 sys.executable,
                 "-c",
-                "import fedkseed.data as d\ntry: d.read_hub('o/n')\nexcept d.table.DataError as e: print(e)",
+                "import fedkseed.data as d\ntry: d.read_examples('o/n')\nexcept d.table.DataError as e: print(e)",
             ],
             env={**environment, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "no_proxy": "*"},
             capture_output=True,

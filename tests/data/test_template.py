@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkseed.data import TEMPLATES, Example, get_template
+from fedkseed.data import TEMPLATES, Example, Rendered, get_template
 from fedkseed.errors import ConfigError, InvalidValueError
 from fedkseed.runs.settings import build
 
@@ -42,6 +42,10 @@ TEXTS = {
 GOOD = 'prompt_input = "{instruction} / {input} ="\nprompt_no_input = "{instruction} ="\n'
 
 
+def texts(rendered: Rendered) -> tuple[str, str]:
+    return rendered.prompt, rendered.response
+
+
 def write(folder: Path, text: str | bytes) -> str:
     path = folder / "template.toml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -50,12 +54,12 @@ def write(folder: Path, text: str | bytes) -> str:
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_exact_texts(name: str) -> None:
-    assert get_template(name)(WITH, NONE) == (TEXTS[name][0], "Done.")
-    assert get_template(name)(WITHOUT, NONE) == (TEXTS[name][1], "Done.")
+    assert texts(get_template(name)(WITH, NONE)) == (TEXTS[name][0], "Done.")
+    assert texts(get_template(name)(WITHOUT, NONE)) == (TEXTS[name][1], "Done.")
 
 
 def test_every_template_is_tested() -> None:
-    assert set(TEMPLATES) == {*TEXTS, "chat"}  # chat has its tests in test_encode.py
+    assert set(TEMPLATES) == {*TEXTS, "chat"}  # chat has its tests in test_chat.py
 
 
 PIECES = st.sampled_from(["{instruction}", "{input}", "{output}", "{}", "{{", "}}", "{", "}", "\\1", "%s", "$input", "a", "\n"])
@@ -65,10 +69,12 @@ TEXT = st.lists(PIECES, min_size=1, max_size=6).map("".join)
 @given(TEXT, TEXT, st.sampled_from(sorted(TEXTS)))
 def test_what_a_record_holds_is_never_substituted(instruction: str, text: str, name: str) -> None:
     template = get_template(name)
-    marked, _ = template(Example("\x01", "\x02", "", ""), NONE)
+    marked = template(Example("\x01", "\x02", "", ""), NONE).prompt
     before, between, after = re.split("[\x01\x02]", marked)
     if text.strip():
-        assert template(Example(instruction, text, text, ""), NONE) == (before + instruction + between + text + after, text)
+        rendered = template(Example(instruction, text, text, ""), NONE)
+        assert texts(rendered) == (before + instruction + between + text + after, text)
+        assert [part for part, own in rendered.parts if own] == [instruction, text]
 
 
 def test_substituting_one_after_the_other_would_show() -> None:
@@ -76,7 +82,7 @@ def test_substituting_one_after_the_other_would_show() -> None:
     careless = TEXTS["plain"][0].replace("Do it.", "{instruction}").replace("This.", "{input}")
     assert (
         careless.replace("{instruction}", "{input}").replace("{input}", "x")
-        != get_template("plain")(Example("{input}", "x", "", ""), NONE)[0]
+        != get_template("plain")(Example("{input}", "x", "", ""), NONE).prompt
     )
 
 
@@ -85,13 +91,13 @@ def test_substituting_one_after_the_other_would_show() -> None:
 
 def test_a_file(tmp_path: Path) -> None:
     template = get_template(write(tmp_path, GOOD))
-    assert template(WITH, NONE) == ("Do it. / This. =", "Done.")
-    assert template(WITHOUT, NONE) == ("Do it. =", "Done.")
+    assert texts(template(WITH, NONE)) == ("Do it. / This. =", "Done.")
+    assert texts(template(WITHOUT, NONE)) == ("Do it. =", "Done.")
 
 
 def test_a_file_may_repeat_a_placeholder_and_have_other_braces(tmp_path: Path) -> None:
     text = GOOD.replace("{instruction} =", "{instruction} { a } {instruction}")
-    assert get_template(write(tmp_path, text))(WITHOUT, NONE)[0] == "Do it. { a } Do it."
+    assert get_template(write(tmp_path, text))(WITHOUT, NONE).prompt == "Do it. { a } Do it."
 
 
 @pytest.mark.parametrize(

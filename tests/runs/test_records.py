@@ -235,7 +235,7 @@ def test_its_tasks_are_categories_too(tiny: Path, tasks: Path) -> None:
 def test_another_folder_is_refused_and_a_broken_task_named(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny, partition="client")
     result = fedkseed("simulate", *flags(settings | {"data": tmp_path}))
-    assert_one_line(result, 2, f"--data is '{tmp_path}': a folder, but not of Natural Instructions; give a file to --data")
+    assert_one_line(result, 2, f"--data is '{tmp_path}': a folder without files of records (.csv,")
     folder = write_folder(tmp_path / "broken", {"task001_x": {"Definition": ["Do."], "Instances": []}})
     result = fedkseed("simulate", *flags(settings | {"data": folder}))
     assert_one_line(result, 2, "tasks/task001_x.json: no instances")

@@ -315,7 +315,7 @@ def test_clients_share_all_records_and_no_held_out_one(tiny: Path) -> None:
     assert sum(len(part) for part in records.clients.values()) == 57
     assert len(records.held_out) == 3
     assert all(part for part in records.clients.values())
-    assert watcher.notes[0].startswith("training records: 57 used, 0 dropped (no response token), 0 cut")
+    assert watcher.notes[0].startswith("training records: 57 used, 0 dropped, 0 cut")
     assert watcher.notes[1].startswith("held-out records: 3 used")
 
 

@@ -29,14 +29,22 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedkseed"
 
 
-def cache_path(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Path | None:
-    """The file for the token ids of (prompt, response) texts; None where caching does not pay or the tokenizer is a slow
-    one, which cannot say what it is."""
+def cache_path(
+    texts: Sequence[tuple[Sequence[tuple[str, bool]], str]], tokenizer: PreTrainedTokenizerBase, control: Sequence[str] = ()
+) -> Path | None:
+    """The file for the token ids of (prompt in parts, response) texts; None where caching does not pay or the tokenizer is a
+    slow one, which cannot say what it is.
+
+    Args:
+        texts: see `fedkseed.data.special.Parts`.
+        tokenizer: a Hugging Face tokenizer.
+        control: the names that stay text in a record's own part.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or len(texts) < MIN_TEXTS:
         return None
     digest = hashlib.sha256(backend.to_str().encode())
-    digest.update(json.dumps(list(texts)).encode())
+    digest.update(json.dumps([list(control), list(texts)]).encode())
     return cache_folder() / f"{digest.hexdigest()}.npz"
 
 

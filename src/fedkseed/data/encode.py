@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 
 from fedkseed.data.cache import TokenIds, cache_path, load, save
 from fedkseed.data.example import Example
-from fedkseed.data.template import Template, plain
+from fedkseed.data.rendered import Rendered, Template
+from fedkseed.data.special import TextEncoder, control_tokens, end_ids
+from fedkseed.data.template import plain
 from fedkseed.errors import DataError, InvalidValueError, ModelError
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1024
 """Examples in one call of the tokenizer, which spreads a call over threads."""
+MOST_REASONS = 4
+"""Reasons for dropping records that a line names."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +31,7 @@ class EncodedExample:
     """One tokenised example: the prompt, then what the model is to learn.
 
     Attributes:
-        input_ids: int32[n], n <= max_length: prompt (BOS included), response, and EOS unless truncation took it.
+        input_ids: int32[n], n <= max_length: prompt (BOS included), response, and what ends it unless truncation took that.
         prompt_length: how many leading ids belong to the prompt.
     """
 
@@ -39,6 +44,19 @@ class EncodedExample:
         return len(self.input_ids) - max(self.prompt_length, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A record that is not learnt.
+
+    Attributes:
+        where: file and line, if known.
+        reason: in a few words.
+    """
+
+    where: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedData:
     """Tokenised examples and what encoding cost them.
@@ -46,16 +64,35 @@ class EncodedData:
     Attributes:
         examples: those with something to learn, in the order they came in.
         kept: int64[len(examples)]: their positions among the examples given (to look up a category, say).
-        num_dropped: examples left out: an empty response, or a prompt that fills max_length.
-        num_truncated: kept examples that lost tokens (EOS counts).
+        dropped: examples left out: no response, a prompt that fills max_length, a conversation that the template refuses.
+        num_truncated: kept examples that lost tokens (the end counts).
         num_tokens_cut: the tokens those lost.
+        stop_ids: the ids that end a response, EOS first; an answer ends at any of them.
     """
 
     examples: tuple[EncodedExample, ...]
     kept: NDArray[np.int64]
-    num_dropped: int
+    dropped: tuple[Dropped, ...]
     num_truncated: int
     num_tokens_cut: int
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def num_dropped(self) -> int:
+        """How many examples are left out."""
+        return len(self.dropped)
+
+
+def why_dropped(dropped: Sequence[Dropped]) -> str:
+    """How many records were dropped for which reason, and the first of each, such as `2 no response, first d.jsonl:7`."""
+    firsts = {item.reason: item.where for item in reversed(dropped)}
+    counts = Counter(item.reason for item in dropped)
+    parts = [
+        f"{count:,} {reason}{firsts[reason] and ', first '}{firsts[reason]}"
+        for reason, count in counts.most_common(MOST_REASONS)
+    ]
+    others = sum(count for _, count in counts.most_common()[MOST_REASONS:])
+    return "; ".join([*parts, *([f"{others:,} for other reasons"] if others else [])])
 
 
 def encode(
@@ -65,11 +102,13 @@ def encode(
     template: Template = plain,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedData:
-    """Tokenise examples: `[BOS] prompt | response EOS`, cut on the right to max_length tokens.
+    """Tokenise examples: `[BOS] prompt | response end`, cut on the right to max_length tokens.
 
     Prompt and response are tokenised apart and joined, so that no token spans the boundary and generation, which starts
     from the prompt's ids alone, sees what training saw. The prompt gets the leading special tokens (BOS) that the
-    tokenizer gives any text, unless the template wrote them already. A blank response is not learnt: the record is dropped.
+    tokenizer gives any text, unless the template wrote them already. The end is how the template ends an assistant's turn, up
+    to its first special token, else EOS. The names of special tokens in a record's own text are text. An example that is a
+    text alone has no prompt but BOS, and ends with EOS. What cannot be learnt is dropped.
     Token ids of many examples are kept on the disk (see `fedkseed.data.cache`).
 
     Args:
@@ -81,7 +120,7 @@ def encode(
 
     Raises:
         InvalidValueError: max_length below 2.
-        ModelError: the tokenizer has no EOS token, or not what the template needs.
+        ModelError: the tokenizer has no EOS token, or not what the template needs, or refuses a conversation.
         DataError: there are examples, but all of them would be dropped.
     """
     if max_length < 2:
@@ -92,55 +131,75 @@ def encode(
             f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so a response would have no end; "
             "set eos_token in its tokenizer_config.json"
         )
-    texts = [template(example, tokenizer) for example in examples]
-    prompts, responses = _all_token_ids(texts, tokenizer, on_progress)
+    rendered = [_rendered(example, tokenizer, template) for example in examples]
+    ends = {text: end_ids(text, tokenizer) for text in {item.end for item in rendered}}
+    control = control_tokens(tokenizer, "".join(ends))
+    prompts, responses = _all_token_ids(rendered, tokenizer, control, on_progress)
     start = _leading_specials(tokenizer)
     encoded: list[EncodedExample] = []
     kept: list[int] = []
+    dropped: list[Dropped] = []
     num_truncated = num_tokens_cut = 0
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    for i, (item, prompt, response) in enumerate(zip(rendered, prompts, responses, strict=True)):
         if prompt[: len(start)] != start:
             prompt = start + prompt
-        num_cut = max(0, len(prompt) + len(response) + 1 - max_length)
-        item = EncodedExample(np.array([*prompt, *response, eos][:max_length], np.int32), len(prompt))
-        if not response or not texts[i][1].strip() or item.num_targets < 1:
+        whole = [*prompt, *response, *ends[item.end]]
+        example = EncodedExample(np.array(whole[:max_length], np.int32), len(prompt))
+        if reason := item.fault or _nothing_to_learn(item, response, example, max_length):
+            dropped.append(Dropped(examples[i].where, reason))
             continue
-        encoded.append(item)
+        encoded.append(example)
         kept.append(i)
-        num_truncated += num_cut > 0
-        num_tokens_cut += num_cut
+        num_truncated += len(whole) > max_length
+        num_tokens_cut += max(0, len(whole) - max_length)
     if examples and not encoded:
+        if all(item.fault for item in rendered):
+            raise DataError(
+                f"none of {len(examples)} records can be learnt ({why_dropped(dropped)}); mend them or give another --template"
+            )
         raise DataError(
             f"none of {len(examples)} records has a response token within max_length {max_length}; "
-            "raise max_length or give records with shorter prompts and non-empty responses"
+            f"raise max_length or give records with shorter prompts and non-empty responses ({why_dropped(dropped)})"
         )
-    return EncodedData(tuple(encoded), np.array(kept, np.int64), len(examples) - len(encoded), num_truncated, num_tokens_cut)
+    stop_ids = dict.fromkeys([eos, *(ids[-1] for ids in ends.values())])
+    return EncodedData(tuple(encoded), np.array(kept, np.int64), tuple(dropped), num_truncated, num_tokens_cut, tuple(stop_ids))
+
+
+def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> Rendered:
+    if example.fault:
+        return Rendered((), "", fault=example.fault)
+    return Rendered((), example.output) if example.alone else template(example, tokenizer)
+
+
+def _nothing_to_learn(item: Rendered, response: list[int], example: EncodedExample, max_length: int) -> str:
+    if not response or not item.response.strip():
+        return "no response"
+    return f"no response token within {max_length}" if example.num_targets < 1 else ""
 
 
 def _all_token_ids(
-    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, on_progress: Callable[[int, int], None] | None
+    rendered: Sequence[Rendered],
+    tokenizer: PreTrainedTokenizerBase,
+    control: Sequence[str],
+    on_progress: Callable[[int, int], None] | None,
 ) -> tuple[TokenIds, TokenIds]:
     """The ids of prompts and of responses, from the disk where they are there."""
-    path = cache_path(texts, tokenizer)
+    texts = [(item.parts, item.response) for item in rendered]
+    path = cache_path(texts, tokenizer, control)
     if path is not None and (kept := load(path, len(texts))) is not None:
         return kept
+    encoder = TextEncoder(tokenizer, control)
     prompts: TokenIds = []
     responses: TokenIds = []
     for first in range(0, len(texts), CHUNK):
         chunk = texts[first : first + CHUNK]
-        prompts += _token_ids(tokenizer, [prompt for prompt, _ in chunk])
-        responses += _token_ids(tokenizer, [response for _, response in chunk])
+        prompts += encoder.encode([parts for parts, _ in chunk])
+        responses += encoder.encode([((response, True),) for _, response in chunk])
         if on_progress is not None:
             on_progress(len(prompts), len(texts))
     if path is not None:
         save(path, prompts, responses)
     return prompts, responses
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenIds:
-    # verbose=False: no advice about the model's own maximum length, max_length is ours to keep
-    ids: TokenIds = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:

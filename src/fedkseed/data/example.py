@@ -1,9 +1,11 @@
 """One instruction record, whatever file it came from."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-Turn = tuple[str, str]
-"""(role, text) of one message of a conversation; the role is system, user or assistant."""
+Turn = Mapping[str, Any]
+"""One message of a conversation, as chat templates take it: `role`, `content` (a text, perhaps an empty one) and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,11 @@ class Example:
         output: the response to learn.
         category: a name that partitions and tables may go by; "" where there is none.
         client: who holds the record, where the source says so; "" where it does not.
-        history: the messages before the instruction, for chat templates; `input` has them as text for the others.
+        history: of a conversation all messages before the response, for chat templates; the other templates take
+            `instruction` (the user's last text) and `input` (the other messages as text).
+        alone: the output is a text to learn as a whole, with no prompt before it.
+        fault: why the record cannot be learnt, though its source can be read; "" if it can. Encoding drops and counts it.
+        where: file and line, for messages.
     """
 
     instruction: str
@@ -24,4 +30,7 @@ class Example:
     output: str
     category: str
     client: str = ""
-    history: tuple[Turn, ...] = ()
+    history: tuple[Turn, ...] = field(default=(), hash=False)
+    alone: bool = False
+    fault: str = ""
+    where: str = field(default="", compare=False, repr=False)

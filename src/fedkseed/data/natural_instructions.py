@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedkseed.data.example import Example
-from fedkseed.data.record import checked, kind
+from fedkseed.data.values import checked, kind
 from fedkseed.errors import DataError
 from fedkseed.randomness import generator
 
@@ -60,7 +60,9 @@ def read_tasks(
             size = min(len(short), max(MIN_INSTANCES, int(TEST_SHARE * len(short))))
         draw = generator(seed, "natural instructions", split, name)
         for i in sorted(draw.choice(len(short), size, replace=False).tolist()) if size else ():
-            examples.append(Example(instruction, short[i][0], short[i][1], name, client=name.partition("_")[0]))
+            examples.append(
+                Example(instruction, short[i][0], short[i][1], name, client=name.partition("_")[0], where=str(path))
+            )
         if on_progress is not None:
             on_progress(number, len(names))
     if not examples:

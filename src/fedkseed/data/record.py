@@ -1,148 +1,131 @@
 """A record of any source, seen as field names and values, becomes an `Example`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from fedkseed.data.columns import COLUMNS, Columns, listed, nearest
+from fedkseed.data.conversation import UnusableError, read_turns, split
 from fedkseed.data.example import Example, Turn
-from fedkseed.errors import DataError, InvalidValueError
+from fedkseed.data.values import checked, filled, named, plain
+from fedkseed.errors import DataError
 
-Columns = Mapping[str, tuple[str, ...]]
-"""For each of our fields the names that it may have in a source; of those present the first counts."""
-
-COLUMNS: Columns = {
-    "instruction": ("instruction",),
-    "input": ("input", "context"),
-    "output": ("output", "response"),
-    "category": ("category",),
-    "client": ("client",),
-    "messages": ("messages",),
-}
-"""What the fields are called unless told otherwise."""
-
-ROLES = ("system", "user", "assistant")
+Row = tuple[str, Mapping[str, Any]]
+"""(where, record): file and line, for messages; field names and values."""
 
 
-def parse_columns(text: str) -> Columns:
-    """The columns that `instruction=question,output=answer` says; fields that it leaves out keep their usual names.
+def to_examples(rows: Iterable[Row], source: str, columns: Columns = COLUMNS, needless: Collection[str] = ()) -> list[Example]:
+    """The examples of a source's records, in their order.
+
+    Args:
+        rows: all of its records.
+        source: its name, for messages.
+        columns: what its fields are called.
+        needless: fields that it need not have though `columns` names them.
 
     Raises:
-        InvalidValueError: a part that is not field=column, or an unknown field.
+        DataError: there is no record, a column that `columns` names is in none, or see `to_example`.
     """
-    chosen = dict(COLUMNS)
-    for part in text.split(","):
-        field, equals, column = (piece.strip() for piece in part.partition("="))
-        if not (equals and column) or field not in COLUMNS:
-            raise InvalidValueError(
-                f"columns has {part.strip()!r}; expected field=column, such as instruction=question,output=answer, "
-                f"with fields of: {', '.join(COLUMNS)}"
-            )
-        chosen[field] = (column,)
-    return chosen
+    examples: list[Example] = []
+    shapes: dict[tuple[Any, ...], None] = {}
+    for where, record in rows:
+        shapes[tuple(record)] = None
+        examples.append(to_example(record, where, columns))
+    if not examples:
+        raise DataError(f"{source}: no records; expected some with an instruction and a response")
+    columns.check((key for shape in shapes for key in shape), source, needless)
+    stray = next((example for example in examples if example.alone), None)
+    if stray is not None and not all(example.alone for example in examples):
+        raise DataError(
+            f"{stray.where}: no field {_either(columns, 'instruction')}, which other records have; add it, or delete the record"
+        )
+    return examples
 
 
 def to_example(record: Mapping[str, Any], where: str, columns: Columns = COLUMNS) -> Example:
     """An example from a record.
 
-    `instruction` and `output` are needed, unless the record has `messages`: a conversation whose last message, the
-    assistant's, is what is to be learnt, and whose last but one is the instruction. An input, category or client that is
-    missing or null is "". Other fields are ignored. An empty response is kept: encoding drops the record and counts it.
+    Null, NaN and blank values count as absent; of several columns that may hold a field the first that holds something is
+    taken. A record with `messages` whose instruction or response is absent is a conversation: its last message, the
+    assistant's, is to be learnt. So is one whose prompt is a list of messages. A response column that the user named,
+    without any instruction or input, is learnt as a whole. Other fields are ignored. What cannot be learnt, such as an empty
+    response, is kept: encoding drops the record and counts it.
 
     Args:
         record: field names and values.
         where: file and line, for messages.
-        columns: see `Columns`.
+        columns: what the fields are called.
 
     Raises:
         DataError: a field is missing or of the wrong type; the message names where and the field.
     """
-    if _present(record, columns["messages"]) and not _present(record, columns["instruction"]):
-        return _conversation(record, where, columns)
-    return Example(
-        instruction=_text(record, columns["instruction"], where),
-        input=_optional(record, columns["input"], where),
-        output=_text(record, columns["output"], where),
-        category=_name(record, columns["category"], where),
-        client=_name(record, columns["client"], where),
-    )
-
-
-def _conversation(record: Mapping[str, Any], where: str, columns: Columns) -> Example:
-    name = _present(record, columns["messages"])
-    messages = record[name]
-    if not isinstance(messages, (list, tuple)) or len(messages) < 2:
-        raise DataError(f"{where}: field {name!r} is no list of at least two messages; expected a user's and an assistant's")
-    turns = [_turn(message, f"{where}: message {number} of {name!r}") for number, message in enumerate(messages, start=1)]
-    for place, expected in ((-1, "assistant"), (-2, "user")):
-        if turns[place][0] != expected:
-            raise DataError(
-                f"{where}: the last messages of {name!r} are {turns[-2][0]!r}, {turns[-1][0]!r}; expected 'user', 'assistant': "
-                "the assistant's last text is what is learnt"
-            )
-    history = tuple(turns[:-2])
-    return Example(
-        instruction=turns[-2][1],
-        input="\n\n".join(f"{role.capitalize()}: {text}" for role, text in history),
-        output=turns[-1][1],
-        category=_name(record, columns["category"], where),
-        client=_name(record, columns["client"], where),
-        history=history,
-    )
-
-
-def _turn(message: Any, where: str) -> Turn:
-    if not isinstance(message, Mapping):
-        raise DataError(f"{where} is a {kind(message)}; expected an object with 'role' and 'content'")
-    role = message.get("role")
-    if role not in ROLES:
-        raise DataError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}")
-    if "content" not in message:
-        raise DataError(f"{where} has no 'content'; expected an object with 'role' and 'content'")
-    return role, checked(message["content"], "content", where)
-
-
-def _present(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    return next((name for name in names if name in record), "")
-
-
-def _text(record: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
-    name = _present(record, names)
-    if not name:
-        wanted = " or ".join(repr(name) for name in names)
-        raise DataError(
-            f"{where}: no field {wanted}; found {sorted(record)}, so add it, or say with --columns what it is called"
-        )
-    return checked(record[name], name, where)
-
-
-def _optional(record: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
-    name = _present(record, names)
-    return "" if not name or record[name] is None else checked(record[name], name, where)
-
-
-def _name(record: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
-    """As `_optional`, but many datasets number their categories."""
-    name = _present(record, names)
-    if name and isinstance(record[name], int) and not isinstance(record[name], bool):
-        return str(record[name])
-    return _optional(record, names, where)
-
-
-def checked(value: Any, name: str, where: str) -> str:
-    """A field's value, once it is known to be a text.
-
-    Raises:
-        DataError: it is none; the message names where and the field.
-    """
-    if not isinstance(value, str):
-        raise DataError(f'{where}: field {name!r} is a {kind(value)}; expected a string ("" where there is nothing)')
+    fields = _Fields(record, where, columns)
+    category, client = fields.name("category"), fields.name("client")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: field {name!r} has half a surrogate pair, which no text has; delete that escape") from None
-    return value
+        turns = fields.turns()
+        instruction, text, output = split(turns) if turns else fields.texts()
+    except UnusableError as error:
+        return Example("", "", "", category, client, fault=str(error), where=where)
+    alone = not turns and fields.alone
+    return Example(instruction, text, output, category, client, history=turns[:-1], alone=alone, where=where)
 
 
-def kind(value: object) -> str:
-    """What a value's type is called in JSON."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
+class _Fields:
+    """A record's values by our names of its fields."""
+
+    def __init__(self, record: Mapping[str, Any], where: str, columns: Columns) -> None:
+        self._found, self._where, self._columns = list(map(str, record)), where, columns
+        self._keys: dict[str, str] = {}  # of the fields that have a column
+        self._values: dict[str, Any] = {}  # of those that hold something
+        for field, keys in columns.find(tuple(record)).items():
+            for key in keys:
+                self._keys.setdefault(field, str(key))
+                value = plain(record[key])
+                if filled(value):
+                    self._keys[field], self._values[field] = str(key), value
+                    break
+
+    @property
+    def alone(self) -> bool:
+        """Whether the response is all that there is, on purpose."""
+        told = self._columns.tells("output") and not self._columns.tells("instruction")
+        return told and self._keys.keys().isdisjoint(("instruction", "input"))
+
+    def name(self, field: str) -> str:
+        """A category or client; "" where there is none."""
+        return named(self._values[field], self._keys[field], self._where) if field in self._values else ""
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation that the record holds; empty if it holds none."""
+        asked, answered = self._values.get("instruction"), self._values.get("output")
+        if isinstance(asked, (list, tuple)) and answered is not None:
+            last: tuple[Turn, ...] = (
+                ({"role": "assistant", "content": self._text("output")},) if isinstance(answered, str) else ()
+            )
+            return (*self._turns("instruction"), *(last or self._turns("output")))
+        wholly = asked is not None or (self._columns.tells("output") and not self._columns.tells("messages"))
+        if "messages" not in self._values or (answered is not None and wholly):
+            return ()
+        return self._turns("messages")
+
+    def texts(self) -> tuple[str, str, str]:
+        """Instruction, input and output of a record that is no conversation."""
+        for field in ("output",) if self.alone else ("instruction", "output"):
+            if field not in self._keys and "messages" not in self._keys:
+                hint = nearest(self._columns.names(field), self._found)
+                if not hint and "output" not in self._keys and "text" in self._found:
+                    hint = "--columns output=text learns texts as a whole"
+                raise DataError(
+                    f"{self._where}: no field {_either(self._columns, field)}; found {listed(self._found)}, so add it, or say "
+                    f"with --columns what it is called{hint and '; '}{hint}"
+                )
+        return self._text("instruction"), self._text("input"), self._text("output")
+
+    def _text(self, field: str) -> str:
+        return checked(self._values[field], self._keys[field], self._where) if field in self._values else ""
+
+    def _turns(self, field: str) -> tuple[Turn, ...]:
+        return read_turns(self._values[field], self._keys[field], self._where)
+
+
+def _either(columns: Columns, field: str) -> str:
+    return " or ".join(map(repr, columns.names(field)))

@@ -22,10 +22,13 @@ def shuffle_responses(examples: Sequence[Example], rng: np.random.Generator) -> 
 
 
 def shuffle_within_categories(examples: Sequence[Example], rng: np.random.Generator) -> list[Example]:
-    """`shuffle_responses` of each category by itself: what answers look like can still be learnt, what they answer cannot."""
+    """`shuffle_responses` of each category by itself: what answers look like can still be learnt, what they answer cannot.
+
+    Records that cannot be learnt take no part.
+    """
     shuffled = list(examples)
     for category in sorted({example.category for example in examples}):
-        places = [i for i, example in enumerate(examples) if example.category == category]
+        places = [i for i, example in enumerate(examples) if example.category == category and not example.fault]
         for place, example in zip(places, shuffle_responses([examples[i] for i in places], rng), strict=True):
             shuffled[place] = example
     return shuffled

@@ -1,21 +1,33 @@
-"""Whatever `--data` may name: a jsonl, CSV, TSV or parquet file, a Natural Instructions folder, or a Hugging Face dataset."""
+"""Whatever `--data` may name: files of records, a glob or folder of them, Natural Instructions, a Hugging Face dataset."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from fedkseed.data.columns import COLUMNS, Columns, parse_columns
+from fedkseed.data.compression import SUFFIXES, kind_of
 from fedkseed.data.example import Example
-from fedkseed.data.jsonl import read_jsonl
+from fedkseed.data.jsonl import json_rows
 from fedkseed.data.natural_instructions import is_natural_instructions, read_tasks
-from fedkseed.data.record import COLUMNS, Columns, parse_columns
-from fedkseed.data.table import read_csv, read_hub, read_parquet
+from fedkseed.data.record import Row, to_examples
+from fedkseed.data.table import arrow_rows, csv_rows, hub_rows, is_saved, parquet_rows, saved_rows
+from fedkseed.errors import DataError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-READERS = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
-FILES = (*READERS, ".jsonl", ".json", ".txt")
-"""What files of records are called; a hub id may have a dot in its name too, such as owner/name-2.5."""
+GLOB = re.compile(r"[*?\[]")
+TABLES: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+    ".feather": arrow_rows,
+}
+KINDS = (*TABLES, ".jsonl", ".ndjson", ".json")
+"""What files of records are called, perhaps with .gz and the like behind it: those that a folder of files is read for."""
+FILES = (*KINDS, ".txt", *SUFFIXES)
+"""Ends of a name that no hub id has, which may have a dot in its name too, such as owner/name-2.5."""
 
 
 def is_hub_id(source: str) -> bool:
@@ -23,16 +35,92 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not source.lower().endswith(FILES)
 
 
-def read_examples(source: str | Path, columns: Columns = COLUMNS) -> list[Example]:
-    """The records of a source: of a file by how its name ends (a jsonl file, if by nothing known), else of a hub id.
+def resolve_source(source: str) -> str:
+    """The same source by absolute paths, so that it can be read from any folder.
 
     Raises:
-        DataError: see the readers.
+        DataError: there is nothing of that name.
     """
-    path = Path(source)
-    if not path.exists() and is_hub_id(str(source)):
-        return read_hub(str(source), columns)
-    return READERS.get(path.suffix.lower(), read_jsonl)(path, columns)
+    if is_natural_instructions(Path(source)):
+        return str(Path(source).resolve())
+    return ",".join(_absolute(part) if _paths(part) else part for part in _parts(source))
+
+
+def _absolute(part: str) -> str:
+    path = Path(part)
+    return str(path.resolve() if path.exists() else path.absolute())
+
+
+def _parts(source: str) -> list[str]:
+    """Several sources may stand with commas between them, where there is none whose own name has them."""
+    if "," not in source or Path(source).exists() or _matches(source):
+        return [source]
+    return [part.strip() for part in source.split(",")]
+
+
+def _paths(part: str) -> list[Path]:
+    """The files and saved datasets that a part names, in the order of their names; none for a hub id.
+
+    Raises:
+        DataError: there are none, and it can be no hub id.
+    """
+    path = Path(part)
+    if path.is_dir() and not is_saved(path):
+        files = sorted(file for file in path.iterdir() if kind_of(file) in KINDS and _is_source(file))
+        if not files:
+            raise DataError(
+                f"{part}: a folder without files of records ({', '.join(KINDS)}), and not of Natural Instructions; "
+                "give a file, or a pattern such as 'FOLDER/*/*.jsonl'"
+            )
+        return files
+    if path.exists():
+        return [path]
+    found = _matches(part)
+    if not found and GLOB.search(part):
+        raise DataError(f"{part}: no file has such a name; check the pattern of the data")
+    if not found and not is_hub_id(part):
+        raise DataError(f"{part}: no such file; check the path of the data")
+    return found
+
+
+def _matches(pattern: str) -> list[Path]:
+    """What a glob finds, in the order of the names; nothing for a text that is no glob."""
+    if not GLOB.search(pattern):
+        return []
+    whole = Path(pattern).absolute()
+    return sorted(file for file in Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))) if _is_source(file))
+
+
+def _is_source(path: Path) -> bool:
+    return not path.name.startswith(".") and (path.is_file() or is_saved(path))
+
+
+def _rows(source: str, columns: Columns) -> Iterator[Row]:
+    for part in _parts(source):
+        paths = _paths(part)
+        if not paths:
+            yield from hub_rows(part)
+        for path in paths:
+            if path.is_dir():
+                yield from saved_rows(path)
+            elif kind_of(path) in TABLES:
+                yield from TABLES[kind_of(path)](path)
+            else:
+                yield from json_rows(path, columns)
+
+
+def read_examples(source: str | Path, columns: Columns = COLUMNS, needless: Collection[str] = ()) -> list[Example]:
+    """The records of a source: of files by how their names end (JSON, if by nothing known), else of a hub id.
+
+    Args:
+        source: a file, a glob, a folder of files or of a saved dataset, a hub id, or several of these with commas between.
+        columns: what the fields are called.
+        needless: fields that `columns` may name though no record has them.
+
+    Raises:
+        DataError: see the readers and `to_examples`.
+    """
+    return to_examples(_rows(str(source), columns), str(source), columns, needless)
 
 
 def read_source(
@@ -46,8 +134,8 @@ def read_source(
     """The records that `--data` or `--eval-data` names.
 
     Args:
-        source: a file, a Natural Instructions folder or a hub id.
-        split: of Natural Instructions: which of the tasks.
+        source: a Natural Instructions folder, or what `read_examples` takes.
+        split: of Natural Instructions: which of the tasks. Other records that are held out need no client.
         max_length: of Natural Instructions: inputs have fewer characters, as the published code has it.
         seed: of Natural Instructions: draws the instances.
         columns: see `parse_columns`; None for the usual names.
@@ -59,4 +147,7 @@ def read_source(
     path = Path(source)
     if is_natural_instructions(path):
         return read_tasks(path, split, max_length, seed, partial(heard, f"reading {split} tasks") if heard else None)
-    return read_examples(source, parse_columns(columns) if columns else COLUMNS)
+    return read_examples(source, parse_columns(columns) if columns else COLUMNS, ("client",) if split == "test" else ())
+
+
+read_jsonl = read_examples

@@ -1,4 +1,5 @@
-"""Records in tables: CSV files, parquet files, Hugging Face datasets. Parquet and datasets need the extra `datasets`."""
+"""Records in tables: CSV files, parquet and Arrow files, what datasets saved, datasets of the hub. All but CSV need the
+extra `datasets`."""
 
 import csv
 import io
@@ -7,63 +8,127 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedkseed.data.example import Example
-from fedkseed.data.record import COLUMNS, Columns, to_example
+from fedkseed.data.compression import kind_of, read_bytes
+from fedkseed.data.record import Row
 from fedkseed.errors import DataError
 
+LONGEST_FIELD = 2**31 - 1
+"""In characters, of a CSV file: as many as the csv module can be told on every machine; by itself it takes 131,072."""
 
-def read_csv(path: str | Path, columns: Columns = COLUMNS) -> list[Example]:
+
+def csv_rows(path: Path) -> Iterator[Row]:
     """The records of a CSV file (or TSV, by its name) whose first row names the columns.
 
     Raises:
-        DataError: no such file, not UTF-8, no records, a row of another length than the first, a missing column; the
-            message names the file and the line.
+        DataError: the file cannot be read, is not UTF-8, names a column twice, or has a row of another length than the
+            first; the message names the file and the line.
     """
-    path = Path(path)
+    content = read_bytes(path)
     try:
-        content = path.read_bytes()
         text = content.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a CSV file") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
-    )
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
     try:
-        rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+        with _long_fields():
+            rows = [(f"{path}:{reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num + 1}: not CSV ({error}); mend the row's quotes") from None
+    names = [name.strip() for name in reader.fieldnames or ()]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:1: two columns are called {twice[0]!r}; give each its own name")
     for where, row in rows:
         if None in row or None in row.values():
             raise DataError(f"{where}: the row has other columns than the first row names; mend its commas and quotes")
-    return _examples(rows, str(path), columns)
+    yield from rows
 
 
-def read_parquet(path: str | Path, columns: Columns = COLUMNS) -> list[Example]:
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """The csv module takes fields of any length; what it took before is put back."""
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
     """The records of a parquet file.
 
     Raises:
-        DataError: the extra is not installed, the file cannot be read, no records, a missing column.
+        DataError: the extra is not installed, or the file cannot be read.
     """
+    content = read_bytes(path)
 
     def load() -> list[dict[str, Any]]:
-        from pyarrow import parquet
+        from pyarrow import BufferReader, parquet
 
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = parquet.read_table(BufferReader(content)).to_pylist()
         return rows
 
-    return _examples(_numbered(_load(load, str(path), "a parquet file"), str(path)), str(path), columns)
+    return _numbered(_load(load, str(path), "a parquet file"), str(path))
 
 
-def read_hub(source: str, columns: Columns = COLUMNS) -> list[Example]:
+def arrow_rows(path: Path) -> Iterator[Row]:
+    """The records of an Arrow file: a stream, as datasets keeps its tables, or a file with an index, as Feather has it.
+
+    Raises:
+        DataError: the extra is not installed, or the file cannot be read.
+    """
+    content = read_bytes(path)
+
+    def load() -> list[dict[str, Any]]:
+        from pyarrow import BufferReader, ipc
+
+        open_table = ipc.open_file if content.startswith(b"ARROW1") else ipc.open_stream
+        rows: list[dict[str, Any]] = open_table(BufferReader(content)).read_all().to_pylist()
+        return rows
+
+    return _numbered(_load(load, str(path), "an Arrow file"), str(path))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether datasets saved a dataset, or several splits of one, into a folder."""
+    return (folder / "dataset_dict.json").is_file() or ((folder / "state.json").is_file() and _has_arrow(folder))
+
+
+def _has_arrow(folder: Path) -> bool:
+    return next(folder.glob("*.arrow"), None) is not None
+
+
+def saved_rows(folder: Path) -> Iterator[Row]:
+    """The records of what `datasets.save_to_disk` wrote; of several splits those of `train`, or of the only one.
+
+    Raises:
+        DataError: the extra is not installed, the folder cannot be read, or which split is not clear.
+    """
+
+    def load() -> Any:
+        import datasets
+
+        return datasets.load_from_disk(str(folder))
+
+    data = _load(load, str(folder), "what datasets saved")
+    if isinstance(data, dict):
+        name = "train" if "train" in data else next(iter(data)) if len(data) == 1 else None
+        if name is None:
+            raise DataError(
+                f"{folder}: has the splits {sorted(data)} and no 'train'; give the folder of one, such as {folder / min(data)}"
+            )
+        data = data[name]
+    return _numbered(data, str(folder))
+
+
+def hub_rows(source: str) -> Iterator[Row]:
     """The records of a Hugging Face dataset: `owner/name`, or `owner/name:split` for another split than `train`.
 
     It comes from the hub, or from the local cache where the hub is out of reach.
 
     Raises:
-        DataError: the extra is not installed, the dataset is out of reach, no records, a missing column.
+        DataError: the extra is not installed, or the dataset is out of reach.
     """
     name, _, split = source.partition(":")
 
@@ -81,7 +146,7 @@ def read_hub(source: str, columns: Columns = COLUMNS) -> list[Example]:
                     raise refusal from None
         return datasets.load_dataset(name, split=split or "train")
 
-    return _examples(_numbered(_load(load, source, "a dataset's hub id, and the network"), source), source, columns)
+    return _numbered(_load(load, source, "a dataset's hub id, and the network"), source)
 
 
 @contextmanager
@@ -107,12 +172,5 @@ def _load(load: Callable[[], Any], source: str, expected: str) -> Any:
         ) from None
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]], source: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _numbered(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[Row]:
     return ((f"{source}, record {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _examples(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str, columns: Columns) -> list[Example]:
-    examples = [to_example(row, where, columns) for where, row in rows]
-    if not examples:
-        raise DataError(f"{source}: no records; expected rows with an instruction and a response")
-    return examples

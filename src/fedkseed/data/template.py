@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fedkseed.data.chat import Chat, Refused, parse_arguments
 from fedkseed.data.example import Example
-from fedkseed.errors import InvalidValueError, ModelError
+from fedkseed.data.rendered import Rendered, Template
+from fedkseed.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Template = Callable[[Example, "PreTrainedTokenizerBase"], tuple[str, str]]
-"""(example, tokenizer) -> (prompt, response); the response follows the prompt with nothing between, EOS comes later."""
 
 PLACEHOLDER = re.compile(r"\{(\w*)\}")
 NEEDED = {"prompt_input": ("instruction", "input"), "prompt_no_input": ("instruction",)}
@@ -27,11 +27,12 @@ NEEDED = {"prompt_input": ("instruction", "input"), "prompt_no_input": ("instruc
 def wording(prompt_input: str, prompt_no_input: str) -> Template:
     """A template of two texts with `{instruction}` and `{input}` in them, the second for records with a blank input."""
 
-    def template(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    def template(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         texts = {"instruction": example.instruction, "input": example.input}
         chosen = prompt_input if example.input.strip() else prompt_no_input
-        # in one pass: a text that holds "{input}" itself stays as it is
-        return PLACEHOLDER.sub(lambda match: texts[match[1]], chosen), example.output
+        # in one pass: a text that holds "{input}" itself stays as it is; every second part is a placeholder's name
+        parts = PLACEHOLDER.split(chosen)
+        return Rendered(tuple((texts[part], True) if i % 2 else (part, False) for i, part in enumerate(parts)), example.output)
 
     return template
 
@@ -66,45 +67,33 @@ bare = wording("{instruction}\n\nInput: {input}\n\nOutput:", "{instruction}\n\nO
 """What the published FedKSeed code writes for Natural Instructions when its prompts are switched off."""
 
 
-def chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The tokenizer's own chat template: what was said before, a user turn, then the opening of the assistant's.
-
-    Raises:
-        ModelError: the tokenizer has no chat template, or its template refuses such a conversation.
-    """
-    if not tokenizer.chat_template:
-        raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use the template 'plain'")
-    turns = [{"role": role, "content": text} for role, text in example.history]
-    if example.input.strip() and not turns:  # with a history, the input is that history as text
-        turns.append({"role": "user", "content": f"{example.instruction}\n\n{example.input}"})
-    else:
-        turns.append({"role": "user", "content": example.instruction})
-    try:
-        prompt = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=True,
-            # some templates print today's date, and a resumed run must see the prompts of the first day
-            date_string="26 Jul 2024",
-        )
-    except Exception as error:  # a template is a program of the model's author and may raise anything
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"the chat template of {tokenizer.name_or_path} refused a conversation of {len(turns)} ({reason}); "
-            "use the template 'plain'"
-        ) from error
-    return str(prompt), example.output
+TEMPLATES: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "dolly": dolly, "bare": bare, "chat": Chat()}
 
 
-TEMPLATES: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "dolly": dolly, "bare": bare, "chat": chat}
-
-
-def get_template(name: str) -> Template:
+def get_template(
+    name: str,
+    *,
+    arguments: str | Mapping[str, Any] | None = None,
+    refused: Refused = "stop",
+    today: date | None = None,
+) -> Template:
     """The template of that name, or the one in a TOML file with the texts `prompt_input` and `prompt_no_input`.
 
+    Args:
+        name: of a template or a file.
+        arguments: of `chat`: what the tokenizer's template takes beside the messages; see `parse_arguments`.
+        refused: of `chat`: what becomes of a conversation that the tokenizer's template refuses; see `Chat`.
+        today: of `chat`: the date that the tokenizer's template sees; None for one that never changes.
+
     Raises:
-        InvalidValueError: there is none, or the file is not such a file, or a text lacks its placeholders.
+        InvalidValueError: there is none, or the file is not such a file, or a text lacks its placeholders; or what only
+            `chat` takes is given to another.
     """
+    if name == "chat":
+        return Chat(parse_arguments(arguments) if arguments else {}, refused, **({"today": today} if today else {}))
+    for flag, value in (("--template-arguments", arguments), ("--refused-turns", refused if refused != "stop" else None)):
+        if value:
+            raise InvalidValueError(f"{flag} is {value!r} and the template is {name!r}; only the template 'chat' takes it")
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fedkseed.errors import ConfigError
+from fedkseed.data import resolve_source
+from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
 from fedkseed.runs.folder import CONFIG, RunFolder, read_settings, settings_of
@@ -130,10 +131,12 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
         if not node_config.get(key):
             raise ConfigError(f'node-config has no {key}; start the SuperNode with --node-config \'name="..." data="..."\'')
     for key in ("data", "eval-data"):
-        if node_config.get(key) and not Path(str(node_config[key])).is_file():
-            raise ConfigError(
-                f"node-config {key} is {node_config[key]!r}: no such file; give the path of a jsonl, CSV or parquet file"
-            )
+        if node_config.get(key):
+            try:
+                resolve_source(str(node_config[key]))
+            except DataError as error:
+                reason = str(error).removeprefix(f"{node_config[key]}: ")
+                raise ConfigError(f"node-config {key} is {node_config[key]!r}: {reason}") from None
     # the server's records are not the node's, and its settings of them say nothing about the node's
     dealt = {_kebab(name) for name in SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()}
     own = {key: value for key, value in run_config.items() if key != "eval-data" and key not in dealt}

@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.supercore import log
 
-from fedkseed.data import EncodedExample, encode, get_template, pad_token_id, read_source
+from fedkseed.data import EncodedExample, encode, pad_token_id, read_source
 from fedkseed.errors import ConfigError, ProtocolError
 from fedkseed.flower.config import EngineConfig, FlowerConfig, node_settings
 from fedkseed.flower.envelope import Evaluation, Hello
@@ -21,7 +21,7 @@ from fedkseed.kseed.messages import TrainRequest
 from fedkseed.kseed.server import seed_pool
 from fedkseed.models.loading import Dtype, load_model, load_tokenizer
 from fedkseed.noise.pool import SeedPool
-from fedkseed.runs.records import Records, check_context, prepare, sample
+from fedkseed.runs.records import Records, check_context, describe, prepare, sample
 from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, TimedModel, bind_loaded
 
 
@@ -54,11 +54,9 @@ def read_examples(config: FlowerConfig, source: str, what: str) -> list[EncodedE
         FedKSeedError: the file or the tokenizer cannot be used.
     """
     records = read_source(source, "train", config.max_length, config.seed, config.columns)
-    encoded = encode(records, load_tokenizer(config.model), config.max_length, get_template(config.template))
+    encoded = encode(records, load_tokenizer(config.model), config.max_length, config.prompts())
     check_context(config.model, config.max_length, encoded.examples)
-    log(
-        INFO, "%s records: %s used, %s dropped, %s cut", what, len(encoded.examples), encoded.num_dropped, encoded.num_truncated
-    )
+    log(INFO, describe(what, encoded))
     return list(encoded.examples)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.data import COLUMNS, Example, parse_columns, to_example
-from fedkseed.errors import ConfigError, DataError
+from fedkseed.data import COLUMNS, Example, parse_columns, read_records
+from fedkseed.errors import ConfigError
 from fedkseed.runs.settings import IN_MEMORY
 
 if TYPE_CHECKING:
@@ -56,33 +56,23 @@ def separate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
         named["model"] = f"{IN_MEMORY}{type(model[0]).__name__}"
     columns = parse_columns(named["columns"]) if named.get("columns") else COLUMNS
     for key in ("data", "eval_data"):
-        if named.get(key) is not None and not isinstance(named[key], (str, Path)):
-            records = objects[key] = [
-                to_example(row, f"{key}, record {number}", columns)
-                for number, row in enumerate(_rows(named[key], key), start=1)
-            ]
-            if not records:
-                raise DataError(f"{key} has no records; expected dicts with an instruction and a response")
+        if named.get(key) is not None and not _is_named(named[key]):
+            records = objects[key] = read_records(named[key], columns, key)
             named[key] = f"{IN_MEMORY}{len(records)} records, {_digest(records)}"
     return named, Inputs(**objects)
 
 
-def _rows(records: Any, key: str) -> Iterable[Mapping[str, Any]]:
-    """A list of dicts, the rows of a DataFrame, those of a dataset."""
-    if hasattr(records, "to_dict") and hasattr(records, "columns"):
-        records = records.to_dict("records")
-    if isinstance(records, Mapping) or not isinstance(records, Iterable):
-        raise DataError(f"{key} is of type {type(records).__name__}; expected a file, a hub id, or a list of dicts")
-    rows = list(records)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping):
-            raise DataError(f"{key}, record {number} is of type {type(row).__name__}; expected a dict")
-    return rows
+def _is_named(source: Any) -> bool:
+    """Whether a source is a name, or a list of names, and no records."""
+    names = source if isinstance(source, list) and source else [source]
+    return all(isinstance(name, (str, Path)) for name in names)
 
 
 def _digest(records: list[Example]) -> str:
     """The first half of the SHA-256 of the records' fields: which records a run had, without the records."""
     digest = hashlib.sha256()
     for e in records:
-        digest.update(json.dumps([e.instruction, e.input, e.output, e.category, e.client, e.history]).encode() + b"\n")
+        digest.update(
+            json.dumps([e.instruction, e.input, e.output, e.category, e.client, e.history], default=str).encode() + b"\n"
+        )
     return digest.hexdigest()[:32]

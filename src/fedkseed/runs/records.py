@@ -17,13 +17,13 @@ from fedkseed.data import (
     Example,
     dirichlet,
     encode,
-    get_template,
     iid,
     is_natural_instructions,
     pad_token_id,
     read_source,
     shuffle_within_categories,
     split_off,
+    why_dropped,
 )
 from fedkseed.errors import ConfigError, DataError, ProtocolError
 from fedkseed.federation.envelope import check_name
@@ -84,7 +84,7 @@ def prepare(config: SimulationConfig, observer: Observer, inputs: Inputs | None 
     train, held_out = load_examples(config, observer, given)
     if config.responses == "shuffled":
         train = shuffle_within_categories(train, generator(config.seed, "shuffled responses"))
-    template = get_template(config.template)
+    template = config.prompts()
     encoded = encode(train, tokenizer, config.max_length, template, partial(observer.progress, "tokenising training records"))
     evaluation = encode(
         held_out, tokenizer, config.max_length, template, partial(observer.progress, "tokenising held-out records")
@@ -194,8 +194,8 @@ def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, lis
         for i, example in enumerate(examples):
             if not example.client:
                 raise DataError(
-                    f"{config.data}: a record has no field 'client'; --partition client needs it in every record, "
-                    "so say with --columns client=COLUMN which column tells who holds a record"
+                    f"{example.where or config.data}: a record has no field 'client'; --partition client needs it in every "
+                    "record, so say with --columns client=COLUMN which column tells who holds a record"
                 )
             held.setdefault(example.client, []).append(i)
         try:
@@ -215,7 +215,8 @@ def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, lis
 
 def describe(what: str, encoded: EncodedData) -> str:
     """One line about how many records are used, and what was lost of the others."""
+    lost = f" ({why_dropped(encoded.dropped)})" if encoded.dropped else ""
     return (
-        f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped (no response token), "
+        f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped{lost}, "
         f"{encoded.num_truncated:,} cut ({encoded.num_tokens_cut:,} tokens)"
     )

@@ -102,7 +102,7 @@ def measure(
     tuning = TunedTensors.load(checkpoint_path(where)) if baseline else Ledger.load(checkpoint_path(where))
     source, records = _source(config, choices, where), given.data or _records(config, choices, where)
     tokenizer = given.tokenizer or load_tokenizer(source)
-    template = get_template(choices.template or (config.template if config else "plain"))
+    template = config.prompts(choices.template) if config else get_template(choices.template or "plain")
     max_length, seed = choices.max_length or (config.max_length if config else 1024), config.seed if config else 0
     encoded = encode(records, tokenizer, max_length, template, partial(observer.progress, "tokenising"))
     observer.note(describe("evaluation", encoded))

@@ -1,5 +1,6 @@
 """The settings of a run: what the server decides, which model it is of, and, where clients are simulated, their data."""
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -8,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fedkseed.data import TEMPLATES, get_template, is_hub_id, is_natural_instructions, parse_columns
-from fedkseed.errors import ConfigError
+from fedkseed.data import TEMPLATES, Template, columns_text, get_template, parse_arguments, parse_columns, resolve_source
+from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.runs.validation import Words, validated
 
@@ -19,13 +20,22 @@ class RunConfig(FederationConfig):
 
     model: str = Field(description="base model: a Hugging Face model folder or hub id")
     columns: str | None = Field(
-        None, description="what the fields are called in the data, such as instruction=question,output=answer,client=site"
+        None,
+        description="what the fields are called in the data, such as instruction=question,output=answer,client=site; "
+        "output=text alone learns texts as a whole",
     )
     eval_data: str | None = Field(
         None, description="held-out records (default: the test tasks of Natural Instructions, else a seeded 5 % of --data)"
     )
     max_length: Annotated[int, Field(ge=2)] = Field(1024, description="longest record in tokens; longer ones are cut")
     template: str = Field("plain", description=f"prompt template: {', '.join(TEMPLATES)} (the tokenizer's own), or a TOML file")
+    template_arguments: str | None = Field(
+        None, description="what the tokenizer's chat template takes beside the messages, such as enable_thinking=false"
+    )
+    refused_turns: Literal["stop", "fold", "drop"] = Field(
+        "stop",
+        description="a conversation that the chat template refuses: stop; fold its system turns into the user's; or drop it",
+    )
     eval_every: Count = Field(1, description="evaluate every so many rounds, and after the last")
     eval_limit: Count | None = Field(None, description="evaluate on a seeded draw of so many held-out records")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -33,15 +43,54 @@ class RunConfig(FederationConfig):
     )
     device: str = Field("cpu", description="where the model runs: cpu, cuda, or one GPU of several, such as cuda:1")
 
-    @field_validator("model", "eval_data", "template", mode="before")
+    @field_validator("model", "template", mode="before")
     @classmethod
     def _path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("eval_data", mode="before")
+    @classmethod
+    def _eval_data_as_text(cls, value: Any) -> Any:
+        return _source_text(value)
 
     @field_validator("eval_data")
     @classmethod
     def _eval_data_is_source(cls, value: str | None, info: ValidationInfo) -> str | None:
         return _checked_source(value, info)
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_as_text(cls, value: Any) -> Any:
+        return columns_text(value) if isinstance(value, dict) else value
+
+    @field_validator("template_arguments", mode="before")
+    @classmethod
+    def _arguments_as_text(cls, value: Any) -> Any:
+        return ",".join(f"{name}={json.dumps(given)}" for name, given in value.items()) if isinstance(value, dict) else value
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _are_arguments(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_arguments(value)
+        return value
+
+    @model_validator(mode="after")
+    def _chat_takes_them(self) -> Self:
+        if self.template_arguments is not None or self.refused_turns != "stop":
+            self.prompts()
+        return self
+
+    def prompts(self, template: str | None = None) -> Template:
+        """The prompt template of these settings, or another one in its place.
+
+        Raises:
+            InvalidValueError: see `get_template`.
+        """
+        chosen = template or self.template
+        if template is not None and chosen != "chat":
+            return get_template(chosen)
+        return get_template(chosen, arguments=self.template_arguments, refused=self.refused_turns)
 
     @field_validator("columns")
     @classmethod
@@ -76,8 +125,9 @@ class SimulationConfig(RunConfig):
 
     data: str | None = Field(
         None,
-        description="training records: a jsonl, CSV or parquet file with instruction, input/context, output/response, "
-        "category (or chat messages); a Natural Instructions folder; a dataset's hub id",
+        description="training records: jsonl, JSON, CSV, parquet or Arrow files (several with commas between, a glob, a "
+        "folder) with instruction, input/context, output/response, category (or chat messages); a Natural Instructions "
+        "folder; a dataset's hub id",
     )
     subsample: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="use a seeded fraction of the training records")
     held_out_category: str | None = Field(None, description="hold out the records of this category, which no client gets")
@@ -96,7 +146,7 @@ class SimulationConfig(RunConfig):
     @field_validator("data", mode="before")
     @classmethod
     def _data_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
+        return _source_text(value)
 
     @field_validator("data")
     @classmethod
@@ -123,17 +173,18 @@ def _is_stored(info: ValidationInfo) -> bool:
     return bool(info.context and info.context["stored"])
 
 
+def _source_text(value: Any) -> Any:
+    """A path, or a list of them, as a text."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+
+
 def _checked_source(value: str | None, info: ValidationInfo) -> str | None:
     if value is None or value.startswith(IN_MEMORY) or _is_stored(info):
         return value
-    path = Path(value)
-    if path.is_dir() and not is_natural_instructions(path):
-        raise ValueError(f"a folder, but not of Natural Instructions; give a file to {flag(info.field_name or '')}")
-    if path.exists():
-        return str(path.resolve())  # a run is gone on with from any folder
-    if not is_hub_id(value):
-        raise ValueError(f"no such file; give the path of a jsonl file to {flag(info.field_name or '')}")
-    return value
+    try:
+        return resolve_source(value)  # a run is gone on with from any folder
+    except DataError as error:
+        raise ValueError(str(error).removeprefix(f"{value}: ")) from None
 
 
 def flag(name: str) -> str:

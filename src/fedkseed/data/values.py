@@ -1,0 +1,55 @@
+"""Single values of a record: which count as absent, which are texts, which are names."""
+
+from numbers import Real
+from typing import Any
+
+from fedkseed.errors import DataError
+
+
+def absent(value: Any) -> bool:
+    """Whether a value says that there is none: null, or the NaN that data frames put in gaps."""
+    return value is None or (isinstance(value, Real) and value != value)
+
+
+def plain(value: Any) -> Any:
+    """A value without NumPy's types, which pandas puts into records: lists for arrays, Python's numbers for scalars."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def filled(value: Any) -> bool:
+    """Whether a value holds something: it is not absent, nor an empty or blank text, nor an empty list."""
+    if isinstance(value, str):
+        return bool(value) and not value.isspace()
+    return not absent(value) and value not in ([], (), {})
+
+
+def checked(value: Any, name: str, where: str) -> str:
+    """A field's value, once it is known to be a text.
+
+    Raises:
+        DataError: it is none; the message names where and the field.
+    """
+    if not isinstance(value, str):
+        raise DataError(f'{where}: field {name!r} is a {kind(value)}; expected a string ("" where there is nothing)')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: field {name!r} has half a surrogate pair, which no text has; delete that escape") from None
+    return value
+
+
+def named(value: Any, name: str, where: str) -> str:
+    """The same of a category or client, which many datasets number; data frames make floats of such numbers, so 1.0 is 1.
+
+    Raises:
+        DataError: it is neither a text nor a whole number.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
+        return str(int(float(value)) if not isinstance(value, int) else value)
+    return checked(value, name, where)
+
+
+def kind(value: object) -> str:
+    """What a value's type is called in JSON."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
