@@ -22,7 +22,7 @@ from tests.support.command_line import CommandLine, environment
 from tests.support.natural_instructions import in_words, task, write_folder
 from tests.support.runs import held_out, read_metrics
 
-from fedkseed.data import read_jsonl
+from fedkseed.data import read_examples
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.published import main
@@ -177,7 +177,7 @@ def test_zerotask_counts_as_pandas_does(shared: Path, tmp_path: Path, monkeypatc
     (tmp_path / "data").symlink_to(shared / "data")
     monkeypatch.chdir(tmp_path)
     config = config_of("--dataset", "dolly", "--zerotask", str(zerotask))
-    column = pandas.Series([example.category for example in read_jsonl(config.data)])
+    column = pandas.Series([example.category for example in read_examples(config.data)])
     codes = column.astype("category").cat.codes
     assert set(column[codes == zerotask]) == {config.held_out_category}
 
