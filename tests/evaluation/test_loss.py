@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from fedkseed.data import EncodedExample, collate, encode, read_jsonl
+from fedkseed.data import EncodedExample, collate, encode, read_examples
 from fedkseed.errors import DataError, InvalidValueError
 from fedkseed.evaluation import evaluate_loss, mean_loss, response_loss
 from fedkseed.models.loading import load_model, load_tokenizer
@@ -28,7 +28,7 @@ def model(stories260k: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def dolly(shared: Path, stories260k: Path) -> tuple[EncodedExample, ...]:
-    examples = read_jsonl(shared / "data" / "databricks-dolly-15k.jsonl")[:24]
+    examples = read_examples(shared / "data" / "databricks-dolly-15k.jsonl")[:24]
     return encode(examples, load_tokenizer(stories260k), 160).examples
 
 

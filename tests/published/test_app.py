@@ -23,7 +23,7 @@ from tests.support.natural_instructions import in_words, task, write_folder
 from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import write_records
 
-from fedkseed.data import Example, read_jsonl
+from fedkseed.data import Example, read_examples
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.published import main
@@ -190,7 +190,7 @@ def test_every_renamed_flag_exists() -> None:
 
 def assert_counts_as_pandas_does(zerotask: int) -> None:
     config = config_of("--dataset", "dolly", "--zerotask", str(zerotask))
-    column = pandas.Series([example.category for example in read_jsonl(config.data)])
+    column = pandas.Series([example.category for example in read_examples(config.data)])
     codes = column.astype("category").cat.codes
     assert set(column[codes == zerotask]) == {config.held_out_category}
 

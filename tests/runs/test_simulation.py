@@ -14,7 +14,7 @@ from tests.support.runs import Watcher, held_out, read_metrics, simulation, trai
 from tests.support.tiny import WORDS, tiny_records, tiny_settings, write_records
 
 import fedkseed as fk
-from fedkseed.data import read_jsonl
+from fedkseed.data import read_examples
 from fedkseed.errors import DataError, LedgerError, RunError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest
@@ -58,7 +58,7 @@ def dolly(shared: Path, folder: Path, count: int) -> Path:
     source = shared / "data" / "databricks-dolly-15k.jsonl"
     if not source.is_file():
         pytest.skip(f"no {source}")
-    short = [e for e in read_jsonl(source) if len(e.instruction) + len(e.input) < 100 and 0 < len(e.output) < 120]
+    short = [e for e in read_examples(source) if len(e.instruction) + len(e.input) < 100 and 0 < len(e.output) < 120]
     return write_records(folder / "dolly.jsonl", short[:count])
 
 
