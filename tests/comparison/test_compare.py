@@ -162,7 +162,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         read_comparison(tmp_path / "x.toml")
 
 
-def test_what_is_read(tiny: Path, tmp_path: Path) -> None:
+def test_a_file_is_read_with_its_defaults(tiny: Path, tmp_path: Path) -> None:
     what = content(tiny)
     what["methods"] = what["methods"][1:]
     what["methods"][0]["lr"] = 0.5

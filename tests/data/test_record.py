@@ -27,7 +27,7 @@ TALK = [
 # --- Fields ---
 
 
-def test_all_fields() -> None:
+def test_a_record_gives_all_fields() -> None:
     record = {"instruction": "i", "input": "x", "output": "o", "category": "c", "client": "hospital", "other": [1]}
     assert to_example(record, HERE) == Example("i", "x", "o", "c", "hospital")
 

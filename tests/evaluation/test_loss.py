@@ -170,7 +170,7 @@ def test_an_overflowing_perplexity_is_infinite_and_nan_stays_nan() -> None:
     assert math.isnan(evaluate_loss(Fixed(math.nan), [example], 1, 0).perplexity)
 
 
-def test_refusals(model: PreTrainedModel, dolly: tuple[EncodedExample, ...]) -> None:
+def test_no_examples_and_no_batch_size_are_refused(model: PreTrainedModel, dolly: tuple[EncodedExample, ...]) -> None:
     with pytest.raises(DataError, match="no examples to evaluate on"):
         evaluate_loss(model, [], 1, 0)
     with pytest.raises(InvalidValueError, match="batch_size is 0; expected at least 1"):

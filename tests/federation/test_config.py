@@ -29,7 +29,7 @@ BAD_SETTINGS: list[tuple[str, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_SETTINGS for value in values], ids=str)
-def test_bad_settings(name: str, value: Any) -> None:
+def test_settings_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValidationError) as caught:
         FederationConfig(**{"lr": 0.5, name: value})
     assert [error["loc"] for error in caught.value.errors()] == [(name,)]
@@ -45,7 +45,7 @@ def test_settings_are_frozen_and_lr_has_no_default() -> None:
 @pytest.mark.parametrize(
     "changes", [{"max_grad": 0}, {"max_grad": 60001}, {"max_grad": math.nan}, {"max_examples": 0}, {"max_share": 1.1}, {"x": 1}]
 )
-def test_bad_limits(changes: dict[str, Any]) -> None:
+def test_limits_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Limits(**changes)
 

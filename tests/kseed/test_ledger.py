@@ -210,7 +210,7 @@ def test_a_person_can_read_a_ledger_and_a_binding() -> None:
 
 @precisions
 @forms
-def test_round_trip(tmp_path: Path, precision: Precision, published: bool) -> None:
+def test_a_ledger_comes_back_from_its_file(tmp_path: Path, precision: Precision, published: bool) -> None:
     ledger = some_ledger(precision, published=published)
     ledger.save(tmp_path / "ledger.safetensors")
     loaded = fk.Ledger.load(tmp_path / "ledger.safetensors")
@@ -292,7 +292,7 @@ def test_two_saves_give_the_same_bytes(tmp_path: Path, published: bool) -> None:
 
 
 @pytest.mark.parametrize(("precision", "low", "high"), [("float16", 8 * 1024, 16 * 1024), ("float32", 16 * 1024, 18_500)])
-def test_published_size(precision: Precision, low: int, high: int) -> None:
+def test_a_published_ledger_keeps_to_its_size(precision: Precision, low: int, high: int) -> None:
     """K = 4096 and SmolLM2-135M's 272 tensors: 8 to 16 KB in float16, the default."""
     pool = fk.SeedPool(2**64 - 1, 4096)
     ledger = fk.Ledger.start(pool, identity(272, ()), precision).advance(history(4096))
@@ -330,7 +330,7 @@ def changed(ledger: fk.Ledger, name: str) -> History:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_digest_sees_every_field(name: str) -> None:
+def test_the_digest_sees_every_field(name: str) -> None:
     ledger = some_ledger()
     other = replace(CHANGES[name](ledger), round=CHANGES[name](ledger).round if name == "round" else 1)
     assert other.digest() != ledger.digest()
@@ -457,7 +457,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize(("published", "at", "value"), DAMAGE, ids=[f"{at}-{value!r:.30}" for _, at, value in DAMAGE])
-def test_damaged_content(tmp_path: Path, published: bool, at: str, value: Any) -> None:
+def test_damaged_content_is_refused(tmp_path: Path, published: bool, at: str, value: Any) -> None:
     path = tmp_path / "ledger.safetensors"
     path.write_bytes(write_by_hand(*plain(published)))
     assert fk.Ledger.load(path).pool.size == 2  # the control
@@ -466,7 +466,7 @@ def test_damaged_content(tmp_path: Path, published: bool, at: str, value: Any) -
     assert at != "format" or "ledger format is" in reason
 
 
-def test_another_version(tmp_path: Path) -> None:
+def test_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "l").write_bytes(damaged(True, "format", 3))
     reason = refusal(tmp_path / "l")
     assert "format is 3" in reason
@@ -495,7 +495,7 @@ OTHER_FILES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", OTHER_FILES)
-def test_other_files(tmp_path: Path, name: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "ledger.safetensors"
     path.write_bytes(OTHER_FILES[name])
     refusal(path)
@@ -506,14 +506,14 @@ def test_a_model_file_is_not_a_ledger(tmp_path: Path) -> None:
     assert "not a ledger" in refusal(tmp_path / "model.safetensors")
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none" / "ledger.safetensors")
     assert "directory" in refusal(tmp_path)
 
 
 @precisions
 @forms
-def test_every_truncation(tmp_path: Path, precision: Precision, published: bool) -> None:
+def test_every_truncation_is_refused(tmp_path: Path, precision: Precision, published: bool) -> None:
     path = tmp_path / "ledger.safetensors"
     data = some_ledger(precision, published=published).encode()
     for size in [*range(0, len(data), 7), len(data) - 1]:
@@ -602,7 +602,7 @@ def watch(folder: Path, patch: Patch, before: Callable[[str], None], after: Call
     patch(os, "rename", watched(os.rename))
 
 
-def test_order_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write, fsync, rename, fsync the folder: without the first fsync a rename could outlive a crash, the content not."""
     seen: list[str] = []
     watch(tmp_path, monkeypatch.setattr, seen.append)
@@ -614,7 +614,9 @@ def test_order_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("exists", [True, False], ids=["over an old file", "a first file"])
-def test_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, exists: bool) -> None:
+def test_a_failed_step_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, exists: bool
+) -> None:
     path = tmp_path / "ledger.safetensors"
     old, new = some_ledger(seed=1), some_ledger(seed=2)
     if exists:

@@ -129,7 +129,7 @@ def test_different_rounds_attempts_seeds_and_clients_differ(algorithm: str) -> N
     ("count", "fraction", "size"),
     [(1, 0.05, 1), (10, 0.05, 1), (10, 0.15, 1), (10, 0.2, 2), (10, 0.55, 5), (10, 0.99, 9), (10, 1.0, 10), (738, 0.05, 36)],
 )
-def test_cohort_size(count: int, fraction: float, size: int) -> None:
+def test_a_cohort_is_the_fraction_of_the_clients_and_at_least_one(count: int, fraction: float, size: int) -> None:
     """max(1, int(m N))"""
     names = [f"c{i}" for i in range(count)]
     requests = server(names, fraction_train=fraction).plan()
@@ -152,7 +152,7 @@ def test_every_client_is_drawn_equally_often() -> None:
 
 
 @precisions
-def test_what_a_request_says(wire: Precision) -> None:
+def test_a_request_says_what_was_decided(wire: Precision) -> None:
     limits = Limits(max_grad=123.0)
     a_server = server(limits=limits, wire=wire, eps=1e-3, batch_size=4, loss_clip=0.5)
     play(a_server)
@@ -336,7 +336,7 @@ def in_order_of_arrival(requests: Sequence[TrainRequest], replies: Sequence[tupl
         ("cosine", [1, 0.8535533905932737, 0.5, 0.1464466094067262]),
     ],
 )
-def test_schedule(schedule: str, rates: list[float]) -> None:
+def test_requests_carry_the_rate_of_the_schedule_and_it_is_the_one_used(schedule: str, rates: list[float]) -> None:
     a_server = server(schedule=schedule, num_rounds=4, lr=0.01)
     for rate in rates:
         before = history(a_server.ledger).accumulators
@@ -655,7 +655,7 @@ def test_absorb_needs_a_plan() -> None:
     assert a_server.ledger.digest() == before
 
 
-def test_the_end() -> None:
+def test_a_finished_run_plans_no_more_and_a_longer_one_goes_on() -> None:
     a_server = server(num_rounds=2)
     play(a_server)
     assert not a_server.finished
@@ -678,7 +678,7 @@ def test_a_published_ledger_cannot_go_on() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"seed": 8}, {"num_seeds": 16}, {"noise": "gaussian"}, {"wire": "float32"}], ids=str)
-def test_a_ledger_of_other_settings(changes: dict[str, Any]) -> None:
+def test_a_ledger_of_other_settings_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(LedgerError, match="settings"):
         Server(config(**changes), start(config(), BASE), CLIENTS)
 
@@ -692,13 +692,13 @@ def test_a_ledger_of_other_settings(changes: dict[str, Any]) -> None:
         (("a",), {"min_replies": 2, "fraction_train": 1.0}, "asks 1 of 1 clients"),
     ],
 )
-def test_clients_that_do_not_do(names: Sequence[str], settings: dict[str, Any], text: str) -> None:
+def test_clients_too_few_or_twice_are_refused(names: Sequence[str], settings: dict[str, Any], text: str) -> None:
     with pytest.raises(RunError, match=text):
         server(names, **settings)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb", "\0"])
-def test_names_that_do_not_travel(name: str) -> None:
+def test_names_that_do_not_travel_are_refused(name: str) -> None:
     with pytest.raises(ProtocolError, match="client name"):
         server(("a", name))
 

@@ -192,7 +192,7 @@ def snapshot(run: Path) -> dict[str, tuple[bytes, int]]:
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir() if p.is_file()}
 
 
-def test_page_and_pictures(complete: Complete) -> None:
+def test_the_page_and_its_pictures_are_written_and_nothing_else(complete: Complete) -> None:
     path = complete.run / "report" / "index.html"
     assert {p.name for p in path.parent.iterdir()} == {"index.html", *(f"{name}.png" for name in CHARTS)}
     for name in CHARTS:
@@ -336,7 +336,7 @@ def test_pictures_take_their_colours_from_the_page(complete: Complete) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["LIGHT", "DARK"])
-def test_contrast(scheme: str) -> None:
+def test_colours_keep_the_contrast_of_wcag(scheme: str) -> None:
     from fedkseed.report import drawing
 
     def luminance(colour: str) -> float:
@@ -370,7 +370,7 @@ def test_what_a_run_says_is_escaped(make: Maker) -> None:
     assert "<i>run & $x$" in text
 
 
-def test_refusals_by_reason(make: Maker) -> None:
+def test_refusals_are_counted_by_reason_and_client(make: Maker) -> None:
     events = [evaluation(0, 4.0)]
     for n in (1, 2):
         events.append(closed(n, refused={"client-18": "more scalars than steps"}, missing=["client-19", "client-17"]))
@@ -381,13 +381,13 @@ def test_refusals_by_reason(make: Maker) -> None:
     assert "client-19 0 0 2" in text
 
 
-def test_run_without_the_size_of_its_weights(make: Maker) -> None:
+def test_a_run_without_the_size_of_its_weights_says_so(make: Maker) -> None:
     text = words(make([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1))
     assert "did not note the size of its weights" in text
     assert "times less than sending" not in text
 
 
-def test_run_still_going(make: Maker) -> None:
+def test_a_run_still_going_is_shown_up_to_its_ledger(make: Maker) -> None:
     events = [evaluation(0, 4.0), closed(1), evaluation(1, 3.9), closed(2), evaluation(2, 3.8), closed(3)]
     run = make(events, 2)  # the third round's ledger is not written yet
     with (run / "metrics.jsonl").open("a") as file:
@@ -410,7 +410,7 @@ def test_run_still_going(make: Maker) -> None:
     ],
     ids=["nothing", "round 0", "a single round", "no evaluation", "no first evaluation"],
 )
-def test_short_runs(
+def test_a_run_that_has_hardly_begun_shows_what_there_is(
     make: Maker,
     events: list[dict[str, Any]],
     num_ledger_rounds: int,
@@ -432,7 +432,7 @@ def test_single_round_run_is_finished(make: Maker) -> None:
     assert "Finished: the only round is done." in words(make([evaluation(0, 4.0), closed(1)], 1, num_rounds=1))
 
 
-def test_ledger_without_steps(make: Maker) -> None:
+def test_a_ledger_without_steps_is_told(make: Maker) -> None:
     event = closed(1, train_loss=None, dropped_steps=20, clients={"client-00": {"weight": 1.0, "loss": None}})
     text = words(make([evaluation(0, 4.0), event, evaluation(1, 4.0)], 1, steps=0))
     assert "The ledger holds no step" in text
@@ -457,12 +457,12 @@ def test_divergence_is_said(make: Maker, value: float) -> None:
     assert "first at round 2" in str(outline.all("svg")[0]["aria-label"])
 
 
-def test_nothing_but_divergence(make: Maker) -> None:
+def test_a_run_of_nothing_but_divergence_can_be_drawn(make: Maker) -> None:
     event = closed(1, train_loss=math.nan, clients={"client-00": {"weight": 1.0, "loss": math.nan}})
     assert "Diverged" in sketch(make([evaluation(0, math.nan), event, evaluation(1, math.nan)], 1), "held_out_loss").text
 
 
-def test_long_run_of_many_clients(make: Maker) -> None:
+def test_a_long_run_of_many_clients_can_be_drawn(make: Maker) -> None:
     events = [evaluation(0, 4.0)]
     for n in range(1, 201):
         losses = {f"client-{(7 * n + i) % 900:03}": {"weight": 0.1, "loss": 3.0 + i / 10} for i in range(10)}
@@ -472,7 +472,7 @@ def test_long_run_of_many_clients(make: Maker) -> None:
     assert "200 3.3333" in text
 
 
-def test_one_seed(make: Maker) -> None:
+def test_a_pool_of_one_seed_can_be_drawn(make: Maker) -> None:
     run = make([evaluation(0, 4.0), closed(1)], 1, num_seeds=1)
     seen = [str(svg["aria-label"]) for svg in sketch(run, "seed_use", "seed_probabilities", "coefficients").all("svg")]
     assert any("1 seed," in label for label in seen)
@@ -484,7 +484,7 @@ def test_data_may_be_gone(make: Maker) -> None:
     assert str(make.data) in words(run)
 
 
-def test_same_run_same_bytes(make: Maker) -> None:
+def test_the_same_run_gives_the_same_bytes(make: Maker) -> None:
     run = make([evaluation(0, 4.0)], 0)
     first = {p.name: p.read_bytes() for p in report(run).parent.iterdir()}
     matplotlib.rcParams["font.size"] = 30  # a user's own style has no say
@@ -520,7 +520,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
         (spoil("report", b"a file in its way"), RunError, "cannot write the report"),
     ],
 )
-def test_bad_input(make: Maker, damage: Callable[[Path], object], error: type[Exception], says: str) -> None:
+def test_bad_input_is_one_line(make: Maker, damage: Callable[[Path], object], error: type[Exception], says: str) -> None:
     run = make.complete()
     damage(run)
     with pytest.raises(error) as raised:
@@ -529,7 +529,7 @@ def test_bad_input(make: Maker, damage: Callable[[Path], object], error: type[Ex
     assert "\n" not in str(raised.value)
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(RunFolderError, match="holds no run"):
             report(path)
@@ -541,7 +541,7 @@ def test_a_file_is_no_run(make: Maker) -> None:
         report(make.data)
 
 
-def test_command_in_a_fresh_process(complete: Complete) -> None:
+def test_the_command_in_a_fresh_process_imports_no_pyplot(complete: Complete) -> None:
     # a process of its own: importing the command line's libraries must not decide what the other tests see
     code = (
         "import sys, pathlib; from fedkseed.cli.report import report_command; "
@@ -552,7 +552,7 @@ def test_command_in_a_fresh_process(complete: Complete) -> None:
     assert found.stdout == f"report: {run / 'report' / 'index.html'}\nFalse\n"
 
 
-def test_numbers_as_people_read_them() -> None:
+def test_numbers_are_written_as_people_read_them() -> None:
     assert [exact(v) for v in (0.0, 682.0, 135.5, 1234567.0)] == ["0", "682", "135.5", "1,234,567"]
     assert [size(v) for v in (100, 17_988, 999_600, 2_080_256, 5.4e9, 3e15)] == [
         "100 B", "18 kB", "1 MB", "2.08 MB", "5.4 GB", "3,000 TB",

@@ -160,7 +160,9 @@ def test_text_is_read_as_the_type_of_the_setting(needed: dict[str, Any]) -> None
         ("eval_limit", [1], [0]),
     ],
 )
-def test_ranges(needed: dict[str, Any], name: str, good: list[Any], bad: list[Any]) -> None:
+def test_values_in_range_are_taken_and_others_are_one_line(
+    needed: dict[str, Any], name: str, good: list[Any], bad: list[Any]
+) -> None:
     for value in good:
         assert getattr(build(needed | {name: value}), name) == value
     for value in bad:
@@ -170,7 +172,7 @@ def test_ranges(needed: dict[str, Any], name: str, good: list[Any], bad: list[An
         assert caught.value.exit_code == 2
 
 
-def test_flag_names() -> None:
+def test_a_flag_is_the_settings_name_in_kebab_case() -> None:
     assert flag("num_rounds") == "--num-rounds"
     assert flag("lr") == "--lr"
 
