@@ -110,6 +110,24 @@ def test_a_node_killed_in_a_round_and_another_that_starts_late(deployment: Deplo
 
 
 @pytest.mark.slow
+def test_nodes_keep_their_pages_from_process_to_process(
+    deployment: Deployment, sites: Path, tmp_path: Path, one_thread: None
+) -> None:
+    changes = {"algorithm": "fedkseed-grad", "num_seeds": 128, "rounds_per_page": 1, "num_rounds": 3, "local_steps": 2}
+    bring_up(deployment, sites, ())
+    for name in SITES:
+        deployment.start_node(name, sites / f"{name}.jsonl", sites / "model", STATE=str(tmp_path / name))
+    deployment.submit(settings(deployment, sites, **changes))
+    deployment.wait_for_round(3)
+    expected = simulated(sites, tmp_path / "simulated", **changes).train()
+    assert Ledger.load(deployment.run / "ledger.safetensors").digest() == expected.digest()
+    for name in SITES:
+        (path,) = (tmp_path / name).glob("*.safetensors")
+        assert [len(page.parts) for page in Ledger.load(path).pages] == [1, 1, 0]
+        assert "asking for all" not in deployment.log(name)
+
+
+@pytest.mark.slow
 def test_a_node_without_a_registered_key_is_turned_away(deployment: Deployment, sites: Path) -> None:
     deployment.make_credentials(*SITES, "stranger")
     deployment.start_superlink()
