@@ -32,7 +32,12 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, ti
     ]
     ledger = fk.Ledger.load(tmp_path / "run" / "ledger.safetensors")
     assert ledger.digest() in lines[-1]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "ledger.safetensors", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
+        "config.toml",
+        "ledger.safetensors",
+        "metrics.jsonl",
+    ]
 
 
 def test_the_default_run_folder_is_under_runs(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
