@@ -224,7 +224,9 @@ class Binding:
             u = fold.numbers()
 
         So there is one gradient in memory at a time. Every backward pass inside counts; its gradients are added up in
-        float64. Parameters have no `grad` afterwards. Frozen ones are none of its business.
+        float64. Parameters have no `grad` afterwards. Frozen ones are none of its business. Inside, each further name of a
+        tied parameter is a parameter of its own (`model.parameters()` has them all): a loss of the forward pass is the same, a
+        penalty on parameters would count them twice.
 
         Args:
             indices: see `project`.
