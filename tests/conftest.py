@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
+
+# Before torch and NumPy: on tensors as small as these more threads only wait for each other. Laws of threads set their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
 
 if TYPE_CHECKING:
     from tests.support.command_line import CommandLine
@@ -22,6 +25,12 @@ settings.register_profile(
 )
 settings.load_profile("fedkseed")
 pytest.register_assert_rewrite("tests.support")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from tests.support.cpu_times import CpuTimes
+
+    config.pluginmanager.register(CpuTimes())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,7 +80,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fedkseed() -> Iterator["CommandLine"]:
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model like the tiny one with other values; tests write nothing into it."""
+    from tests.support.tiny import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("other") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[None]:
+    """Processes that multiprocessing forks from a server begin at once."""
+    from tests.support import command_line
+
+    with command_line.fork_server():
+        yield
+
+
+@pytest.fixture(scope="session")
+def fedkseed(fork_server: None) -> Iterator["CommandLine"]:
     """`fedkseed` as a user calls it."""
     from tests.support.command_line import CommandLine
 

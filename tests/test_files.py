@@ -17,7 +17,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("content", [b"", b"x", bytes(range(256)) * 10_000], ids=len)
-def test_writes_and_replaces(tmp_path: Path, content: bytes) -> None:
+def test_a_file_is_written_and_replaced_whole(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
     write_atomically(path, content)
     assert path.read_bytes() == content
@@ -26,7 +26,7 @@ def test_writes_and_replaces(tmp_path: Path, content: bytes) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_atomically(Path("file"), b"here")
     assert (tmp_path / "file").read_bytes() == b"here"
@@ -50,13 +50,13 @@ def test_what_a_crash_left_is_no_obstacle(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "none" / "file", b"x")
     assert names(tmp_path) == []
 
 
-def test_a_folder_in_the_way(tmp_path: Path) -> None:
+def test_a_folder_in_the_way_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     with pytest.raises(OSError, match=r"[Dd]irectory"):
         write_atomically(tmp_path / "file", b"x")
@@ -89,7 +89,7 @@ def fill_up(path: Path) -> None:
         sys.stdout.write(os.strerror(error.errno or 0))
 
 
-def test_a_write_that_the_kernel_refuses(tmp_path: Path) -> None:
+def test_a_write_that_the_kernel_refuses_leaves_the_old_file(tmp_path: Path) -> None:
     """No patches here: a real error in the middle of a write."""
     path = tmp_path / "file"
     write_atomically(path, b"old")

@@ -2,7 +2,7 @@
 
 What is hashed is what leaves the program: the bytes of each round's requests and replies, the bytes of the last
 checkpoint, those of the published ledger, and the weights that are rebuilt from it; of FedKSeed-Pro also how likely each
-seed is. The answers are in vectors/golden_digests.json; `python tests/test_golden.py` writes them anew, which is right only
+seed is. The answers are in vectors/golden_digests.json; `python -m tests.test_golden` writes them anew, which is right only
 where a format or an algorithm is meant to change.
 
 A run is real from its files to its messages, but for one seam: `exact_loss` in place of the model's. It and all

@@ -23,7 +23,7 @@ from pathlib import Path
 import tomli_w
 from archive import RAW, pack, said, unpack
 
-from fedkseed.data import Example, read_jsonl, read_tasks, split_off
+from fedkseed.data import Example, read_examples, read_tasks, split_off
 from fedkseed.randomness import generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def write(path: Path, examples: Sequence[Example]) -> None:
 
 
 def cut_dolly(source: Path, out: Path) -> None:
-    examples = [e for e in read_jsonl(source) if len(e.instruction) + len(e.input) < MAX_CHARS]
+    examples = [e for e in read_examples(source) if len(e.instruction) + len(e.input) < MAX_CHARS]
     train, held_out = split_off(len(examples), HELD_OUT / len(examples), generator(0, "comparison"))
     write(out / "dolly-train.jsonl", [examples[i] for i in train])
     write(out / "dolly-held-out.jsonl", [examples[i] for i in held_out])

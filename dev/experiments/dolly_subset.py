@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedkseed.data import Example, encode, read_jsonl, shuffle_responses, split_off
+from fedkseed.data import Example, encode, read_examples, shuffle_responses, split_off
 from fedkseed.models.loading import load_tokenizer
 from fedkseed.randomness import generator
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--held-out", type=int, default=60)
     args = parser.parse_args()
-    examples = [e for e in read_jsonl(args.dolly) if args.category in ("all", e.category)]
+    examples = [e for e in read_examples(args.dolly) if args.category in ("all", e.category)]
     encoded = encode(examples, load_tokenizer(args.model), 100_000)
     short = [
         examples[i] for i, item in zip(encoded.kept, encoded.examples, strict=True) if len(item.input_ids) <= args.max_tokens

@@ -29,7 +29,7 @@ from tests.support.baselines import (
 from tests.support.command_line import CommandLine, assert_one_line, contents, flags
 from tests.support.generators import global_states, seed_globally
 from tests.support.runs import Watcher, held_out, read_metrics, simulation
-from tests.support.tiny import tiny_model, tiny_settings, write_records
+from tests.support.tiny import tiny_settings, write_records
 
 import fedkseed as fk
 from fedkseed.baselines import Parameters, TensorServer, TunedTensors, attach, fingerprint, require_peft, restore
@@ -249,7 +249,7 @@ def plain(run: Path) -> list[dict[str, Any]]:
 
 @algorithms
 def test_a_checkpoint_of_another_base_or_algorithm_is_refused(
-    tiny: Path, done: Callable[[str], Done], tmp_path: Path, algorithm: str
+    tiny: Path, other_model: Path, done: Callable[[str], Done], tmp_path: Path, algorithm: str
 ) -> None:
     saved = done(algorithm).checkpoint
     another = "fedavg" if algorithm != "fedavg" else "fedit"
@@ -258,15 +258,13 @@ def test_a_checkpoint_of_another_base_or_algorithm_is_refused(
     model = base_model(tiny)
     with pytest.raises(RunError, match=rf"the tensors are of {algorithm} on another base model"):
         restore(model, build(row_settings(tiny, another)), saved)
-    if not (tiny / "other").exists():
-        tiny_model(tiny / "other", seed=1)
-    settings = build(row_settings(tiny, algorithm, num_rounds=4, model=str(tiny / "other")))
+    settings = build(row_settings(tiny, algorithm, num_rounds=4, model=str(other_model)))
     folder = RunFolder.create(tmp_path / "run", settings)
     saved.save(folder.checkpoint_path)
     with pytest.raises(RunError, match=r"tensors\.safetensors is of another base model than .*other; go on with the run's own"):
         Simulation(folder, prepare(settings, Watcher()), Watcher())
     with pytest.raises(RunError, match=r"on another base model; load the one that the run started from"):
-        restore(load_model(tiny / "other", "float32"), build(row_settings(tiny, algorithm)), saved)
+        restore(load_model(other_model, "float32"), build(row_settings(tiny, algorithm)), saved)
 
 
 @algorithms
@@ -478,7 +476,8 @@ def test_a_baseline_is_refused_on_flower(tiny: Path, tmp_path: Path, algorithm: 
     given = {"algorithm": algorithm, "model": str(tiny / "model"), "lr": 0.1, "run": str(tmp_path / "run")}
     assert read_config(given | {"algorithm": "fedkseed-pro"}).algorithm == "fedkseed-pro"
     expected = (
-        rf"algorithm is '{algorithm}': on Flower only fedkseed and fedkseed-pro run; the baselines run in fedkseed simulate"
+        rf"algorithm is '{algorithm}': on Flower only fedkseed, fedkseed-pro, fedkseed-grad run; "
+        "the baselines run in fedkseed simulate"
     )
     with pytest.raises(ConfigError, match=expected):
         read_config(given)

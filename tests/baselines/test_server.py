@@ -129,7 +129,7 @@ def test_the_order_of_arrival_changes_no_bit(algorithm: str) -> None:
 
 
 @algorithms
-def test_what_a_request_says(algorithm: str) -> None:
+def test_a_request_says_what_was_decided(algorithm: str) -> None:
     a_server = server(algorithm, fraction_train=0.5, batch_size=4)
     requests = a_server.plan()
     assert len(requests) == 2
@@ -394,7 +394,7 @@ CAP = 10**6
 
 
 @given(REQUESTS | REPLIES)
-def test_round_trip(sent: TensorRequest | TensorReply) -> None:
+def test_a_message_comes_back_from_its_bytes(sent: TensorRequest | TensorReply) -> None:
     data = sent.encode()
     arrived = type(sent).decode(data, len(data))
     assert arrived == sent

@@ -16,7 +16,7 @@ import pytest
 from tests.support.command_line import CommandLine, assert_one_line, contents
 
 from fedkseed import apply
-from fedkseed.data import Example, encode, pad_token_id, read_jsonl, shuffle_responses
+from fedkseed.data import Example, encode, pad_token_id, read_examples, shuffle_responses
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.demo.tasks import HELD_OUT_KIND, TRAINED_KINDS
 from fedkseed.errors import RunError, RunFolderError
@@ -221,7 +221,7 @@ def whole_demo(run: Path, seed: int, hold: Callable[[int], dict[str, list[Exampl
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(command, "clients", hold)
         command.demo(run, seed)
-    given = {name: [e for e in read_jsonl(run / "data" / "train.jsonl") if e.client == name] for name in clients(seed)}
+    given = {name: [e for e in read_examples(run / "data" / "train.jsonl") if e.client == name] for name in clients(seed)}
     assert {name: [e.output for e in own] for name, own in given.items()} == {
         name: [e.output for e in own] for name, own in hold(seed).items()
     }

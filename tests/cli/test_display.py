@@ -62,7 +62,7 @@ def plain_text(out: io.StringIO) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
 
 
-def test_lines_of_events() -> None:
+def test_an_event_is_one_line_of_its_numbers() -> None:
     from fedkseed.cli.display import summary
 
     assert summary(EVALUATION, 7) == "round 2/7: held-out loss 1.2346"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tests.support.command_line import CommandLine, Result, assert_one_line, flags
 from tests.support.runs import held_out, read_metrics
-from tests.support.tiny import tiny_model, tiny_settings
+from tests.support.tiny import tiny_settings
 
-from fedkseed.data import EncodedExample, Example, encode, read_jsonl
+from fedkseed.data import EncodedExample, Example, encode, read_examples
 from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
 from fedkseed.models.loading import load_model, load_tokenizer
 
@@ -93,7 +93,7 @@ def test_a_published_ledger_needs_a_model_and_data_and_no_run(
     call = ("evaluate", "--ledger", published, "--model", tiny / "model", "--data", tiny / "records.jsonl")
     assert rows(fedkseed(*call, "--max-length", 48, "--output", output))["records"] == ["60", "60"]
     tokenizer = load_tokenizer(tiny / "model")
-    data = encode(read_jsonl(tiny / "records.jsonl"), tokenizer, 48)
+    data = encode(read_examples(tiny / "records.jsonl"), tokenizer, 48)
     expected = evaluate_loss(load_model(tiny / "model", "float32"), data.examples, 8, 0)
     found = scores(output)
     assert found["base"]["overall"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
@@ -147,8 +147,8 @@ def test_without_a_run_what_is_missing_is_named(fedkseed: CommandLine, run: Path
     assert_one_line(result, 2, "--data is missing and", "give --data")
 
 
-def test_another_base_is_refused(fedkseed: CommandLine, run: Path, tmp_path: Path) -> None:
-    result = fedkseed("evaluate", run, "--model", tiny_model(tmp_path / "other", seed=1))
+def test_another_base_is_refused(fedkseed: CommandLine, run: Path, other_model: Path) -> None:
+    result = fedkseed("evaluate", run, "--model", other_model)
     assert_one_line(result, 1, "base")
 
 

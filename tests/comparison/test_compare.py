@@ -4,13 +4,11 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +119,7 @@ REFUSED: list[tuple[tuple[Any, ...], Any, str]] = [
 def test_a_file_that_is_not_a_comparison_is_refused_in_one_line(
     tiny: Path, tmp_path: Path, at: tuple[Any, ...], value: Any, reason: str
 ) -> None:
-    what = content(tiny)
-    read_comparison(written(tmp_path, what))
+    what = content(tiny)  # good as it stands: `finished` reads it
     change(what, at, value)
     path = written(tmp_path, what)
     with pytest.raises(ConfigError) as told:
@@ -165,7 +162,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         read_comparison(tmp_path / "x.toml")
 
 
-def test_what_is_read(tiny: Path, tmp_path: Path) -> None:
+def test_a_file_is_read_with_its_defaults(tiny: Path, tmp_path: Path) -> None:
     what = content(tiny)
     what["methods"] = what["methods"][1:]
     what["methods"][0]["lr"] = 0.5
@@ -189,31 +186,6 @@ def test_what_is_read(tiny: Path, tmp_path: Path) -> None:
 # --- Carrying out ---
 
 
-PRELOADED = (
-    "fedkseed.runs.simulation",
-    "fedkseed.cli.app",
-    "fedkseed.cli.display",
-    "fedkseed.cli.evaluate",
-    "fedkseed.noise.cpu",
-    "pytest",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-    "transformers.tokenization_utils_tokenizers",
-)
-"""What takes most of the time of a run that takes less than a second."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> None:
-    """The process that those of the runs are forked from, begun with a quiet environment and more imports than usual."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
-        forkserver.ensure_running()
-
-
 @dataclass(frozen=True)
 class Finished:
     """A comparison that is done; tests leave its folder as it is."""
@@ -226,7 +198,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(fork_server: None, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("compared")
     comparison, notes = read_comparison(written(folder, content(tiny))), []
     rows = carry_out(comparison, folder / "out", 1, app, notes.append)

@@ -166,7 +166,9 @@ def test_few_texts_leave_nothing(folder: Path, tokenizer: PreTrainedTokenizerBas
         ({"HOME": "/h"}, "/h/.cache/fedkseed"),
     ],
 )
-def test_where_it_is(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str) -> None:
+def test_the_cache_is_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
     from fedkseed.data.cache import cache_folder
 
     for name in ("FEDKSEED_CACHE", "XDG_CACHE_HOME"):

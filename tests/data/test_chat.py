@@ -253,7 +253,7 @@ def test_arguments_reach_the_template(make: Make) -> None:
         ('a="b, c",d=[1, 2]', {"a": "b, c", "d": [1, 2]}),
     ],
 )
-def test_parsed_arguments(text: str, arguments: dict[str, Any]) -> None:
+def test_arguments_are_parsed_from_text_and_table_alike(text: str, arguments: dict[str, Any]) -> None:
     assert parse_arguments(text) == parse_arguments(arguments) == arguments
 
 

@@ -88,7 +88,7 @@ def test_no_bos_where_the_tokenizer_adds_none(own_tokenizer: PreTrainedTokenizer
     assert BOS not in encoded.input_ids
 
 
-def test_counts_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_kept_dropped_and_cut_are_counted_as_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     whole = encode(EXAMPLES, tokenizer, 100_000)
     assert (whole.kept.tolist(), whole.num_dropped, whole.num_truncated, whole.num_tokens_cut) == ([0, 2, 4], 2, 0, 0)
     lengths = [len(example.input_ids) for example in whole.examples]
@@ -147,7 +147,7 @@ def test_nothing_in_gives_nothing_out(tokenizer: PreTrainedTokenizerBase) -> Non
     assert encode([], tokenizer, 64).examples == ()
 
 
-def test_refusals(own_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_too_short_a_length_and_a_tokenizer_without_eos_are_refused(own_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InvalidValueError, match=r"max_length is 1; expected at least 2 tokens"):
         encode(EXAMPLES, own_tokenizer, 1)
     own_tokenizer.eos_token = None
@@ -155,7 +155,7 @@ def test_refusals(own_tokenizer: PreTrainedTokenizerBase) -> None:
         encode(EXAMPLES, own_tokenizer, 64)
 
 
-def test_dolly(shared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_dollys_records_are_counted_and_their_responses_come_back(shared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     examples = read_examples(shared / "data" / "databricks-dolly-15k.jsonl")[:1500]
     data = encode(examples, tokenizer, 256)
     assert len(data.examples) + data.num_dropped == 1500

@@ -119,7 +119,7 @@ def test_a_bad_array_is_named(tmp_path: Path, content: bytes, where: str, messag
     assert "\n" not in str(caught.value)
 
 
-def test_dolly(shared: Path) -> None:
+def test_dolly_has_its_records_and_categories(shared: Path) -> None:
     examples = read_examples(shared / "data" / "databricks-dolly-15k.jsonl")
     assert len(examples) == 15_011
     assert len({example.category for example in examples}) == 8

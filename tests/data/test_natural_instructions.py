@@ -40,7 +40,7 @@ def real(shared: Path) -> Path:
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("max_chars", [1024, 120])
-def test_the_real_folder(real: Path, split: Split, max_chars: int) -> None:
+def test_the_real_folder_is_read_by_the_published_rules(real: Path, split: Split, max_chars: int) -> None:
     assert is_natural_instructions(real)
     assert_by_the_rules(real, split, max_chars, read_tasks(real, split, max_chars, 42))
 
@@ -56,7 +56,7 @@ def test_every_task_of_the_real_folder_is_a_client(real: Path) -> None:
     split=st.sampled_from(SPLITS),
     seed=st.integers(0, 99),
 )
-def test_generated_folders(
+def test_any_folder_is_read_by_the_published_rules(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], max_chars: int, split: Split, seed: int
 ) -> None:
     tasks = {f"task{i:03}_x": task([3 + (7 * j) % 11 for j in range(n)], f"t{i}") for i, n in enumerate(sizes)}
@@ -75,7 +75,7 @@ def test_generated_folders(
         *[("test", 1, 1), ("test", 19, 19), ("test", 20, 20), ("test", 999, 20), ("test", 1049, 20), ("test", 1050, 21)],
     ],
 )
-def test_sizes_at_the_edges(tmp_path: Path, split: Split, count: int, taken: int) -> None:
+def test_sizes_at_the_edges_of_the_rules_are_taken_right(tmp_path: Path, split: Split, count: int, taken: int) -> None:
     tasks = {"task001_x": task([10] * count, "x"), "task002_y": task([10] * 100, "y")}
     folder = write_folder(tmp_path / "folder", **{"train": {}, "test": {}, split: tasks})
     assert sum(example.category == "task001_x" for example in read_tasks(folder, split, 1024, 0)) == taken
@@ -118,7 +118,7 @@ def test_progress_is_told_task_by_task(tmp_path: Path) -> None:
 # --- Broken folders ---
 
 
-def test_another_folder_is_none(tmp_path: Path) -> None:
+def test_another_folder_is_not_of_natural_instructions(tmp_path: Path) -> None:
     assert not is_natural_instructions(tmp_path)
     assert not is_natural_instructions(tmp_path / "nowhere")
 

@@ -32,7 +32,7 @@ def skew(parts: list[np.ndarray], categories: list[str]) -> float:
 
 
 @given(st.integers(1, 200), st.integers(1, 30), SEEDS)
-def test_iid(num_examples: int, num_clients: int, seed: int) -> None:
+def test_iid_parts_cover_all_records_and_differ_by_one_at_most(num_examples: int, num_clients: int, seed: int) -> None:
     num_clients = min(num_clients, num_examples)
     parts = iid(num_examples, num_clients, rng(seed))
     assert_disjoint_cover(parts, num_examples)
@@ -48,7 +48,9 @@ def test_iid(num_examples: int, num_clients: int, seed: int) -> None:
     st.integers(0, 2),
     SEEDS,
 )
-def test_dirichlet(categories: list[str], num_clients: int, alpha: float, least: int, seed: int) -> None:
+def test_dirichlet_parts_cover_all_records_and_hold_the_least_number(
+    categories: list[str], num_clients: int, alpha: float, least: int, seed: int
+) -> None:
     parts = dirichlet(categories, num_clients, alpha, rng(seed), least)
     assert_disjoint_cover(parts, len(categories))
     assert len(parts) == num_clients
@@ -81,7 +83,7 @@ def test_shares_of_a_category_are_dirichlets() -> None:
     np.testing.assert_allclose(shares.var(0), variance, rtol=0.1)
 
 
-def test_dolly_as_published(shared: Path) -> None:
+def test_dolly_can_be_dealt_out_as_published(shared: Path) -> None:
     categories = [example.category for example in read_examples(shared / "data" / "databricks-dolly-15k.jsonl")]
     parts = dirichlet(categories, 200, 0.5, rng(42))
     assert_disjoint_cover(parts, 15_011)
@@ -89,7 +91,7 @@ def test_dolly_as_published(shared: Path) -> None:
 
 
 @given(st.integers(2, 500), st.floats(1e-6, 1, exclude_max=True), SEEDS)
-def test_split_off(num_examples: int, fraction: float, seed: int) -> None:
+def test_what_is_split_off_is_the_fraction_and_the_rest_remains(num_examples: int, fraction: float, seed: int) -> None:
     train, held_out = split_off(num_examples, fraction, rng(seed))
     assert_disjoint_cover([train, held_out], num_examples)
     assert len(held_out) == min(max(round(fraction * num_examples), 1), num_examples - 1)
@@ -110,7 +112,7 @@ def test_what_cannot_be_dealt_out() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf"), 1e308])
-def test_alpha_out_of_range(alpha: float) -> None:
+def test_an_alpha_out_of_range_is_refused(alpha: float) -> None:
     with pytest.raises(InvalidValueError, match=r"alpha is .*; expected a number"):
         dirichlet(["a"] * 10, 2, alpha, rng())
 

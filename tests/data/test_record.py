@@ -27,7 +27,7 @@ TALK = [
 # --- Fields ---
 
 
-def test_all_fields() -> None:
+def test_a_record_gives_all_fields() -> None:
     record = {"instruction": "i", "input": "x", "output": "o", "category": "c", "client": "hospital", "other": [1]}
     assert to_example(record, HERE) == Example("i", "x", "o", "c", "hospital")
 
@@ -301,7 +301,7 @@ def test_a_conversation_without_an_answer_is_dropped_as_any_record_without() -> 
 def test_a_chat_template_gets_the_turns_and_the_others_their_text(own_tokenizer: PreTrainedTokenizerBase) -> None:
     own_tokenizer.chat_template = CHAT
     example = to_example({"messages": TALK}, HERE)
-    chat, plain = (get_template(name)(example, tokenizer) for name in ("chat", "plain"))
+    chat, plain = (get_template(name)(example, own_tokenizer) for name in ("chat", "plain"))
     assert chat.prompt == "[system]Be brief.\n[user]Hi.\n[assistant]Hello.\n[user]Name a fruit.\n[assistant]"
     assert plain.prompt == (
         "Instruction:\nName a fruit.\n\nInput:\nSystem: Be brief.\n\nUser: Hi.\n\nAssistant: Hello.\n\nResponse:\n"

@@ -41,18 +41,18 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "byte order mark"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_csv(tmp_path: Path, start: str, end: str) -> None:
+def test_a_csv_gives_its_rows(tmp_path: Path, start: str, end: str) -> None:
     lines = [HEADER.strip(), '"Add, please.","two ""lines""\nof it",3,sums', "Näme,,x,names", ""]
     path = write(tmp_path / "a.csv", start + end.join(lines))
     assert read_examples(path) == EXAMPLES
 
 
-def test_tsv(tmp_path: Path) -> None:
+def test_a_tsv_gives_its_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.TSV", "instruction\tresponse\nAdd, please.\t3, or so\n")
     assert read_examples(path) == [Example("Add, please.", "", "3, or so", "")]
 
 
-def test_columns_of_a_csv(tmp_path: Path) -> None:
+def test_columns_of_a_csv_can_be_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "q,a,site\nWhy?,So.,4\n")
     assert read_examples(path, parse_columns("instruction=q,output=a,client=site")) == [Example("Why?", "", "So.", "", "4")]
 
@@ -120,7 +120,7 @@ def test_a_conversation_in_a_csv_is_json(tmp_path: Path) -> None:
 # --- Parquet ---
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_a_parquet_file_gives_its_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ROWS)
     assert read_examples(path) == EXAMPLES
 
@@ -272,7 +272,7 @@ def test_what_can_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
 
 
 @pytest.mark.parametrize("name", ["n", "/o/n", "o/n/m", "data/a.jsonl", "data/a.CSV", "data/a.parquet", "o/n:", "o n/m"])
-def test_what_cannot(name: str) -> None:
+def test_what_cannot_be_a_hub_id(name: str) -> None:
     assert not is_hub_id(name)
 
 

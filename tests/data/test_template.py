@@ -53,7 +53,7 @@ def write(folder: Path, text: str | bytes) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
-def test_exact_texts(name: str) -> None:
+def test_templates_give_their_exact_texts(name: str) -> None:
     assert texts(get_template(name)(WITH, NONE)) == (TEXTS[name][0], "Done.")
     assert texts(get_template(name)(WITHOUT, NONE)) == (TEXTS[name][1], "Done.")
 
@@ -89,7 +89,7 @@ def test_substituting_one_after_the_other_would_show() -> None:
 # --- Files ---
 
 
-def test_a_file(tmp_path: Path) -> None:
+def test_a_template_can_be_a_file(tmp_path: Path) -> None:
     template = get_template(write(tmp_path, GOOD))
     assert texts(template(WITH, NONE)) == ("Do it. / This. =", "Done.")
     assert texts(template(WITHOUT, NONE)) == ("Do it. =", "Done.")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from fedkseed.data import EncodedExample, collate, encode, read_jsonl
+from fedkseed.data import EncodedExample, collate, encode, read_examples
 from fedkseed.errors import DataError, InvalidValueError
 from fedkseed.evaluation import evaluate_loss, mean_loss, response_loss
 from fedkseed.models.loading import load_model, load_tokenizer
@@ -28,7 +28,7 @@ def model(stories260k: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def dolly(shared: Path, stories260k: Path) -> tuple[EncodedExample, ...]:
-    examples = read_jsonl(shared / "data" / "databricks-dolly-15k.jsonl")[:24]
+    examples = read_examples(shared / "data" / "databricks-dolly-15k.jsonl")[:24]
     return encode(examples, load_tokenizer(stories260k), 160).examples
 
 
@@ -170,7 +170,7 @@ def test_an_overflowing_perplexity_is_infinite_and_nan_stays_nan() -> None:
     assert math.isnan(evaluate_loss(Fixed(math.nan), [example], 1, 0).perplexity)
 
 
-def test_refusals(model: PreTrainedModel, dolly: tuple[EncodedExample, ...]) -> None:
+def test_no_examples_and_no_batch_size_are_refused(model: PreTrainedModel, dolly: tuple[EncodedExample, ...]) -> None:
     with pytest.raises(DataError, match="no examples to evaluate on"):
         evaluate_loss(model, [], 1, 0)
     with pytest.raises(InvalidValueError, match="batch_size is 0; expected at least 1"):

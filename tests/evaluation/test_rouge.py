@@ -42,7 +42,7 @@ def test_the_published_score_is_that_of_rouge(answer: str, reference: str) -> No
     assert rouge_l_published(answer, reference) == pytest.approx(published(answer, reference), abs=1e-12)
 
 
-def test_both_on_real_texts(shared: Path) -> None:
+def test_both_scores_on_real_texts_are_those_of_their_packages(shared: Path) -> None:
     lines = (shared / "data/databricks-dolly-15k.jsonl").read_text(encoding="utf-8").split("\n")[:80]
     responses = [json.loads(line)["response"][:600] for line in lines]
     for answer, reference in itertools.pairwise(responses):

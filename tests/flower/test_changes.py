@@ -1,6 +1,7 @@
 """fedkseed-grad on a grid in memory: the ledger of a simulation, whatever nodes keep, lose, cannot do or make up."""
 
 import threading
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from tests.support.flower_deployment import EXAMPLE
 from tests.support.flower_grid import Killed, MemoryGrid, die_after, federation, lying, node, renumbered, run_config, started
 from tests.support.flower_sites import SITES, simulated
 from tests.support.runs import read_metrics
@@ -16,7 +18,7 @@ from tests.support.runs import read_metrics
 from fedkseed.errors import ConfigError, ProtocolError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.flower import client_app
-from fedkseed.flower.config import node_settings, read_config
+from fedkseed.flower.config import EngineConfig, node_settings, read_config
 from fedkseed.flower.envelope import Lacking, unwrap, wrap
 from fedkseed.flower.kept import KeptPages
 from fedkseed.flower.participant import Participant
@@ -425,3 +427,11 @@ def test_a_node_that_cannot_backpropagate_is_turned_away_where_scalars_are_of_no
     assert "node 102 is turned away: 'site-b' cannot backpropagate, and local-optimizer adam has no use" in heard.text
     (event,) = [event for event in read_metrics(tmp_path / "run") if event["event"] == "round"]
     assert sorted(event["clients"]) == ["site-a", "site-c"]
+
+
+def test_the_example_lists_every_setting_of_what_runs_on_flower() -> None:
+    """Flower refuses a key after --run-config that does not stand there."""
+    app = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    rows = [row for row in ALGORITHMS.values() if row.on_flower]
+    taken = {name for name in EngineConfig.model_fields if any(row.takes(name) for row in rows)}
+    assert {name.replace("_", "-") for name in taken} == set(app)

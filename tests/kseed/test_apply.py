@@ -66,7 +66,7 @@ def test_every_backend_gives_the_same_bits(family: str, backend: str) -> None:
     assert laws.all_bits(fresh) == laws.all_bits(bound.model)
 
 
-def test_paths_and_ledgers(tmp_path: Path) -> None:
+def test_a_ledger_and_its_path_give_the_same_model(tmp_path: Path) -> None:
     ledger = ledger_of(bind())
     ledger.save(tmp_path / "l")
     tuned = [model() for _ in range(3)]
@@ -163,7 +163,7 @@ def test_a_ledger_that_tunes_nothing_is_refused() -> None:
     assert laws.all_bits(fresh) == before
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_a_bad_file_changes_nothing(tmp_path: Path) -> None:
     fresh = model()
     before = laws.all_bits(fresh)
     (tmp_path / "text").write_text("not a ledger, certainly")

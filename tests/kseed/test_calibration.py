@@ -107,7 +107,7 @@ def test_a_loss_that_tells_nothing_is_named(loss: Any, message: str) -> None:
 def test_tune_shows_what_it_tried_and_simulate_takes_it(
     fedkseed: CommandLine, tiny: Path, stories260k: Path, tmp_path: Path
 ) -> None:
-    settings = tiny_settings(tiny, model=stories260k)
+    settings = tiny_settings(tiny, model=stories260k, num_rounds=1)
     without = {name: value for name, value in settings.items() if name not in ("lr", "eps")}
     shown = fedkseed("tune", *flags(without))
     assert shown.code == 0, shown

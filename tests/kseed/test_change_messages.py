@@ -158,7 +158,7 @@ def replies(draw: st.DrawFn) -> ChangeReply:
 
 
 @given(requests())
-def test_request_round_trip(sent: ChangeRequest) -> None:
+def test_a_request_comes_back_from_its_bytes(sent: ChangeRequest) -> None:
     data = sent.encode()
     arrived = ChangeRequest.decode(data)
     assert arrived == sent
@@ -166,7 +166,7 @@ def test_request_round_trip(sent: ChangeRequest) -> None:
 
 
 @given(replies())
-def test_reply_round_trip(sent: ChangeReply) -> None:
+def test_a_reply_comes_back_from_its_bytes(sent: ChangeReply) -> None:
     data = sent.encode()
     arrived = ChangeReply.decode(data)
     assert arrived == sent
@@ -174,7 +174,7 @@ def test_reply_round_trip(sent: ChangeReply) -> None:
 
 
 @wires
-def test_largest_page_and_reply(wire: str) -> None:
+def test_the_largest_page_and_reply_come_back(wire: str) -> None:
     """K = 65,536."""
     for sent in (request(wire, 65536), reply(wire, 65536, steps=65535)):
         assert type(sent).decode(sent.encode()) == sent
@@ -182,7 +182,7 @@ def test_largest_page_and_reply(wire: str) -> None:
 
 @classes
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview], ids=lambda kind: kind.__name__)
-def test_any_kind_of_bytes(cls: type[Message], kind: Callable[[bytes], Any]) -> None:
+def test_bytes_of_any_type_are_decoded_alike(cls: type[Message], kind: Callable[[bytes], Any]) -> None:
     assert cls.decode(kind(message(cls).encode())) == message(cls)
 
 
@@ -213,7 +213,7 @@ def test_bytes_are_frozen() -> None:
     ("size", "wire", "budget"),
     [(4096, "float16", 17_988), (65536, "sign", 17_988), (4096, "int8", 9_000), (4096, "sign", 1_600), (32768, "int2", 17_988)],
 )
-def test_bytes_of_a_round(size: int, wire: str, budget: int) -> None:
+def test_the_bytes_of_a_round_keep_to_the_budget(size: int, wire: str, budget: int) -> None:
     """Issue 15: both ways, headers included, for a client that was there in the last round."""
     down = request(wire, size, "é" * 32, pages=(1,))
     up = reply(wire, size, "é" * 32)
@@ -239,7 +239,7 @@ def test_what_follows_a_message_is_refused(cls: type[Message]) -> None:
 
 
 @classes
-def test_every_flipped_bit(cls: type[Message]) -> None:
+def test_every_flipped_bit_is_noticed_or_refused(cls: type[Message]) -> None:
     original = message(cls)
     data = original.encode()
     for position in range(8 * len(data)):
@@ -271,7 +271,7 @@ ANYTHING = st.recursive(
 @classes
 @settings(max_examples=120)
 @given(data=st.data())
-def test_anything_in_some_fields(cls: type[Message], data: st.DataObject) -> None:
+def test_anything_in_some_fields_is_decoded_or_refused(cls: type[Message], data: st.DataObject) -> None:
     fields = msgpack.unpackb(message(cls).encode())
     for at in data.draw(st.sets(st.integers(0, len(fields) - 1), min_size=1, max_size=3)):
         fields[at] = data.draw(ANYTHING)
@@ -293,13 +293,13 @@ def test_any_bytes_in_the_arrays(data: st.DataObject) -> None:
 
 @classes
 @pytest.mark.parametrize("version", [0, 2, -1, 2**64 - 1])
-def test_other_version(cls: type[Message], version: int) -> None:
+def test_another_version_is_refused(cls: type[Message], version: int) -> None:
     reason = refusal(cls, with_field(message(cls).encode(), 1, version))
     assert str(version) in reason
     assert "version" in reason
 
 
-def test_other_kind() -> None:
+def test_a_message_of_another_kind_is_refused() -> None:
     from fedkseed.kseed.messages import TrainReply, TrainRequest
 
     assert "not a reply" in refusal(ChangeReply, request().encode())
@@ -310,7 +310,7 @@ def test_other_kind() -> None:
 
 
 @classes
-def test_number_of_fields(cls: type[Message]) -> None:
+def test_another_number_of_fields_is_refused(cls: type[Message]) -> None:
     fields = msgpack.unpackb(message(cls).encode())
     for other in (fields[:-1], [*fields, None], fields[:2]):
         assert f"{len(other)} fields; expected {len(fields)}" in refusal(cls, msgpack.packb(other))
@@ -318,7 +318,7 @@ def test_number_of_fields(cls: type[Message]) -> None:
 
 @classes
 @pytest.mark.parametrize("value", [[], {}, None, 0, "c?", b"", [None], {0: 1}, [["c!", 1]], 1.5])
-def test_other_msgpack(cls: type[Message], value: Any) -> None:
+def test_msgpack_of_something_else_is_refused(cls: type[Message], value: Any) -> None:
     refusal(cls, msgpack.packb(value))
 
 
@@ -340,7 +340,7 @@ POSITIONS = [(cls, at) for cls in CLASSES for at in range(len(TYPES[cls]))]
 
 
 @pytest.mark.parametrize(("cls", "at"), POSITIONS, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_wrong_type_in_each_field(cls: type[Message], at: int) -> None:
+def test_a_wrong_type_in_any_field_is_refused(cls: type[Message], at: int) -> None:
     data = message(cls).encode()
     original = msgpack.unpackb(data)[at]
     assert len(msgpack.unpackb(data)) == len(TYPES[cls])
@@ -413,7 +413,7 @@ OUT_OF_RANGE: list[tuple[type[Message], int, list[Any], str]] = [
 
 
 @pytest.mark.parametrize(("cls", "at", "values", "text"), OUT_OF_RANGE, ids=lambda x: x if isinstance(x, str) else "")
-def test_out_of_range(cls: type[Message], at: int, values: list[Any], text: str) -> None:
+def test_a_field_out_of_range_is_refused(cls: type[Message], at: int, values: list[Any], text: str) -> None:
     for value in values:
         reason = refusal(cls, with_field(message(cls).encode(), at, value))
         assert any(word in reason for word in text.split("|")), (value, reason)
@@ -517,7 +517,7 @@ def test_deep_nesting_is_refused(cls: type[Message], depth: int) -> None:
 
 
 @classes
-def test_size_cap(cls: type[Message]) -> None:
+def test_more_bytes_than_the_cap_are_refused(cls: type[Message]) -> None:
     assert f"message has {MAX_BYTES + 1} bytes; at most {MAX_BYTES} are accepted" in refusal(cls, bytes(MAX_BYTES + 1))
 
 

@@ -1,6 +1,6 @@
 """Clients with a real (small) model: what a request makes them do, against central SGD and against replay."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from tests.support.generators import global_states, seed_globally
 import fedkseed as fk
 from fedkseed.errors import ProtocolError
 from fedkseed.federation import FederationConfig
-from fedkseed.federation.task import batches
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.rounding import pack
@@ -387,24 +386,3 @@ def test_bytes_that_are_no_request_are_refused(pair: tuple[Client, fk.Binding, C
     for data in (b"", b"\x00" * 100, reply):
         with pytest.raises(ProtocolError):
             participant.answer(data)
-
-
-# --- Batches ---
-
-
-def first(iterator: Iterable[NDArray[np.int64]], count: int) -> list[list[int]]:
-    return [batch.tolist() for batch, _ in zip(iterator, range(count), strict=False)]
-
-
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(7, 3), (6, 3), (5, 1), (3, 8), (1, 1)])
-def test_every_pass_over_the_records_has_each_once(num_examples: int, batch_size: int) -> None:
-    passes = -(-num_examples // batch_size)
-    found = first(batches(num_examples, batch_size, np.random.default_rng(1)), 3 * passes)
-    orders = []
-    for i in range(3):
-        part = found[i * passes : (i + 1) * passes]
-        assert all(len(batch) <= batch_size for batch in part)
-        orders.append([record for batch in part for record in batch])
-        assert sorted(orders[-1]) == list(range(num_examples))
-    if num_examples > 4:
-        assert orders[0] != orders[1] != orders[2]

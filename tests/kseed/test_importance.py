@@ -14,7 +14,7 @@ from fedkseed.kseed.importance import importances, probabilities
 PHI = arrays(np.float64, st.integers(1, 50), elements=st.floats(0, 1000))
 
 
-def test_by_hand() -> None:
+def test_importances_and_probabilities_by_hand() -> None:
     """Histories (0, 2, 4), (0, 1000), (0), (0, 1): means 2, 500, 0, 1/2; by min-max 0.004, 1, 0, 0.001."""
     phi = importances(np.array([6.0, 1000.0, 0.0, 1.0]), np.array([2, 1, 0, 1]))
     assert phi.tolist() == [2.0, 500.0, 0.0, 0.5]
@@ -42,7 +42,7 @@ def test_equal_importance_is_uniform(size: int, value: float) -> None:
 
 
 @given(PHI)
-def test_laws(phi: NDArray[np.float64]) -> None:
+def test_probabilities_sum_to_one_and_follow_the_importances(phi: NDArray[np.float64]) -> None:
     share = probabilities(phi)
     assert share.dtype == np.float64
     assert share.sum() == pytest.approx(1, abs=1e-12)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -101,12 +102,115 @@ def test_accumulators_that_no_precision_holds_are_refused() -> None:
         some_ledger().advance(replace(history(8), accumulators=np.full(8, np.nan)))
 
 
+# --- By hand ---
+
+
+def linear(seed: int = 0) -> torch.nn.Linear:
+    model = torch.nn.Linear(6, 5)
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_loop_of_ones_own_can_save_what_it_found(tmp_path: Path, kind: Callable[[Any], Any]) -> None:
+    """Through the file to another copy of the base model, to the bit; also a number that float16 does not hold."""
+    bound = fk.bind(linear(), POOL)
+    a = [0.5, 0.0, -3.0, float(np.float32(0.1)), 0.0, 2.0**-40, 1e4, -0.25]
+    bound.rebuild(a)
+    ledger = fk.Ledger.of(bound, kind(a), round=3)
+    assert (ledger.round, ledger.history, ledger.precision, ledger.pool) == (3, None, "float32", POOL)
+    assert ledger.base == bound.identity()
+    ledger.save(tmp_path / "ledger.safetensors")
+    assert same(fk.Ledger.load(tmp_path / "ledger.safetensors"), ledger)
+    other = linear()
+    fk.apply(other, tmp_path / "ledger.safetensors")
+    assert fk.bind(other, POOL).digest() == bound.digest() != fk.bind(linear(), POOL).digest()
+    with pytest.raises(LedgerError, match="this model is not the ledger's base"):
+        fk.apply(linear(seed=1), ledger)
+
+
+def test_a_ledger_of_a_model_that_has_moved_is_of_its_base() -> None:
+    bound = fk.bind(linear(), POOL)
+    before = fk.Ledger.of(bound, [0.5] * 8)
+    bound.move([1, 2], [0.25, 0.5])
+    assert fk.Ledger.of(bound, [0.5] * 8).digest() == before.digest()
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "text"),
+    [
+        ([0.5] * 7, r"coefficients have shape \(7,\); the pool has K = 8 seeds"),
+        ([0.5] * 7 + [0.1], "coefficient 7 is 0.1; float32 cannot hold it: round it first, such as with"),
+        ([np.nan] * 8, "coefficient 0 is nan; all must be finite"),
+        ("a text", "coefficients are str; expected an array, a list or a tensor of numbers"),
+    ],
+    ids=str,
+)
+def test_a_ledger_of_no_coefficients_is_refused(coefficients: Any, text: str) -> None:
+    bound = fk.bind(linear(), POOL)
+    with pytest.raises(InvalidValueError, match=text):
+        fk.Ledger.of(bound, coefficients)
+    with pytest.raises(InvalidValueError, match=text):
+        replace(fk.Ledger.of(bound, [0.5] * 8), coefficients=coefficients)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, True, None])
+def test_a_round_that_is_no_count_is_refused(value: Any) -> None:
+    """It could be saved and not be read again."""
+    with pytest.raises(InvalidValueError, match=rf"round is {value!r}; expected an integer from 0 on"):
+        fk.Ledger.of(fk.bind(linear(), POOL), [0.5] * 8, round=value)
+
+
+def test_other_coefficients_in_a_checkpoint_are_refused_with_what_to_do() -> None:
+    """Its file has the accumulators alone, so that the change would be lost without a word."""
+    ledger = some_ledger()
+    found = (np.arange(8) * 0.1).astype(np.float32)
+    with pytest.raises(InvalidValueError) as caught:
+        replace(ledger, coefficients=found)
+    assert str(caught.value) == (
+        "the coefficients are not those of the ledger's accumulators, which a run goes on from; change a published ledger: "
+        'dataclasses.replace(ledger.published(), precision="float32", coefficients=...)'
+    )
+    advised = replace(ledger.published(), precision="float32", coefficients=found)
+    assert fk.Ledger.decode(advised.encode()).coefficients.tolist() == found.tolist()
+    assert replace(ledger, coefficients=ledger.coefficients.copy()).digest() == ledger.digest()
+
+
+def test_coefficients_that_the_precision_does_not_hold_are_refused() -> None:
+    """Else the ledger and its file would be two models with one digest."""
+    ledger = some_ledger("float16", published=True)
+    with pytest.raises(
+        InvalidValueError, match=r'coefficient 1 is 0\.1.*, which float16 cannot hold .*; give precision="float32"'
+    ):
+        replace(ledger, coefficients=(np.arange(8) * 0.1).astype(np.float32))
+    held = replace(ledger, coefficients=[0.5, -0.25, 3, 0, 0, 0, 0, 1])
+    assert held.coefficients.dtype == np.float32
+    assert same(fk.Ledger.decode(held.encode()), held)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(PRECISIONS))
+def test_what_a_run_publishes_is_always_held(seed: int, precision: Precision) -> None:
+    ledger = some_ledger(precision, seed, published=True)
+    assert same(fk.Ledger.decode(ledger.encode()), ledger)
+
+
+def test_a_person_can_read_a_ledger_and_a_binding() -> None:
+    ledger = some_ledger()
+    known = f"8 of K = 8 gaussian seeds in use, base {ledger.base.fingerprint[:16]}>"
+    assert repr(ledger) == f"<Ledger, checkpoint: 1 rounds, {known}"
+    assert repr(ledger.published()) == f"<Ledger, published: 1 rounds, {known}"
+    bound = fk.bind(linear(), fk.SeedPool(1, 4096))
+    assert repr(bound) == "<Binding of Linear: 35 tunable parameters, K = 4,096 hadamard seeds>"
+
+
 # --- Files ---
 
 
 @precisions
 @forms
-def test_round_trip(tmp_path: Path, precision: Precision, published: bool) -> None:
+def test_a_ledger_comes_back_from_its_file(tmp_path: Path, precision: Precision, published: bool) -> None:
     ledger = some_ledger(precision, published=published)
     ledger.save(tmp_path / "ledger.safetensors")
     loaded = fk.Ledger.load(tmp_path / "ledger.safetensors")
@@ -188,7 +292,7 @@ def test_two_saves_give_the_same_bytes(tmp_path: Path, published: bool) -> None:
 
 
 @pytest.mark.parametrize(("precision", "low", "high"), [("float16", 8 * 1024, 16 * 1024), ("float32", 16 * 1024, 18_500)])
-def test_published_size(precision: Precision, low: int, high: int) -> None:
+def test_a_published_ledger_keeps_to_its_size(precision: Precision, low: int, high: int) -> None:
     """K = 4096 and SmolLM2-135M's 272 tensors: 8 to 16 KB in float16, the default."""
     pool = fk.SeedPool(2**64 - 1, 4096)
     ledger = fk.Ledger.start(pool, identity(272, ()), precision).advance(history(4096))
@@ -202,7 +306,7 @@ CHANGES: dict[str, Callable[[fk.Ledger], fk.Ledger]] = {
     "round": lambda x: replace(x, round=2),
     "key": lambda x: replace(x, pool=replace(x.pool, key=1)),
     "family": lambda x: replace(x, pool=replace(x.pool, family="hadamard")),
-    "precision": lambda x: replace(x, precision="float32"),
+    "precision": lambda x: replace(x, precision="float32", coefficients=rounded(accumulators(x), "float32")),
     "fingerprint": lambda x: replace(x, base=replace(x.base, fingerprint="0" * 64)),
     "digests": lambda x: replace(x, base=replace(x.base, digests=x.base.digests + np.uint32(1))),
     "frozen": lambda x: replace(x, base=replace(x.base, frozen=())),
@@ -210,6 +314,11 @@ CHANGES: dict[str, Callable[[fk.Ledger], fk.Ledger]] = {
     "grad_sums": lambda x: replace(x, history=changed(x, "grad_sums")),
     "grad_counts": lambda x: replace(x, history=changed(x, "grad_counts")),
 }
+
+
+def accumulators(ledger: fk.Ledger) -> NDArray[np.float64]:
+    assert ledger.history is not None
+    return ledger.history.accumulators
 
 
 def changed(ledger: fk.Ledger, name: str) -> History:
@@ -221,7 +330,7 @@ def changed(ledger: fk.Ledger, name: str) -> History:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_digest_sees_every_field(name: str) -> None:
+def test_the_digest_sees_every_field(name: str) -> None:
     ledger = some_ledger()
     other = replace(CHANGES[name](ledger), round=CHANGES[name](ledger).round if name == "round" else 1)
     assert other.digest() != ledger.digest()
@@ -310,7 +419,7 @@ DAMAGE: list[tuple[bool, str, Any]] = [
     ],
     *[(True, key, None) for key in ("pool.key", "pool.size", "pool.family", "base.fingerprint", "base.frozen")],
     *[(False, key, None) for key in ("accumulators", "grad_sums", "grad_counts", "base_digests")],
-    *[(True, "format", value) for value in (0, 2, "1", [1])],
+    *[(True, "format", value) for value in (0, 3, "1", [1])],
     *[(True, "pool.key", value) for value in ("", "xyz", "-1", "1" + 16 * "0", 255, [])],
     *[(True, "pool.size", value) for value in (0, 3, 65537, "2", 2.0, True)],
     *[(True, "pool.family", value) for value in ("fourier", "", 1, ["hadamard"])],
@@ -348,7 +457,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize(("published", "at", "value"), DAMAGE, ids=[f"{at}-{value!r:.30}" for _, at, value in DAMAGE])
-def test_damaged_content(tmp_path: Path, published: bool, at: str, value: Any) -> None:
+def test_damaged_content_is_refused(tmp_path: Path, published: bool, at: str, value: Any) -> None:
     path = tmp_path / "ledger.safetensors"
     path.write_bytes(write_by_hand(*plain(published)))
     assert fk.Ledger.load(path).pool.size == 2  # the control
@@ -357,11 +466,11 @@ def test_damaged_content(tmp_path: Path, published: bool, at: str, value: Any) -
     assert at != "format" or "ledger format is" in reason
 
 
-def test_another_version(tmp_path: Path) -> None:
-    (tmp_path / "l").write_bytes(damaged(True, "format", 2))
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "l").write_bytes(damaged(True, "format", 3))
     reason = refusal(tmp_path / "l")
-    assert "format is 2" in reason
-    assert "reads 1" in reason
+    assert "format is 3" in reason
+    assert "reads 1 and 2" in reason
 
 
 DEEP = b'{"__metadata__":' + b"[" * 100_000
@@ -386,7 +495,7 @@ OTHER_FILES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", OTHER_FILES)
-def test_other_files(tmp_path: Path, name: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "ledger.safetensors"
     path.write_bytes(OTHER_FILES[name])
     refusal(path)
@@ -397,14 +506,14 @@ def test_a_model_file_is_not_a_ledger(tmp_path: Path) -> None:
     assert "not a ledger" in refusal(tmp_path / "model.safetensors")
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none" / "ledger.safetensors")
     assert "directory" in refusal(tmp_path)
 
 
 @precisions
 @forms
-def test_every_truncation(tmp_path: Path, precision: Precision, published: bool) -> None:
+def test_every_truncation_is_refused(tmp_path: Path, precision: Precision, published: bool) -> None:
     path = tmp_path / "ledger.safetensors"
     data = some_ledger(precision, published=published).encode()
     for size in [*range(0, len(data), 7), len(data) - 1]:
@@ -493,7 +602,7 @@ def watch(folder: Path, patch: Patch, before: Callable[[str], None], after: Call
     patch(os, "rename", watched(os.rename))
 
 
-def test_order_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write, fsync, rename, fsync the folder: without the first fsync a rename could outlive a crash, the content not."""
     seen: list[str] = []
     watch(tmp_path, monkeypatch.setattr, seen.append)
@@ -505,7 +614,9 @@ def test_order_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("exists", [True, False], ids=["over an old file", "a first file"])
-def test_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, exists: bool) -> None:
+def test_a_failed_step_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, exists: bool
+) -> None:
     path = tmp_path / "ledger.safetensors"
     old, new = some_ledger(seed=1), some_ledger(seed=2)
     if exists:

@@ -152,7 +152,7 @@ def replies(draw: st.DrawFn) -> TrainReply:
 
 @settings(max_examples=60)
 @given(requests())
-def test_request_round_trip(sent: TrainRequest) -> None:
+def test_a_request_comes_back_from_its_bytes(sent: TrainRequest) -> None:
     data = sent.encode()
     arrived = TrainRequest.decode(data)
     assert arrived == sent
@@ -162,7 +162,7 @@ def test_request_round_trip(sent: TrainRequest) -> None:
 
 @settings(max_examples=60)
 @given(replies())
-def test_reply_round_trip(sent: TrainReply) -> None:
+def test_a_reply_comes_back_from_its_bytes(sent: TrainReply) -> None:
     data = sent.encode()
     arrived = TrainReply.decode(data)
     assert arrived == sent
@@ -171,7 +171,7 @@ def test_reply_round_trip(sent: TrainReply) -> None:
 
 @classes
 @precisions
-def test_largest_message(cls: type[Message], precision: Precision) -> None:
+def test_the_largest_message_comes_back(cls: type[Message], precision: Precision) -> None:
     """K = 65,536 and 65,535 steps fit below the cap."""
     sent: Message = request(precision, 65536, 65535) if cls is TrainRequest else reply(precision, 65535)
     assert cls.decode(sent.encode()) == sent
@@ -179,7 +179,7 @@ def test_largest_message(cls: type[Message], precision: Precision) -> None:
 
 @classes
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview], ids=lambda kind: kind.__name__)
-def test_any_kind_of_bytes(cls: type[Message], kind: Callable[[bytes], Any]) -> None:
+def test_bytes_of_any_type_are_decoded_alike(cls: type[Message], kind: Callable[[bytes], Any]) -> None:
     assert cls.decode(kind(message(cls).encode())) == message(cls)
 
 
@@ -229,7 +229,7 @@ def worst_case(precision: Precision, size: int, steps: int) -> tuple[TrainReques
         (1024, "float16", 3_700),
     ],
 )
-def test_bytes_of_a_round(size: int, precision: Precision, budget: int) -> None:
+def test_the_bytes_of_a_round_keep_to_the_budget(size: int, precision: Precision, budget: int) -> None:
     """docs and DESIGN.md: both ways, headers included, tau = 200."""
     down, up = worst_case(precision, size, 200)
     assert len(down.client.encode()) == 64
@@ -237,7 +237,7 @@ def test_bytes_of_a_round(size: int, precision: Precision, budget: int) -> None:
 
 
 @precisions
-def test_headers(precision: Precision) -> None:
+def test_headers_take_at_most_400_bytes(precision: Precision) -> None:
     for size, steps in ((4096, 200), (1024, 200), (1, 1)):  # the budget is for 200 steps; longer arrays have longer lengths
         down, up = worst_case(precision, size, steps)
         payload = len(down.coefficients.numbers) + 2 * steps + len(up.projected_grads.numbers)
@@ -269,7 +269,7 @@ def test_what_follows_a_message_is_refused(cls: type[Message]) -> None:
 
 @classes
 @precisions
-def test_every_flipped_bit(cls: type[Message], precision: Precision) -> None:
+def test_every_flipped_bit_is_noticed_or_refused(cls: type[Message], precision: Precision) -> None:
     original = message(cls, precision)
     data = original.encode()
     for position in range(8 * len(data)):
@@ -312,7 +312,7 @@ ANYTHING = st.recursive(
 @classes
 @settings(max_examples=120)
 @given(data=st.data())
-def test_anything_in_some_fields(cls: type[Message], data: st.DataObject) -> None:
+def test_anything_in_some_fields_is_decoded_or_refused(cls: type[Message], data: st.DataObject) -> None:
     fields = fields_of(message(cls).encode())
     for at in data.draw(st.sets(st.integers(0, len(fields) - 1), min_size=1, max_size=3)):
         fields[at] = data.draw(ANYTHING)
@@ -324,20 +324,20 @@ def test_anything_in_some_fields(cls: type[Message], data: st.DataObject) -> Non
 
 @classes
 @pytest.mark.parametrize("version", [0, 2, 3, -1, 255, 2**64 - 1])
-def test_other_version(cls: type[Message], version: int) -> None:
+def test_another_version_is_refused(cls: type[Message], version: int) -> None:
     reason = refusal(cls, with_field(message(cls).encode(), 1, version))
     assert str(version) in reason
     assert "version" in reason
 
 
-def test_other_kind() -> None:
+def test_a_message_of_another_kind_is_refused() -> None:
     assert "not a reply" in refusal(TrainReply, request().encode())
     assert "not a request" in refusal(TrainRequest, reply().encode())
     assert "update kind is 1" in refusal(TrainReply, with_field(reply().encode(), 2, 1))
 
 
 @classes
-def test_number_of_fields(cls: type[Message]) -> None:
+def test_another_number_of_fields_is_refused(cls: type[Message]) -> None:
     fields = fields_of(message(cls).encode())
     for other in (fields[:-1], [*fields, None], [*fields, *fields], fields[:2]):
         assert f"{len(other)} fields; expected {len(fields)}" in refusal(cls, msgpack.packb(other))
@@ -345,13 +345,13 @@ def test_number_of_fields(cls: type[Message]) -> None:
 
 @classes
 @pytest.mark.parametrize("value", [[], {}, None, 0, "k?", b"", [None], {0: 1}, [["k!", 1]], 1.5])
-def test_other_msgpack(cls: type[Message], value: Any) -> None:
+def test_msgpack_of_something_else_is_refused(cls: type[Message], value: Any) -> None:
     refusal(cls, msgpack.packb(value))
 
 
 @classes
 @pytest.mark.parametrize("value", [None, "bytes", 5, [1, 2], message(TrainReply)], ids=str)
-def test_not_bytes(cls: type[Message], value: Any) -> None:
+def test_what_is_not_bytes_is_refused(cls: type[Message], value: Any) -> None:
     assert "expected bytes" in refusal(cls, value)
 
 
@@ -373,7 +373,7 @@ POSITIONS = [(cls, at) for cls in CLASSES for at in range(len(TYPES[cls]))]
 
 
 @pytest.mark.parametrize(("cls", "at"), POSITIONS, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_wrong_type_in_each_field(cls: type[Message], at: int) -> None:
+def test_a_wrong_type_in_any_field_is_refused(cls: type[Message], at: int) -> None:
     data = message(cls).encode()
     original = fields_of(data)[at]
     assert len(fields_of(data)) == len(TYPES[cls])
@@ -435,7 +435,7 @@ OUT_OF_RANGE: list[tuple[type[Message], int, list[Any], str]] = [
 
 
 @pytest.mark.parametrize(("cls", "at", "values", "text"), OUT_OF_RANGE, ids=lambda x: x if isinstance(x, str) else "")
-def test_out_of_range(cls: type[Message], at: int, values: list[Any], text: str) -> None:
+def test_a_field_out_of_range_is_refused(cls: type[Message], at: int, values: list[Any], text: str) -> None:
     for value in values:
         reason = refusal(cls, with_field(message(cls).encode(), at, value))
         assert any(word in reason for word in text.split("|")), (value, reason)
@@ -524,7 +524,7 @@ def test_declared_lengths_cost_no_memory(cls: type[Message]) -> None:
 
 
 @classes
-def test_size_cap(cls: type[Message]) -> None:
+def test_more_bytes_than_the_cap_are_refused(cls: type[Message]) -> None:
     data = head(cls) + b"\xc6" + struct.pack(">I", MAX_BYTES) + bytes(MAX_BYTES)
     assert f"at most {MAX_BYTES}" in refusal(cls, data)
     assert "at most" not in refusal(cls, data[:MAX_BYTES])
@@ -550,7 +550,7 @@ class Touch:
 
 
 @classes
-def test_nothing_executes(cls: type[Message], tmp_path: Path) -> None:
+def test_decoding_executes_nothing(cls: type[Message], tmp_path: Path) -> None:
     pickled = pickle.dumps(Touch(tmp_path / "touched"))
     refusal(cls, pickled)
     data = message(cls).encode()

@@ -53,7 +53,7 @@ def content(ledger: Ledger) -> list[Any]:
 @wires
 @pytest.mark.parametrize("pages", [(0,), (1,), (1, 1, 0), (4, 2)], ids=str)
 @pytest.mark.parametrize("published", [False, True], ids=["checkpoint", "published"])
-def test_round_trip(tmp_path: Path, wire: str, pages: tuple[int, ...], published: bool) -> None:
+def test_a_ledger_comes_back_from_its_file(tmp_path: Path, wire: str, pages: tuple[int, ...], published: bool) -> None:
     ledger = some_ledger(wire, pages)
     ledger = ledger.published() if published else ledger
     ledger.save(tmp_path / "ledger.safetensors")
@@ -125,7 +125,7 @@ def test_one_metadata_entry_of_canonical_json(tmp_path: Path) -> None:
         (4096, "int8", (1,) * 10, 44_500),
     ],
 )
-def test_published_size(size: int, wire: str, pages: tuple[int, ...], most: int) -> None:
+def test_a_published_ledger_keeps_to_its_size(size: int, wire: str, pages: tuple[int, ...], most: int) -> None:
     """The numbers, at most 60 bytes for each page and 4 for each part, 4 for each of 272 tensors, and 600."""
     base = fk.Ledger.start(fk.SeedPool(0, 1), BASE, "float32").base
     base = replace(base, digests=np.arange(272, dtype=np.uint32))
@@ -175,7 +175,7 @@ def flipped(part: Coded) -> Coded:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_digest_sees_every_field(name: str) -> None:
+def test_the_digest_sees_every_field(name: str) -> None:
     ledger = some_ledger()
     other = CHANGES[name](ledger)
     assert some_ledger().digest() == ledger.digest()
@@ -298,7 +298,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize(("at", "value"), DAMAGE, ids=[f"{i}-{at}-{value!r:.20}" for i, (at, value) in enumerate(DAMAGE)])
-def test_damaged_content(tmp_path: Path, at: str, value: Any) -> None:
+def test_damaged_content_is_refused(tmp_path: Path, at: str, value: Any) -> None:
     path = tmp_path / "ledger.safetensors"
     path.write_bytes(damaged(at, value))
     assert "damaged" in refusal(path)
@@ -311,7 +311,7 @@ def test_counts_that_add_up_to_the_right_sum_are_damage_all_the_same(tmp_path: P
     assert "numbers of parts [-1, 4]" in refusal(tmp_path / "l")
 
 
-def test_another_version(tmp_path: Path) -> None:
+def test_another_version_is_refused(tmp_path: Path) -> None:
     metadata, tensors = plain()
     (tmp_path / "l").write_bytes(write_by_hand(metadata | {"format": 3}, tensors))
     assert "ledger format is 3; this version reads 1 and 2" in refusal(tmp_path / "l")

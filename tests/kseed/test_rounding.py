@@ -65,7 +65,7 @@ def test_float16_takes_two_bytes_a_number(values: NDArray[np.float32]) -> None:
 @example(CARRY)
 @example(np.array([1.0, 1.001 * 2.0**-28], np.float32))
 @example(np.array([SUBNORMAL, 3 * SUBNORMAL], np.float32))
-def test_float16_error(values: NDArray[np.float32]) -> None:
+def test_float16_errs_by_at_most_half_a_last_place(values: NDArray[np.float32]) -> None:
     arrived = rounded(values, "float16")
     top = math.frexp(float(np.abs(arrived).max()))[1]  # the largest lies below 2^top
     for value, result in zip(values.tolist(), arrived.tolist(), strict=True):
@@ -121,7 +121,7 @@ def test_tiny_float64_becomes_zero_without_a_warning(precision: Precision) -> No
 
 
 @precisions
-def test_largest_float32(precision: Precision) -> None:
+def test_the_largest_float32_never_arrives_as_infinity(precision: Precision) -> None:
     """Either it arrives, finite, or it is refused; it never arrives as an infinity."""
     largest = np.array([np.finfo(np.float32).max, 1.0], np.float32)
     try:

@@ -24,7 +24,7 @@ def model(kind: torch.dtype = torch.float32, frozen: tuple[str, ...] = ()) -> to
     return laws.module_of({name: laws.some_weights(shape, kind, i) for i, (name, shape) in enumerate(SHAPES.items())}, frozen)
 
 
-def test_fingerprint() -> None:
+def test_the_fingerprint_is_the_digest_of_the_digests_by_name() -> None:
     found = BaseIdentity.of(digests(), ["c", "a"])
     assert found.fingerprint == hashlib.sha256(b"\1" * 32 + b"\2" * 32 + b"\3" * 32).hexdigest()
     assert found.digests.tolist() == [0x01010101, 0x02020202, 0x03030303]
@@ -51,14 +51,14 @@ NAMES = ["a", "b", "c"]
         (BaseIdentity.of(digests(a=bytes(32)), ["b"]), "a is the first of 1 "),
     ],
 )
-def test_difference(other: BaseIdentity, text: str) -> None:
+def test_a_difference_is_named(other: BaseIdentity, text: str) -> None:
     found = BaseIdentity.of(digests()).difference(other, NAMES)
     assert found is not None
     assert text in found
     assert BaseIdentity.of(digests()) != other
 
 
-def test_no_difference() -> None:
+def test_equal_identities_have_no_difference() -> None:
     assert BaseIdentity.of(digests(), ["a"]).difference(BaseIdentity.of(digests(), ["a"]), NAMES) is None
 
 
@@ -109,7 +109,7 @@ def test_zeros_of_either_sign_are_different_values() -> None:
     assert value_digest("a", plus.shape, plus.dtype, [plus]) != value_digest("a", minus.shape, minus.dtype, [minus])
 
 
-def test_value_digest_in_stretches() -> None:
+def test_a_digest_in_stretches_is_that_of_the_whole() -> None:
     x = laws.some_weights((10,), torch.bfloat16, 1)
     whole = value_digest("a", x.shape, x.dtype, [x])
     assert value_digest("a", x.shape, x.dtype, [x[:3], x[3:4], x[4:]]) == whole

@@ -132,7 +132,7 @@ def test_weights_of_another_shape_are_refused(copy: Path) -> None:
         load_model(copy)
 
 
-def test_unknown_dtype_and_device(stories260k: Path) -> None:
+def test_an_unknown_dtype_or_device_is_named(stories260k: Path) -> None:
     bad: Any = "float8"
     with pytest.raises(InvalidValueError, match=r"dtype 'float8' is unknown; expected one of auto, float32, float16, bfloat16"):
         load_model(stories260k, bad)

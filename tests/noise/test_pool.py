@@ -502,14 +502,60 @@ def test_an_impossible_number_of_elements_is_refused(n):
         pool.combine("w", n, np.zeros(7, np.float32))
 
 
+VALUES = [0.5, 0.0, -3.0, 2.0, -0.25]
+GOOD_COEFFICIENTS = {
+    "list": VALUES,
+    "tuple of NumPy's numbers": tuple(np.array(VALUES)),
+    "float64": np.array(VALUES),
+    "float16": np.array(VALUES, np.float16),
+    "big-endian": np.array(VALUES, ">f4"),
+    "every other": np.repeat(np.array(VALUES, np.float32), 2)[::2],
+    "tensor": torch.tensor(VALUES),
+    "tensor of float64": torch.tensor(VALUES, dtype=torch.float64),
+    "tensor of bfloat16": torch.tensor(VALUES, dtype=torch.bfloat16),
+    "parameter": torch.nn.Parameter(torch.tensor(VALUES)),
+}
+
+
+@families
+@pytest.mark.parametrize("case", GOOD_COEFFICIENTS)
+def test_coefficients_may_be_any_numbers_that_float32_holds(family, case):
+    pool = fk.SeedPool(1, 5, family)
+    expected = pool.combine("w", 300, np.array(VALUES, np.float32))
+    assert expected.any()
+    assert pool.combine("w", 300, GOOD_COEFFICIENTS[case]).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("whole", [[1, 0, -3, 2**24, 7], np.array([1, 0, -3, 2**24, 7]), torch.tensor([1, 0, -3, 2**24, 7])])
+def test_coefficients_may_be_integers_that_float32_holds(whole):
+    found = fk.SeedPool(1, 5).check_coefficients(whole)
+    assert (found.dtype, found.tolist()) == (np.float32, [1, 0, -3, 2**24, 7])
+
+
+def one(number, dtype=np.float64):
+    return np.array([0, 0, number, 0, 0], dtype)
+
+
+ROUND_IT = r"; float32 cannot hold it: round it first, such as with \.astype\(np\.float32\)$"
+BEYOND = "; it must be finite in float32$"
 BAD_COEFFICIENTS = {
-    "list": ([0.0] * 5, "coefficients are list; expected a NumPy array of float32"),
-    "float64": (np.zeros(5), "coefficients are float64; expected a NumPy array of float32"),
-    "float16": (np.zeros(5, np.float16), "coefficients are float16; expected .*float32"),
-    "integers": (np.zeros(5, np.int64), "coefficients are int64; expected .*float32"),
-    "big-endian": (np.zeros(5, ">f4"), "coefficients are >f4; expected .*float32"),
-    "tensor": (torch.zeros(5), "coefficients are torch.float32; expected a NumPy array"),
-    "None": (None, "coefficients are NoneType; expected .*float32"),
+    "None": (None, "coefficients are NoneType; expected an array, a list or a tensor of numbers"),
+    "text": ("abcde", "coefficients are str; expected an array"),
+    "texts": (list("abcde"), "coefficients are list; expected an array"),
+    "truth values": (np.ones(5, bool), "coefficients are bool; expected an array"),
+    "tensor of truth values": (torch.ones(5, dtype=torch.bool), r"coefficients are torch\.bool; expected an array"),
+    "complex": (np.ones(5, complex), "coefficients are complex128; expected an array"),
+    "objects": ([0.0, None, 0.0, 0.0, 0.0], "coefficients are list; expected an array"),
+    "ragged": ([0.0, [1.0], 0.0, 0.0, 0.0], "coefficients are list; expected an array"),
+    "dict": ({0: 1.0}, "coefficients are dict; expected an array"),
+    "a third": (one(1 / 3), rf"coefficient 2 is 0\.3333333333333333{ROUND_IT}"),
+    "a third in a list": ([0, 0, 1 / 3, 0, 0], rf"coefficient 2 is 0\.3333333333333333{ROUND_IT}"),
+    "a third in a tensor": (torch.tensor(one(1 / 3)), rf"coefficient 2 is 0\.3333333333333333{ROUND_IT}"),
+    "too small": (one(1e-60), rf"coefficient 2 is 1e-60{ROUND_IT}"),
+    "too large": (one(1e39), rf"coefficient 2 is 1e\+39{BEYOND}"),
+    "odd integer": (one(2**24 + 1, np.int64), rf"coefficient 2 is 16777217{ROUND_IT}"),
+    "largest int64": (one(2**63 - 1, np.int64), rf"coefficient 2 is {2**63 - 1}{ROUND_IT}"),
+    "largest uint64": (one(2**64 - 1, np.uint64), rf"coefficient 2 is {2**64 - 1}{ROUND_IT}"),
     "short": (np.zeros(4, np.float32), r"shape \(4,\); the pool has K = 5"),
     "long": (np.zeros(6, np.float32), r"shape \(6,\); the pool has K = 5"),
     "empty": (np.zeros(0, np.float32), r"shape \(0,\); the pool has K = 5"),
@@ -523,7 +569,14 @@ BAD_COEFFICIENTS = {
 
 @families
 @pytest.mark.parametrize("case", BAD_COEFFICIENTS)
-def test_coefficients_of_another_dtype_or_length_or_not_finite_are_refused(family, case):
+def test_coefficients_that_are_no_numbers_or_another_length_or_beyond_float32_are_refused(family, case):
     coefficients, message = BAD_COEFFICIENTS[case]
     with pytest.raises(InvalidValueError, match=message):
         fk.SeedPool(1, 5, family).combine("w", 10, coefficients)
+
+
+def test_numbers_that_float32_holds_only_when_rounded_are_taken_after_that():
+    """What the message says helps."""
+    pool = fk.SeedPool(1, 5)
+    for number in (1 / 3, 1e-60, 2**24 + 1):
+        assert pool.check_coefficients(one(number).astype(np.float32))[2] == np.float32(number)

@@ -21,8 +21,9 @@ import yaml
 from tests.support.command_line import CommandLine, environment
 from tests.support.natural_instructions import in_words, task, write_folder
 from tests.support.runs import held_out, read_metrics
+from tests.support.tiny import write_records
 
-from fedkseed.data import read_jsonl
+from fedkseed.data import Example, read_examples
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.published import main
@@ -139,6 +140,21 @@ def test_use_prompts_false_means_no(home: Path, words: list[str], value: bool) -
     assert config_of(*words, "--dataset", "dolly", "--zerotask", "0").template == "dolly"
 
 
+def test_it_runs_as_a_module_too(tmp_path: Path) -> None:
+    """From any folder, as from an installed wheel; `main.py` is but a shim."""
+    command = [sys.executable, "-m", "fedkseed.published"]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert helped.stdout.startswith("usage: ")
+    assert "--zerotask" in helped.stdout
+    wrong = subprocess.run(
+        [*command, "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False
+    )
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_help_names_the_traps(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
@@ -172,14 +188,28 @@ def test_every_renamed_flag_exists() -> None:
     assert {name.split("'")[0] for name in PUBLISHED.values()} <= theirs
 
 
-@pytest.mark.parametrize("zerotask", range(8))
-def test_zerotask_counts_as_pandas_does(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zerotask: int) -> None:
-    (tmp_path / "data").symlink_to(shared / "data")
-    monkeypatch.chdir(tmp_path)
+def assert_counts_as_pandas_does(zerotask: int) -> None:
     config = config_of("--dataset", "dolly", "--zerotask", str(zerotask))
-    column = pandas.Series([example.category for example in read_jsonl(config.data)])
+    column = pandas.Series([example.category for example in read_examples(config.data)])
     codes = column.astype("category").cat.codes
     assert set(column[codes == zerotask]) == {config.held_out_category}
+
+
+@pytest.mark.parametrize("zerotask", range(8))
+def test_zerotask_counts_as_pandas_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zerotask: int) -> None:
+    """Dolly's categories, each with a few records, in an order that is not theirs."""
+    names = ("open_qa", "general_qa", "classification", "closed_qa", "brainstorming", "summarization", "creative_writing")
+    records = [Example("i", "", "o", name) for name in (*names, "information_extraction", *names[::-1])]
+    (tmp_path / "data").mkdir()
+    write_records(tmp_path / "data" / "databricks-dolly-15k.jsonl", records)
+    monkeypatch.chdir(tmp_path)
+    assert_counts_as_pandas_does(zerotask)
+
+
+def test_zerotask_counts_as_pandas_does_on_dolly(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").symlink_to(shared / "data")
+    monkeypatch.chdir(tmp_path)
+    assert_counts_as_pandas_does(DEFAULTS["zerotask"])
 
 
 # --- Wrong calls ---

@@ -15,15 +15,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
-from fedkseed.kseed.importance import importances, probabilities
 from fedkseed.kseed.ledger import History, Ledger
-from fedkseed.kseed.server import start
+from fedkseed.kseed.server import Server, start
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.report import reading, report
+from fedkseed.report import drawing, reading, report
 from fedkseed.report.charts import charts
+from fedkseed.report.drawing import render
 from fedkseed.report.page import page
 from fedkseed.report.summary import change
 from fedkseed.report.units import duration, exact, loss, percent, power_of_ten, size
@@ -31,6 +32,7 @@ from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import build
 
 CHARTS = {"held_out_loss", "training_loss", "bytes", "participation", "seed_use", "seed_probabilities", "coefficients", "time"}
+OF_LOSSES = ("held_out_loss", "training_loss")
 NASTY = "<script>alert(\"1\")</script> & $x_ 'quoted'"
 WEIGHT_BYTES = 1_040_128
 BASE = BaseIdentity.of({"w": bytes(range(32))})
@@ -173,17 +175,24 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Complete:
     return Complete(run, before, html, Outline(html))
 
 
-def words(run: Path) -> str:
-    """The page's text without the time that pictures take."""
+def sketch(run: Path, *drawn: str) -> Outline:
+    """The page with these of its charts alone, without the time that the others take."""
     record = reading.read(run)
-    return Outline(page(run, record, charts(record), {})).text
+    shown = charts(record)
+    pictures = {c.name: render(c.name, c.title, c.draw).svg for c in shown if c.name in drawn and c.draw is not None}
+    assert pictures.keys() == set(drawn)
+    return Outline(page(run, record, shown, pictures))
+
+
+def words(run: Path) -> str:
+    return sketch(run).text
 
 
 def snapshot(run: Path) -> dict[str, tuple[bytes, int]]:
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir() if p.is_file()}
 
 
-def test_page_and_pictures(complete: Complete) -> None:
+def test_the_page_and_its_pictures_are_written_and_nothing_else(complete: Complete) -> None:
     path = complete.run / "report" / "index.html"
     assert {p.name for p in path.parent.iterdir()} == {"index.html", *(f"{name}.png" for name in CHARTS)}
     for name in CHARTS:
@@ -239,14 +248,44 @@ def test_every_setting_is_shown(make: Maker) -> None:
             assert f"{name} {field.description} {'not set' if value is None else value}" in text
 
 
+def label_of_probabilities(outline: Outline) -> str:
+    return next(str(a["aria-label"]) for a in outline.all("svg") if str(a["aria-label"]).startswith("Probabilities"))
+
+
+def said_of(share: NDArray[np.float64]) -> str:
+    ratios = share * share.size
+    return f"from {ratios.max():.2f} to {ratios.min():.2f} times the uniform probability of {1 / share.size:.3g}"
+
+
+def servers_probabilities(run: Path) -> NDArray[np.float64]:
+    """Those that a server draws the next round's seeds with: it is asked, the formula isn't repeated."""
+    return Server(RunFolder.open(run).config, Ledger.load(run / "ledger.safetensors"), ["somebody"]).probabilities()
+
+
 def test_seed_probabilities_are_those_of_the_next_round(complete: Complete) -> None:
+    assert said_of(servers_probabilities(complete.run)) in label_of_probabilities(complete.outline)
     history = Ledger.load(complete.run / "ledger.safetensors").history
     assert history is not None
-    ratios = probabilities(importances(history.grad_sums, history.grad_counts)) * 256
-    label = next(a for a in complete.outline.all("svg") if str(a["aria-label"]).startswith("Probabilities"))["aria-label"]
-    assert f"from {ratios.max():.2f} to {ratios.min():.2f} times the uniform probability of 0.00391" in str(label)
     counts = history.grad_counts
     assert f"240 steps over 256 seeds, each used {counts.min()} to {counts.max()} times" in complete.html
+
+
+def test_seed_probabilities_know_where_histories_start(
+    make: Maker, complete: Complete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chart's curve too, number by number."""
+    events = [evaluation(0, 4.0), closed(1), evaluation(1, 3.9)]
+    drawn: list[NDArray[np.float64]] = []
+    monkeypatch.setattr(drawing, "seed_probabilities", drawn.append)
+    texts = set()
+    for first in (0.0, 40.0):
+        run = make(events, 3, name=f"start {first}", importance_start=first)
+        record = reading.read(run)
+        (chart,) = [chart for chart in charts(record) if chart.name == "seed_probabilities"]
+        assert said_of(servers_probabilities(run)) in chart.alt
+        assert drawn.pop().tolist() == servers_probabilities(run).tolist()
+        texts.add(chart.alt)
+    assert len(texts) == 2  # so that the wrong formula, which leaves the start out, must fail
 
 
 def test_uniform_drawing_has_no_probabilities(make: Maker) -> None:
@@ -297,7 +336,7 @@ def test_pictures_take_their_colours_from_the_page(complete: Complete) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["LIGHT", "DARK"])
-def test_contrast(scheme: str) -> None:
+def test_colours_keep_the_contrast_of_wcag(scheme: str) -> None:
     from fedkseed.report import drawing
 
     def luminance(colour: str) -> float:
@@ -331,7 +370,7 @@ def test_what_a_run_says_is_escaped(make: Maker) -> None:
     assert "<i>run & $x$" in text
 
 
-def test_refusals_by_reason(make: Maker) -> None:
+def test_refusals_are_counted_by_reason_and_client(make: Maker) -> None:
     events = [evaluation(0, 4.0)]
     for n in (1, 2):
         events.append(closed(n, refused={"client-18": "more scalars than steps"}, missing=["client-19", "client-17"]))
@@ -342,13 +381,13 @@ def test_refusals_by_reason(make: Maker) -> None:
     assert "client-19 0 0 2" in text
 
 
-def test_run_without_the_size_of_its_weights(make: Maker) -> None:
+def test_a_run_without_the_size_of_its_weights_says_so(make: Maker) -> None:
     text = words(make([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1))
     assert "did not note the size of its weights" in text
     assert "times less than sending" not in text
 
 
-def test_run_still_going(make: Maker) -> None:
+def test_a_run_still_going_is_shown_up_to_its_ledger(make: Maker) -> None:
     events = [evaluation(0, 4.0), closed(1), evaluation(1, 3.9), closed(2), evaluation(2, 3.8), closed(3)]
     run = make(events, 2)  # the third round's ledger is not written yet
     with (run / "metrics.jsonl").open("a") as file:
@@ -360,21 +399,31 @@ def test_run_still_going(make: Maker) -> None:
 
 
 @pytest.mark.parametrize(
-    ("events", "num_ledger_rounds", "num_pictures", "says"),
+    ("events", "num_ledger_rounds", "num_pictures", "drawn", "says"),
     [
-        ([], 0, 0, "Round 0 of 6, still going or stopped"),
-        ([evaluation(0, 4.0)], 0, 2, "base model; no round has been evaluated since"),
-        ([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1, 8, "4.0000 \N{RIGHTWARDS ARROW} 3.9000"),
-        ([closed(1)], 1, 7, "not evaluated yet"),
-        ([closed(1), evaluation(1, 3.9)], 1, 8, "the base model was not evaluated"),
+        ([], 0, 0, None, "Round 0 of 6, still going or stopped"),
+        ([evaluation(0, 4.0)], 0, 2, None, "base model; no round has been evaluated since"),
+        ([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1, 8, None, "4.0000 \N{RIGHTWARDS ARROW} 3.9000"),
+        # the other pictures are those of the last run
+        ([closed(1)], 1, 7, ["training_loss"], "not evaluated yet"),
+        ([closed(1), evaluation(1, 3.9)], 1, 8, ["held_out_loss", "training_loss"], "the base model was not evaluated"),
     ],
     ids=["nothing", "round 0", "a single round", "no evaluation", "no first evaluation"],
 )
-def test_short_runs(make: Maker, events: list[dict[str, Any]], num_ledger_rounds: int, num_pictures: int, says: str) -> None:
+def test_a_run_that_has_hardly_begun_shows_what_there_is(
+    make: Maker,
+    events: list[dict[str, Any]],
+    num_ledger_rounds: int,
+    num_pictures: int,
+    drawn: list[str] | None,
+    says: str,
+) -> None:
     run = make(events, num_ledger_rounds)
-    outline = read(run)
+    outline = read(run) if drawn is None else sketch(run, *drawn)
     assert says in outline.text
-    assert len(outline.all("svg")) == num_pictures == len(list((run / "report").glob("*.png")))
+    assert len([chart for chart in charts(reading.read(run)) if chart.draw is not None]) == num_pictures
+    if drawn is None:
+        assert len(outline.all("svg")) == num_pictures == len(list((run / "report").glob("*.png")))
     assert len(outline.all("figure")) == len(CHARTS)
     assert not re.search(r"\bnan\b|\bNone\b", outline.text)
 
@@ -383,7 +432,7 @@ def test_single_round_run_is_finished(make: Maker) -> None:
     assert "Finished: the only round is done." in words(make([evaluation(0, 4.0), closed(1)], 1, num_rounds=1))
 
 
-def test_ledger_without_steps(make: Maker) -> None:
+def test_a_ledger_without_steps_is_told(make: Maker) -> None:
     event = closed(1, train_loss=None, dropped_steps=20, clients={"client-00": {"weight": 1.0, "loss": None}})
     text = words(make([evaluation(0, 4.0), event, evaluation(1, 4.0)], 1, steps=0))
     assert "The ledger holds no step" in text
@@ -402,18 +451,18 @@ def test_published_ledger_has_no_history(make: Maker) -> None:
 def test_divergence_is_said(make: Maker, value: float) -> None:
     event = closed(2, train_loss=value, clients={"client-00": {"weight": 1.0, "loss": value}})
     run = make([evaluation(0, 4.0), closed(1), evaluation(1, 5.0), event, evaluation(2, value)], 2)
-    outline = read(run)
+    outline = sketch(run, *OF_LOSSES)
     assert "Diverged: a loss is not a finite number, first in round 2. Start anew with a lower --lr" in outline.text
     assert "it was 4.0000 before" in outline.text
     assert "first at round 2" in str(outline.all("svg")[0]["aria-label"])
 
 
-def test_nothing_but_divergence(make: Maker) -> None:
+def test_a_run_of_nothing_but_divergence_can_be_drawn(make: Maker) -> None:
     event = closed(1, train_loss=math.nan, clients={"client-00": {"weight": 1.0, "loss": math.nan}})
-    assert "Diverged" in read(make([evaluation(0, math.nan), event, evaluation(1, math.nan)], 1)).text
+    assert "Diverged" in sketch(make([evaluation(0, math.nan), event, evaluation(1, math.nan)], 1), "held_out_loss").text
 
 
-def test_long_run_of_many_clients(make: Maker) -> None:
+def test_a_long_run_of_many_clients_can_be_drawn(make: Maker) -> None:
     events = [evaluation(0, 4.0)]
     for n in range(1, 201):
         losses = {f"client-{(7 * n + i) % 900:03}": {"weight": 0.1, "loss": 3.0 + i / 10} for i in range(10)}
@@ -423,8 +472,10 @@ def test_long_run_of_many_clients(make: Maker) -> None:
     assert "200 3.3333" in text
 
 
-def test_one_seed(make: Maker) -> None:
-    assert "1 seed," in report(make([evaluation(0, 4.0), closed(1)], 1, num_seeds=1)).read_text()
+def test_a_pool_of_one_seed_can_be_drawn(make: Maker) -> None:
+    run = make([evaluation(0, 4.0), closed(1)], 1, num_seeds=1)
+    seen = [str(svg["aria-label"]) for svg in sketch(run, "seed_use", "seed_probabilities", "coefficients").all("svg")]
+    assert any("1 seed," in label for label in seen)
 
 
 def test_data_may_be_gone(make: Maker) -> None:
@@ -433,7 +484,7 @@ def test_data_may_be_gone(make: Maker) -> None:
     assert str(make.data) in words(run)
 
 
-def test_same_run_same_bytes(make: Maker) -> None:
+def test_the_same_run_gives_the_same_bytes(make: Maker) -> None:
     run = make([evaluation(0, 4.0)], 0)
     first = {p.name: p.read_bytes() for p in report(run).parent.iterdir()}
     matplotlib.rcParams["font.size"] = 30  # a user's own style has no say
@@ -469,7 +520,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
         (spoil("report", b"a file in its way"), RunError, "cannot write the report"),
     ],
 )
-def test_bad_input(make: Maker, damage: Callable[[Path], object], error: type[Exception], says: str) -> None:
+def test_bad_input_is_one_line(make: Maker, damage: Callable[[Path], object], error: type[Exception], says: str) -> None:
     run = make.complete()
     damage(run)
     with pytest.raises(error) as raised:
@@ -478,7 +529,7 @@ def test_bad_input(make: Maker, damage: Callable[[Path], object], error: type[Ex
     assert "\n" not in str(raised.value)
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(RunFolderError, match="holds no run"):
             report(path)
@@ -490,7 +541,7 @@ def test_a_file_is_no_run(make: Maker) -> None:
         report(make.data)
 
 
-def test_command_in_a_fresh_process(complete: Complete) -> None:
+def test_the_command_in_a_fresh_process_imports_no_pyplot(complete: Complete) -> None:
     # a process of its own: importing the command line's libraries must not decide what the other tests see
     code = (
         "import sys, pathlib; from fedkseed.cli.report import report_command; "
@@ -501,7 +552,7 @@ def test_command_in_a_fresh_process(complete: Complete) -> None:
     assert found.stdout == f"report: {run / 'report' / 'index.html'}\nFalse\n"
 
 
-def test_numbers_as_people_read_them() -> None:
+def test_numbers_are_written_as_people_read_them() -> None:
     assert [exact(v) for v in (0.0, 682.0, 135.5, 1234567.0)] == ["0", "682", "135.5", "1,234,567"]
     assert [size(v) for v in (100, 17_988, 999_600, 2_080_256, 5.4e9, 3e15)] == [
         "100 B", "18 kB", "1 MB", "2.08 MB", "5.4 GB", "3,000 TB",

@@ -40,7 +40,7 @@ def test_a_new_run_holds_its_settings_and_nothing_else(run: RunFolder, config: S
     assert run.metrics() == []
 
 
-def test_parents_are_made(tmp_path: Path, config: SimulationConfig) -> None:
+def test_the_folders_above_a_run_are_made(tmp_path: Path, config: SimulationConfig) -> None:
     assert RunFolder.create(tmp_path / "a" / "b" / "run", config).path.is_dir()
 
 

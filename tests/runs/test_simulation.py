@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.runs import Watcher, held_out, read_metrics, simulation, trained
-from tests.support.tiny import WORDS, tiny_model, tiny_records, tiny_settings, write_records
+from tests.support.tiny import WORDS, tiny_records, tiny_settings, write_records
 
 import fedkseed as fk
-from fedkseed.data import read_jsonl
+from fedkseed.data import read_examples
 from fedkseed.errors import DataError, LedgerError, RunError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest
@@ -58,7 +58,7 @@ def dolly(shared: Path, folder: Path, count: int) -> Path:
     source = shared / "data" / "databricks-dolly-15k.jsonl"
     if not source.is_file():
         pytest.skip(f"no {source}")
-    short = [e for e in read_jsonl(source) if len(e.instruction) + len(e.input) < 100 and 0 < len(e.output) < 120]
+    short = [e for e in read_examples(source) if len(e.instruction) + len(e.input) < 100 and 0 < len(e.output) < 120]
     return write_records(folder / "dolly.jsonl", short[:count])
 
 
@@ -194,11 +194,16 @@ def test_the_ledger_on_the_disk_is_the_tuned_model(tiny: Path, tmp_path: Path) -
 # --- Determinism ---
 
 
-def test_the_same_seed_gives_the_same_ledger_and_another_seed_another(tiny: Path, tmp_path: Path) -> None:
-    digests = [
-        trained(tmp_path / name, tiny_settings(tiny, seed=seed))[0].digest() for name, seed in (("a", 7), ("b", 7), ("c", 8))
-    ]
-    assert digests[0] == digests[1] != digests[2]
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the ledger of a run that others differ from in one setting."""
+    return trained(tmp_path_factory.mktemp("plain") / "run", tiny_settings(tiny, local_steps=12))[0].digest()
+
+
+def test_the_same_seed_gives_the_same_ledger_and_another_seed_another(plain: str, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny, local_steps=12)
+    same, other = (trained(tmp_path / str(seed), settings | {"seed": seed})[0].digest() for seed in (7, 8))
+    assert same == plain != other
 
 
 @pytest.mark.parametrize(
@@ -220,17 +225,15 @@ def test_the_same_seed_gives_the_same_ledger_and_another_seed_another(tiny: Path
     ],
     ids=str,
 )
-def test_a_setting_matters(tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    plain, _ = trained(tmp_path / "plain", tiny_settings(tiny, local_steps=12))
+def test_a_setting_matters(plain: str, tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     changed, _ = trained(tmp_path / "changed", tiny_settings(tiny, local_steps=12, **change))
-    assert plain.digest() != changed.digest()
+    assert changed.digest() != plain
 
 
 @pytest.mark.parametrize("change", [{"eval_every": 2}, {"eval_limit": 1}], ids=str)
-def test_looking_changes_nothing(tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    plain, _ = trained(tmp_path / "plain", tiny_settings(tiny))
-    changed, _ = trained(tmp_path / "changed", tiny_settings(tiny, **change))
-    assert plain.digest() == changed.digest()
+def test_looking_changes_nothing(plain: str, tiny: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    changed, _ = trained(tmp_path / "changed", tiny_settings(tiny, local_steps=12, **change))
+    assert changed.digest() == plain
 
 
 # --- What goes wrong ---
@@ -296,10 +299,9 @@ def test_a_diverged_run_says_so(tiny: Path, tmp_path: Path) -> None:
     assert any("the run diverges. Start anew with a lower --lr" in note for note in watcher.notes)
 
 
-def test_another_base_is_refused_by_the_first_tensor_that_differs(tiny: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused_by_the_first_tensor_that_differs(tiny: Path, other_model: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", tiny_settings(tiny, num_rounds=1))
-    other = tiny_model(tmp_path / "other", seed=1)
-    config = build(tiny_settings(tiny, num_rounds=2, model=str(other)))
+    config = build(tiny_settings(tiny, num_rounds=2, model=str(other_model)))
     watcher = Watcher()
     with pytest.raises(LedgerError, match=r"ledger\.safetensors is of another base model than .*other: lm_head\.weight is the"):
         Simulation(RunFolder(tmp_path / "run", config), prepare(config, watcher), watcher)

@@ -1,18 +1,23 @@
 """`fedkseed` as a user calls it, in processes that begin quickly."""
 
-import json
+import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny import tiny_settings
+import pytest
+
+from tests.support.command_server import serve
 
 FEDKSEED = Path(sys.executable).parent / "fedkseed"
-SERVER = Path(__file__).with_name("command_server.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, str]:
@@ -33,6 +38,21 @@ def shell(*command: object) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+@contextlib.contextmanager
+def fork_server() -> Iterator[None]:
+    """While it is open, processes that multiprocessing forks from a server begin at once: tests/support/warm.py is imported."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.support.warm", "pytest"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        forkserver.ensure_running()
+    try:
+        yield
+    finally:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # else nobody waits for it, nor counts its time
+
+
 class CommandLine:
     """`fedkseed` in processes that are forked from one that has imported what takes seconds to import.
 
@@ -41,10 +61,10 @@ class CommandLine:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        command = [sys.executable, "-P", SERVER, json.dumps(tiny_settings(Path(self._folder.name))), self._folder.name]
-        self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=self._folder.name
-        )
+        self._server, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("forkserver").Process(target=serve, args=(theirs,))
+        self._process.start()
+        theirs.close()
 
     def __call__(
         self,
@@ -64,14 +84,12 @@ class CommandLine:
             "kill": kill,
             "send": send,
         }
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        return Result(*json.loads(self._server.stdout.readline()))
+        self._server.send(job)
+        return Result(*self._server.recv())
 
     def close(self) -> None:
-        self._server.communicate()
+        self._server.close()
+        self._process.join()
         self._folder.cleanup()
 
 

@@ -1,13 +1,10 @@
-"""Runs commands one after the other, each in a process of its own, forked from this one, which has imported and compiled
-what takes seconds. It has no threads: OMP_NUM_THREADS is 1.
+"""Carries commands out, each in a process of its own that is forked from the one that serves: it has imported all they need.
 
-Its arguments are the settings of a run, as JSON, and a folder. Each line that it reads is a job (`CommandLine.__call__`), and
-each line that it writes its exit code and what it printed.
+It has no threads: OMP_NUM_THREADS is 1.
 """
-# ruff: noqa: F401
 
+import contextlib
 import io
-import json
 import os
 import resource
 import selectors
@@ -16,32 +13,6 @@ import sys
 import time
 import traceback
 from pathlib import Path
-
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import fedkseed.cli.display
-import fedkseed.cli.doctor
-import fedkseed.kseed.apply
-import fedkseed.noise.cpu
-import fedkseed.report
-import fedkseed.runs.simulation
-from fedkseed.cli import main
-from fedkseed.runs.folder import RunFolder
-from fedkseed.runs.records import prepare
-from fedkseed.runs.settings import build
-from fedkseed.runs.simulation import Simulation
-
-
-class Nobody:
-    note = progress = probe = event = lambda self, *_: None
-
-
-def warm_up(settings, folder):
-    for noise in ("hadamard", "gaussian"):
-        config = build(settings | {"noise": noise, "num_rounds": 1})
-        Simulation(RunFolder.create(folder / noise, config), prepare(config, Nobody()), Nobody()).train()
 
 
 def die():
@@ -117,6 +88,8 @@ def send_signal(pid, metrics, lines, delay, number):
 
 
 def child(job, out, err):
+    from fedkseed.cli import main
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out, 1), os.dup2(err, 2)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -166,7 +139,8 @@ def carried_out(job):
     return code, heard[0].decode(), heard[1].decode()
 
 
-if __name__ == "__main__":
-    warm_up(json.loads(sys.argv[1]), Path(sys.argv[2]))
-    for line in sys.stdin:
-        print(json.dumps(carried_out(json.loads(line))), flush=True)
+def serve(connection):
+    """Jobs come as `CommandLine.__call__` sends them; back go the exit code, the standard output and the standard error."""
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(carried_out(connection.recv()))

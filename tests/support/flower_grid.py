@@ -113,6 +113,19 @@ def federation(sites: Path, config: dict[str, Any], shuffle: random.Random | Non
     return grid
 
 
+def engine(config: dict[str, Any], num_nodes: int) -> MemoryGrid:
+    """As Flower's simulation engine numbers its nodes."""
+    grid, app = MemoryGrid(), client_app()
+    for i in range(num_nodes):
+        own: dict[str, Any] = {"partition-id": i, "num-partitions": num_nodes}
+
+        def answer(message: Message, own: dict[str, Any] = own) -> Message:
+            return app(message, Context(1, message.metadata.dst_node_id, own, RecordDict(), config))
+
+        grid.add(i + 1, answer)
+    return grid
+
+
 def started(config: dict[str, Any], grid: MemoryGrid) -> Ledger:
     a_strategy = build_strategy(read_config(config))
     a_strategy.start(grid)

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 
 from fedkseed.flower.envelope import wrap
 from fedkseed.kseed.messages import TrainReply
+from fedkseed.runs.settings import SimulationConfig, build
 from fedkseed.runs.simulation import Simulation
 from tests.support.runs import simulation
 from tests.support.tiny import tiny_model, tiny_records
@@ -46,11 +47,16 @@ def make_sites(folder: Path) -> Path:
     return folder
 
 
-def simulated(sites: Path, run: Path, **changes: Any) -> Simulation:
-    """`fedkseed simulate` with the same clients."""
+def simulated_settings(sites: Path, **changes: Any) -> SimulationConfig:
+    """Those of `fedkseed simulate` with the same clients."""
     settings = {key.replace("-", "_"): value for key, value in RUN.items() if key not in ("min-clients", "deadline")}
     files = {"model": str(sites / "model"), "data": sites / "joint.jsonl", "eval_data": sites / "held-out.jsonl"}
-    return simulation(run, {**settings, **files, "partition": "client", **changes})[0]
+    return build({**settings, **files, "partition": "client", **changes})
+
+
+def simulated(sites: Path, run: Path, **changes: Any) -> Simulation:
+    """`fedkseed simulate` with the same clients."""
+    return simulation(run, simulated_settings(sites, **changes).model_dump())[0]
 
 
 def fields_changed(data: bytes, position: int, value: Any) -> bytes:

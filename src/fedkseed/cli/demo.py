@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedkseed.cli.display import watching
-from fedkseed.data import Example, encode, read_jsonl
+from fedkseed.data import Example, encode, read_examples
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
@@ -118,4 +118,4 @@ def _show(simulation: Simulation, ledger: Path, records: list[Example], before: 
 
 
 def _trained(simulation: Simulation) -> set[str]:
-    return {record.category for record in read_jsonl(simulation.run.path / "data" / "train.jsonl")}
+    return {record.category for record in read_examples(simulation.run.path / "data" / "train.jsonl")}

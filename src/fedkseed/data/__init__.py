@@ -10,7 +10,7 @@ from fedkseed.data.objects import read_records
 from fedkseed.data.partition import dirichlet, iid, split_off
 from fedkseed.data.rendered import Rendered, Template
 from fedkseed.data.shuffle import shuffle_responses, shuffle_within_categories
-from fedkseed.data.source import is_hub_id, read_examples, read_jsonl, read_source, resolve_source
+from fedkseed.data.source import is_hub_id, read_examples, read_source, resolve_source
 from fedkseed.data.template import TEMPLATES, get_template
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "parse_arguments",
     "parse_columns",
     "read_examples",
-    "read_jsonl",
     "read_records",
     "read_source",
     "read_tasks",

@@ -148,6 +148,3 @@ def read_source(
     if is_natural_instructions(path):
         return read_tasks(path, split, max_length, seed, partial(heard, f"reading {split} tasks") if heard else None)
     return read_examples(source, parse_columns(columns) if columns else COLUMNS, ("client",) if split == "test" else ())
-
-
-read_jsonl = read_examples

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from functools import lru_cache
 from logging import DEBUG, INFO
-from typing import Any
+from typing import Any, Literal
 
 from flwr.supercore import log
 
@@ -65,13 +66,13 @@ def simulated_records(config: EngineConfig) -> Records:
     return prepare(config, Log(DEBUG))
 
 
-def read_examples(config: FlowerConfig, source: str, what: str) -> list[EncodedExample]:
-    """The tokenised records of a file of one's own.
+def read_examples(config: FlowerConfig, source: str, what: str, split: Literal["train", "test"]) -> list[EncodedExample]:
+    """The tokenised records of a source of one's own; `split` says which of its tasks, of a Natural Instructions folder.
 
     Raises:
         FedKSeedError: the file or the tokenizer cannot be used.
     """
-    records = read_source(source, "train", config.max_length, config.seed, config.columns)
+    records = read_source(source, split, config.max_length, config.seed, config.columns)
     encoded = encode(records, load_tokenizer(config.model), config.max_length, config.prompts())
     check_context(config.model, config.max_length, encoded.examples)
     log(INFO, describe(what, encoded))
@@ -108,8 +109,10 @@ class Participant:
         else:
             self.name = str(who)
             self._pad_id = pad_token_id(load_tokenizer(config.model))
-            self._examples = read_examples(config, node.data or "", "training")
-            self._held_out = drawn(config, read_examples(config, node.eval_data, "evaluation")) if node.eval_data else []
+            self._examples = read_examples(config, node.data or "", "training", "train")
+            self._held_out = (
+                drawn(config, read_examples(config, node.eval_data, "evaluation", "test")) if node.eval_data else []
+            )
         self._config, self._backpropagation = config, node.backpropagation
         self._loaded = load_for(config, training=True)
         self._kept = KeptPages(node.state, self.name, self._loaded.identity)
@@ -158,7 +161,7 @@ class Participant:
 
         Raises:
             LedgerError: not a ledger.
-            ProtocolError: it is of another base model or pool, or this node has no such records.
+            ProtocolError: it is of another base model or pool, or this node has no such records, or their loss is no number.
         """
         ledger = Ledger.decode(data)
         if not self._held_out:
@@ -168,6 +171,10 @@ class Participant:
         if difference or first != seed_pool(self._config) or bool(ledger.pages) != self._config.facts.has_pages:
             raise ProtocolError(f"the ledger is of another base model or pool than {self.name!r} has ({difference or first})")
         result = self._loaded.evaluate(ledger, self._held_out, self._pad_id)
+        if not math.isfinite(result.loss):  # which an `Evaluation` does not carry: one client's NaN would be everybody's
+            raise ProtocolError(
+                f"the held-out loss of {self.name!r} is {result.loss:.4f}: the run diverges. Start anew with a lower lr"
+            )
         return Evaluation(
             ledger=ledger.digest(), loss=result.loss, num_examples=result.num_examples, num_tokens=result.num_tokens
         ).encode()

@@ -33,7 +33,7 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     Raises:
         FedKSeedError: the model, the data or the run folder cannot be used.
     """
-    held_out = _held_out(config)
+    config, held_out = _with_records(config)
     loaded = load_for(config, training=False)
     run = open_run(config)
     base = check_base(run.load_ledger(), loaded, config.model)
@@ -49,12 +49,14 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     return FedKSeed(run, config, base, weight_bytes, evaluate)
 
 
-def _held_out(config: FlowerConfig) -> tuple[list[EncodedExample], int] | None:
-    """Records to evaluate on here, and what padding holds; None where clients evaluate their own."""
+def _with_records(config: FlowerConfig) -> tuple[FlowerConfig, tuple[list[EncodedExample], int] | None]:
+    """The settings, with no more clients than the records have where those are dealt out, and what to evaluate on here with
+    what padding holds; None where clients evaluate their own."""
     if isinstance(config, EngineConfig):
         records = simulated_records(config)
-        return records.held_out, records.pad_id
+        counted = config.model_copy(update={"num_clients": min(config.num_clients, len(records.clients))})
+        return counted, (records.held_out, records.pad_id)
     if config.eval_data is not None:
-        examples = drawn(config, read_examples(config, config.eval_data, "evaluation"))
-        return examples, pad_token_id(load_tokenizer(config.model))
-    return None
+        examples = drawn(config, read_examples(config, config.eval_data, "evaluation", "test"))
+        return config, (examples, pad_token_id(load_tokenizer(config.model)))
+    return config, None

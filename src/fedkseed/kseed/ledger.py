@@ -74,6 +74,10 @@ class Ledger:
         pages: of a run of changes all its pages; pool and coefficients are then those of the last one, which is open.
         state: what such a run needs to go on, columns by name: the open page's numbers before coding and the optimiser's
             state; None in the published form.
+
+    Raises:
+        InvalidValueError: the coefficients are not K numbers of that precision, or not those of the history; or the round is
+            no count.
     """
 
     pool: SeedPool
@@ -86,13 +90,24 @@ class Ledger:
     state: Mapping[str, NDArray[np.float64]] | None = None
 
     def __post_init__(self) -> None:
-        if self.history is not None and not np.array_equal(
-            self.coefficients, rounded(self.history.accumulators, self.precision)
+        if type(self.round) is not int or self.round < 0:
+            raise InvalidValueError(f"round is {self.round!r}; expected an integer from 0 on")
+        coefficients = self.pool.check_coefficients(self.coefficients)
+        if self.history is not None and not np.array_equal(coefficients, rounded(self.history.accumulators, self.precision)):
+            raise InvalidValueError(
+                "the coefficients are not those of the ledger's accumulators, which a run goes on from; change a published "
+                'ledger: dataclasses.replace(ledger.published(), precision="float32", coefficients=...)'
+            )
+        if (
+            self.history is None
+            and not self.pages
+            and (lost := np.flatnonzero(coefficients != rounded(coefficients, self.precision))).size
         ):
             raise InvalidValueError(
-                "the coefficients are not those of the ledger's accumulators, which a run goes on from; "
-                "change a published ledger: dataclasses.replace(ledger.published(), coefficients=...)"
+                f"coefficient {lost[0]} is {coefficients[lost[0]]}, which {self.precision} cannot hold beside the others; "
+                'give precision="float32" too'
             )
+        object.__setattr__(self, "coefficients", coefficients)
 
     def __repr__(self) -> str:
         kind = "checkpoint" if self.is_checkpoint else "published"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +33,21 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
+def _from_torch(tensor: Any) -> Any:
+    """A tensor as one that NumPy takes; of bfloat16 it knows nothing."""
+    tensor = tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _differ(values: NDArray[np.float32], given: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where finite float32 values are not the numbers that they were made of."""
+    if given.dtype.kind == "f":
+        changed: NDArray[np.bool_] = values.astype(given.dtype) != given
+        return changed
+    # no type of NumPy has all integers of 64 bits and all numbers of float32
+    return np.array([int(value) != int(number) for value, number in zip(values, given, strict=True)], bool)
+
+
 @dataclass(frozen=True)
 class SeedPool:
     """K candidate seeds: what they mean is fixed by the key, the size and the family, on every machine.
@@ -52,7 +68,7 @@ class SeedPool:
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", _integer("key", self.key, 0, 2**64 - 1))
         object.__setattr__(self, "size", _integer("size (K)", self.size, 1, MAX_SIZE))
-        if self.family not in FAMILIES:
+        if not isinstance(self.family, str) or self.family not in FAMILIES:
             raise InvalidValueError(f"family is {self.family!r}; expected one of {', '.join(map(repr, FAMILIES))}")
 
     @property
@@ -110,7 +126,7 @@ class SeedPool:
             InvalidValueError: they are no numbers, not K, not finite, or float32 would change one.
         """
         try:
-            given = np.asarray(coefficients.detach().cpu() if hasattr(coefficients, "detach") else coefficients)
+            given = np.asarray(_from_torch(coefficients) if hasattr(coefficients, "detach") else coefficients)
         except (TypeError, ValueError, RuntimeError):
             given = np.asarray(None)
         if given.dtype.kind not in "fiu":
@@ -122,7 +138,8 @@ class SeedPool:
             values = given.astype(np.float32)
         for wrong, expected in (
             (~np.isfinite(given), "all must be finite"),
-            (values.astype(given.dtype) != given, "float32 cannot hold it: round it first, such as with .astype(np.float32)"),
+            (~np.isfinite(values), "it must be finite in float32"),
+            (_differ(values, given), "float32 cannot hold it: round it first, such as with .astype(np.float32)"),
         ):
             if wrong.any():
                 k = int(np.flatnonzero(wrong)[0])

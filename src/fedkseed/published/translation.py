@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedkseed.data import read_jsonl
+from fedkseed.data import read_examples
 from fedkseed.errors import ConfigError
 from fedkseed.runs.settings import SimulationConfig, build
 
@@ -68,7 +68,7 @@ def _natural_instructions(args: argparse.Namespace) -> dict[str, Any]:
 def _dolly(args: argparse.Namespace) -> dict[str, Any]:
     if not DOLLY.is_file():
         raise ConfigError(f"--dataset dolly needs {DOLLY}; put Dolly-15K there, or link to it")
-    categories = sorted({example.category for example in read_jsonl(DOLLY)})
+    categories = sorted({example.category for example in read_examples(DOLLY)})
     if not 0 <= args.zerotask < len(categories):
         named = ", ".join(f"{i} {name}" for i, name in enumerate(categories))
         raise ConfigError(f"--zerotask is {args.zerotask}; expected the number of a category: {named}")

@@ -21,11 +21,12 @@ from fedkseed.errors import RunError, RunFolderError
 from fedkseed.federation import Checkpoint
 from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.algorithms import LEDGER, checkpoint_path, kind_of
+from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
 from fedkseed.runs.settings import DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
 CONFIG, METRICS, LOCK = "config.toml", "metrics.jsonl", ".lock"
+DEALING = SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()
 
 
 def new_folder(root: Path, prefix: str = "") -> Path:
@@ -64,10 +65,10 @@ class RunFolder:
         Raises:
             RunFolderError: it does.
         """
-        for file in (path / CONFIG, path / METRICS, checkpoint_path(path)):
-            if file.exists():
+        for name in (CONFIG, METRICS, *(kind.file for kind in KINDS.values())):
+            if (path / name).exists():
                 raise RunFolderError(
-                    f"{path} holds a run already ({file.name}); go on with --resume {path}, or choose another --run"
+                    f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
                 )
 
     @classmethod
@@ -220,4 +221,6 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except ValueError as error:  # not TOML, or not UTF-8
         raise RunError(f"{file} is not TOML ({error}); restore it from a copy") from error
     driver = settings.pop(DRIVER, {})
+    if driver and "data" not in settings:  # runs on Flower once noted how records are dealt out, which none were
+        settings = {name: value for name, value in settings.items() if name not in DEALING}
     return settings, driver if isinstance(driver, dict) else {}

@@ -42,5 +42,5 @@ class Progress(Nobody):
 
         if self._bar is None:
             self._bar = tqdm(unit="round", leave=True)
-        self._bar.set_description(text, refresh=False)
+        self._bar.set_description_str(text, refresh=False)
         self._bar.set_postfix(self._losses)

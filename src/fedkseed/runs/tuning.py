@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedkseed.data import collate
@@ -29,7 +30,8 @@ def tune(settings: Mapping[str, Any] | str | Path | SimulationConfig, observer: 
     Two-point algorithms are calibrated by slope and curvature, the others by short federations at several rates.
 
     Args:
-        settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model is left as it was.
+        settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model keeps its weights, and is in
+            evaluation mode afterwards.
         observer: who watches; None for nobody.
 
     Returns:
@@ -65,4 +67,7 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
         with torch.inference_mode():
             return mean_loss(model, collate([pooled[i] for i in chosen], records.pad_id, model.device)).item()
 
-    return calibrate(bound, loss, generator(config.seed, "calibration directions"))
+    try:
+        return calibrate(bound, loss, generator(config.seed, "calibration directions"))
+    finally:  # also where it stopped half way
+        bound.rebuild(np.zeros(config.num_seeds, np.float32))

@@ -1,0 +1,194 @@
+"""`fedkseed export`: the tuned model, its card, the published ledger; nothing is overwritten."""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.support.command_line import CommandLine, assert_one_line, flags, shell
+from tests.support.runs import read_metrics
+from tests.support.tiny import tiny_settings
+
+import fedkseed as fk
+from fedkseed.models.loading import load_model
+
+
+def test_an_exported_folder_loads_in_a_fresh_process_with_the_tuned_weights(
+    fedkseed: CommandLine, tiny: Path, finished: Path, tmp_path: Path
+) -> None:
+    result = fedkseed("export", finished, tmp_path / "tuned")
+    assert result.code == 0, result.stderr
+    assert str(tmp_path / "tuned") in result.stdout
+    assert "after 3 rounds" in result.stdout
+    code = (
+        "import sys, transformers as t\n"
+        "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); k = t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = k('name the animal', return_tensors='pt')\n"
+        "assert m(input_ids=ids['input_ids']).logits.isfinite().all()\n"
+        "from safetensors.torch import save_file\n"
+        "save_file({n: p.detach().clone() for n, p in m.named_parameters()}, sys.argv[2])\n"
+    )
+    assert shell(sys.executable, "-c", code, tmp_path / "tuned", tmp_path / "seen").code == 0
+    model = load_model(tiny / "model", "float32")
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fk.apply(model, finished / "ledger.safetensors")
+    seen = load_file(tmp_path / "seen")
+    assert set(seen) == set(base)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(seen[name], parameter.detach())
+    assert any(not torch.equal(seen[name], base[name]) for name in base)
+
+
+def test_an_exported_folder_has_a_card_of_its_run(fedkseed: CommandLine, tiny: Path, copied: Path, tmp_path: Path) -> None:
+    assert fedkseed("export", copied, tmp_path / "tuned").code == 0
+    card = (tmp_path / "tuned" / "README.md").read_text(encoding="utf-8")
+    ledger = fk.Ledger.load(copied / "ledger.safetensors")
+    losses = [event["eval_loss"] for event in read_metrics(copied) if event["event"] == "evaluation"]
+    assert len(losses) == 4
+    assert f"{losses[0]:.4f} before, {losses[-1]:.4f} after" in card
+    assert "6 local steps of 2 records" in card
+    for digest in (ledger.digest(), ledger.published().digest(), ledger.base.fingerprint):
+        assert digest in card
+    assert 'base_model: "model"\n' in card
+    for folder in (tiny, copied, tmp_path):
+        assert str(folder) not in card
+    # the settings alone are enough: the records may lie elsewhere by now
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace("records.jsonl", "gone.jsonl"))
+    assert fedkseed("export", copied, tmp_path / "again").code == 0
+    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_a_card_tells_of_a_run_only_what_is_known_of_this_ledger(
+    fedkseed: CommandLine, tiny: Path, copied: Path, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "model.ledger"
+    assert fedkseed("export", copied, ledger, "--ledger-only").code == 0
+
+    def card(*args: object) -> str:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        result = fedkseed("export", args[0], out, *args[1:])
+        assert result.code == 0, result.stderr
+        return (out / "README.md").read_text(encoding="utf-8")
+
+    (tmp_path / "config.toml").write_text("of = 'something else'\n")
+    whole, bare = card(copied), card(ledger, "--model", tiny / "model")
+    for text in ("local steps of", "learning rate", "held-out loss", "the run's ledger"):
+        assert text in whole
+        assert text not in bare
+    assert fk.Ledger.load(ledger).digest() in bare
+    assert fk.Ledger.load(ledger).digest() in whole
+    # another ledger beside a run's settings
+    run = fk.Ledger.load(copied / "ledger.safetensors")
+    dataclasses.replace(run.published(), coefficients=np.zeros_like(run.coefficients)).save(copied / "other.ledger")
+    assert "local steps of" not in card(copied / "other.ledger")
+    # a run that measured the base model's loss no more
+    metrics = copied / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if '"server_round": 0,' not in line))
+    whole = card(copied)
+    assert "local steps of" in whole
+    assert "held-out loss" not in whole
+
+
+def test_the_card_of_the_built_in_model_has_its_name(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    from fedkseed.demo import model_folder
+
+    settings = tiny_settings(tiny, model=str(model_folder()), num_rounds=1, local_steps=1)
+    assert fedkseed("simulate", *flags(settings), "--run", tmp_path / "run").code == 0
+    assert fedkseed("export", tmp_path / "run", tmp_path / "out").code == 0
+    assert 'base_model: "fedkseed-demo"\n' in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_export_of_damaged_metrics_is_one_line(fedkseed: CommandLine, copied: Path, tmp_path: Path) -> None:
+    (copied / "metrics.jsonl").write_text("junk\n")
+    assert_one_line(fedkseed("export", copied, tmp_path / "out"), 1, "metrics.jsonl is damaged", "restore it")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_in_half_precision_is_the_float32_one_cast_once(
+    fedkseed: CommandLine, tiny: Path, finished: Path, tmp_path: Path
+) -> None:
+    """The base of this run is float32, so its bfloat16 load is another base: refused, or else exact."""
+    result = fedkseed("export", finished, tmp_path / "tuned", "--dtype", "bfloat16")
+    if result.code:
+        assert_one_line(result, 1, "this model is not the ledger's base")
+        assert not (tmp_path / "tuned").exists()
+        return
+    model = load_model(tiny / "model", "float32")
+    fk.apply(model, finished / "ledger.safetensors")
+    found = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert all(torch.equal(found[name], p.detach().bfloat16()) for name, p in model.named_parameters())
+
+
+def test_the_published_ledger_is_small_and_enough(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fedkseed("simulate", *flags(tiny_settings(tiny, num_seeds=4096, num_rounds=1)), "--run", run).code == 0
+    result = fedkseed("export", run, tmp_path / "model.ledger", "--ledger-only")
+    assert (result.code, result.stderr) == (0, "")
+    size = (tmp_path / "model.ledger").stat().st_size
+    assert 8192 < size < 9500
+    assert f"{size:,} bytes, 1 rounds, K = 4096" in result.stdout
+    digests = []
+    for path in (run / "ledger.safetensors", tmp_path / "model.ledger"):
+        model = load_model(tiny / "model", "float32")
+        digests.append(fk.bind(model, fk.apply(model, path).pool).digest())
+    assert digests[0] == digests[1]
+    shown = fedkseed("inspect", tmp_path / "model.ledger")
+    assert "published" in shown.stdout
+    assert "taken" not in shown.stdout
+    # a published ledger lies in a folder without config.toml
+    assert_one_line(fedkseed("export", tmp_path / "model.ledger", tmp_path / "out"), 2, "--model is missing", "give --model")
+    assert fedkseed("export", tmp_path / "model.ledger", tmp_path / "out", "--model", tiny / "model").code == 0
+    # and a run cannot go on from it
+    shutil.copyfile(tmp_path / "model.ledger", run / "ledger.safetensors")
+    assert_one_line(fedkseed("simulate", "--resume", run, "--num-rounds", 2), 1, "published ledger has no accumulators")
+
+
+@pytest.mark.parametrize("extra", [[], ["--ledger-only"]])
+def test_export_overwrites_nothing(fedkseed: CommandLine, finished: Path, tmp_path: Path, extra: Sequence[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "folder"):
+        assert_one_line(fedkseed("export", finished, tmp_path / name, *extra), 2, str(tmp_path / name), "exists")
+    assert (tmp_path / "file").read_text() == "x"
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+@pytest.mark.parametrize("extra", [[], ["--ledger-only"]], ids=["folder", "ledger"])
+def test_an_export_that_cannot_be_written_is_one_line(
+    fedkseed: CommandLine, finished: Path, tmp_path: Path, extra: Sequence[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    result = fedkseed("export", finished, tmp_path / "file" / "out", *extra)
+    assert_one_line(result, 1 if extra else result.code or 1, str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("extra", [[], ["--ledger-only"]], ids=["folder", "ledger"])
+def test_an_export_onto_a_full_disk_is_one_line(
+    fedkseed: CommandLine, finished: Path, tmp_path: Path, extra: Sequence[str]
+) -> None:
+    """A failure (1), not a usage error (2): the same call is right once there is room."""
+    assert_one_line(fedkseed("export", finished, tmp_path / "out", *extra, largest_file=300), 1, "make room")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_names_a_wrong_dtype(fedkseed: CommandLine, finished: Path, tmp_path: Path) -> None:
+    result = fedkseed("export", finished, tmp_path / "out", "--dtype", "int8")
+    assert_one_line(result, 2, "--dtype is 'int8'", "bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_of_no_run_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    assert_one_line(fedkseed("export", tmp_path / "none", tmp_path / "out"), 1, "cannot read the ledger")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_onto_another_model_is_refused(fedkseed: CommandLine, finished: Path, other_model: Path, tmp_path: Path) -> None:
+    result = fedkseed("export", finished, tmp_path / "out", "--model", other_model)
+    assert_one_line(result, 1, "this model is not the ledger's base: lm_head.weight is the first of")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,69 @@
+"""What the server decides and the limits of a reply: ranges, defaults, nothing unknown."""
+
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fedkseed.federation import FederationConfig, Limits
+
+BAD_SETTINGS: list[tuple[str, list[Any]]] = [
+    ("algorithm", ["nosuch", "", None]),
+    ("num_rounds", [0, -1, 1.5, "many"]),
+    ("fraction_train", [0, -0.1, 1.0001, math.nan, math.inf]),
+    ("local_steps", [0, 65536]),
+    ("batch_size", [0, 65536]),
+    ("lr", [0, -1e-6, math.nan, math.inf, None]),
+    ("schedule", ["step"]),
+    ("eps", [0, -1e-3, math.nan, math.inf]),
+    ("num_seeds", [0, 65537]),
+    ("noise", ["uniform"]),
+    ("weighting", ["size"]),
+    ("loss_clip", [0, -1, math.nan]),
+    ("min_replies", [0]),
+    ("wire", ["float64", "bfloat16"]),
+    ("seed", [-1, 2**63]),
+    ("learning_rate", [0.1]),  # no such setting
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_SETTINGS for value in values], ids=str)
+def test_settings_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        FederationConfig(**{"lr": 0.5, name: value})
+    assert [error["loc"] for error in caught.value.errors()] == [(name,)]
+
+
+def test_settings_are_frozen_and_lr_has_no_default() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        FederationConfig(lr=0.5).lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="lr"):
+        FederationConfig()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_grad": 0}, {"max_grad": 60001}, {"max_grad": math.nan}, {"max_examples": 0}, {"max_share": 1.1}, {"x": 1}]
+)
+def test_limits_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Limits(**changes)
+
+
+def test_defaults_are_the_published_codes() -> None:
+    defaults = FederationConfig(lr=3e-7)
+    assert (defaults.eps, defaults.local_steps, defaults.fraction_train, defaults.batch_size) == (5e-4, 200, 0.05, 1)
+    assert (defaults.num_seeds, defaults.num_rounds, defaults.weighting) == (4096, 40, "examples")
+
+
+def test_the_largest_gradient_fits_every_precision_of_the_wire() -> None:
+    assert Limits(max_grad=60000).max_grad == 60000  # float16 ends at 65504
+    with pytest.raises(ValueError, match="60000"):
+        Limits(max_grad=65504)
+
+
+def test_configs_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(ValueError, match="momentum"):
+        FederationConfig(lr=1, momentum=0.9)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="max_gradient"):
+        Limits(max_gradient=3)  # type: ignore[call-arg]
