@@ -13,6 +13,9 @@ libraries for vectors and matrices:
   on all machines;
 - a learning rate of SGD is a power of two, so that a fused multiply-add gives what a multiplication and an addition do;
 - Adam takes one step in a round: from the second on, its averages depend on whether the machine fuses;
+- folded gradients are binary32 numbers of one order of magnitude, so that float64 adds some thousands of them up exactly,
+  in whatever order; with gaussian noise they would be products of 48 bits, so that no run of fedkseed-grad has it, and none
+  has Adam on K numbers, whose corrections are powers that libraries round differently;
 - four rounds of the cosine schedule: none of its cosines is near the middle between two numbers;
 - only the exponentials of FedKSeed-Pro may differ in their last bit, which moves no draw but by a chance of 1e-12.
 """
@@ -99,6 +102,19 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedptuning": tensors("fedptuning", **ADAM, num_virtual_tokens=3),
     "fedzo": tensors("fedzo", eps=0.01),
     "fedzo gaussian linear loss_clip": tensors("fedzo", eps=0.01, noise="gaussian", schedule="linear", loss_clip=0.03),
+}
+GRAD = {"algorithm": "fedkseed-grad", "num_seeds": 128, "lr": 2.0**-9}
+RUNS |= {
+    "fedkseed-grad": tensors(**GRAD),
+    "fedkseed-grad coefficients int8 momentum pages": tensors(
+        **GRAD | {"lr": 2.0**-16}, basis="coefficients", wire="int8", server_optimizer="momentum", rounds_per_page=2
+    ),
+    "fedkseed-grad proportional sign pages, half two-point": tensors(
+        **GRAD, eps=0.01, wire="sign", movement="proportional", rounds_per_page=3, two_point_clients=0.5, schedule="linear"
+    ),
+    "fedkseed-grad int2 signs, weights in bfloat16": tensors(
+        **GRAD, dtype="bfloat16", wire="int2", local_optimizer="sign", server_optimizer="sign", server_lr=2.0**-9
+    ),
 }
 REPEATED = "fedkseed, round 2 repeated"
 """Its first attempt gets nothing but junk."""
@@ -304,6 +320,7 @@ STOPPED = (
     "fedkseed hadamard float16",
     "fedkseed gaussian, weights in bfloat16",
     "fedkseed-pro equal linear epochs loss_clip",
+    "fedkseed-grad",  # of one page on a wire that replaces it: elsewhere the server sends all pages once more
     "fedavg",
     "fedit",
     "fedzo gaussian linear loss_clip",
@@ -333,6 +350,8 @@ ON_FLOWER = (
     "fedkseed gaussian float32",
     "fedkseed-pro hadamard float16",
     "fedkseed-pro equal linear epochs loss_clip",
+    "fedkseed-grad",
+    "fedkseed-grad coefficients int8 momentum pages",
 )
 
 
