@@ -2,6 +2,7 @@
 # ruff: noqa: F401
 
 import contextlib
+import gc
 import tempfile
 from pathlib import Path
 
@@ -26,3 +27,6 @@ with contextlib.suppress(ImportError):
 with tempfile.TemporaryDirectory() as name:
     for noise in ("hadamard", "gaussian"):
         simulation(Path(name) / noise, tiny_settings(Path(name), noise=noise, num_rounds=1))[0].train()
+
+gc.collect()
+gc.freeze()  # else a collection in the forked process walks, and so copies, all that was imported
