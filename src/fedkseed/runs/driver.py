@@ -166,7 +166,8 @@ class Driver:
         return event
 
     def _warn(self, loss: float) -> None:
-        best = min((event["eval_loss"] for event in self._evaluations()), default=loss)
+        losses = [event["eval_loss"] for event in self._evaluations()]
+        best = min(filter(math.isfinite, losses), default=loss)
         if math.isfinite(loss) and loss <= DIVERGED * best:
             return
         self.observer.note(
