@@ -28,7 +28,7 @@ from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply
 from fedkseed.kseed.change_server import ChangeServer, new_page
 from fedkseed.kseed.coding import LARGEST
 from fedkseed.kseed.gradient_steps import gradient_steps
-from fedkseed.kseed.optimizer import OPTIMIZERS, SGD
+from fedkseed.kseed.optimizer import OPTIMIZERS
 
 F64 = NDArray[np.float64]
 bases = pytest.mark.parametrize("basis", ["table", "coefficients"])
@@ -308,19 +308,23 @@ def test_a_step_beyond_what_can_be_sent_is_dropped(lr: float, optimizer: str) ->
     assert reply.dropped
 
 
-def test_gradient_steps_by_hand() -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gradient_steps_by_hand(optimizer: str) -> None:
     """numbers <- numbers + step(T): the weights are rebuilt for every gradient, and left where the steps have led."""
     model = quadratic_model()
     pool = fk.SeedPool(3, K)
     bound, task = fk.bind(model, pool), Quadratic(model)
     start = 0.01 * np.random.default_rng(0).standard_normal(K)
-    steps = gradient_steps(bound, start, "table", 3, lambda t: task.differentiable_loss(np.array([t])), SGD, 0.02)
+    chosen, lr = OPTIMIZERS[optimizer], 0.02
+    state = chosen.start(K)
+    steps = gradient_steps(bound, start, "table", 3, lambda t: task.differentiable_loss(np.array([t])), chosen, lr)
     z, w0, x = directions(pool, "table"), flat(quadratic_model()), start.copy()
     losses = []
     for t in range(3):
         w = w0 + z @ x
         losses.append(float((task.h.numpy() * (w - task.targets[t].numpy()) ** 2).sum() / 2))
-        x = x - 0.02 * z.T @ task.gradient(w, [t])
+        change, state = chosen.step(z.T @ task.gradient(w, [t]), lr, state)
+        x = x + change
     np.testing.assert_allclose(steps.change, x - start, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(steps.losses, losses, rtol=1e-5)
     np.testing.assert_allclose(flat(model), w0 + z @ x, atol=1e-5)
