@@ -87,7 +87,7 @@ def test_bytes_and_ledger_are_the_runs(shown: Shown) -> None:
     traffic = [event["bytes_down"] + event["bytes_up"] for event in run.metrics() if event["event"] == "round"]
     assert len(traffic) == SHORT["num_rounds"]
     weights = sum(p.nbytes for p in load_model(model_folder(), "float32").parameters())
-    mean, paper, _, both_ways = shown.numbers("bytes per client and round, both ways:")
+    mean, paper, both_ways = shown.numbers("bytes per client and round, both ways:")
     assert mean == pytest.approx(sum(traffic) / len(traffic), abs=0.5)
     assert (paper, both_ways) == (17_988, 2 * weights)
     ledger = run.load_ledger()

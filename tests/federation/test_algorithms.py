@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_settings
 import fedkseed
 from fedkseed.errors import ConfigError
 from fedkseed.federation import algorithms
-from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
+from fedkseed.federation.algorithms import ALGORITHMS, Algorithm
 from fedkseed.federation.config import FederationConfig
 from fedkseed.flower.config import read_config
 from fedkseed.models.loading import load_model
@@ -25,7 +25,6 @@ from fedkseed.runs.task import Stopwatch
 
 every = pytest.mark.parametrize("row", ALGORITHMS.values(), ids=ALGORITHMS)
 SOURCES = Path(fedkseed.__file__).parent
-OTHER_VALUES: dict[str, Any] = {"noise": "gaussian", "wire": "float32", "dtype": "bfloat16"}
 """For settings that are no numbers: another value than the default."""
 
 
@@ -33,7 +32,9 @@ OTHER_VALUES: dict[str, Any] = {"noise": "gaussian", "wire": "float32", "dtype":
 
 
 def settings_of(folder: Path, name: str) -> dict[str, Any]:
-    return row_settings(folder, name) if name in ROWS else tiny_settings(folder, algorithm=name)
+    if name in ROWS:
+        return row_settings(folder, name)
+    return tiny_settings(folder, algorithm=name, **({"num_seeds": 128} if ALGORITHMS[name].has_pages else {}))
 
 
 def federated(tiny: Path, name: str) -> Federation:
@@ -82,8 +83,10 @@ def test_every_row_has_a_builder_that_federates_it(tiny: Path, tmp_path: Path, r
 @every
 def test_a_rows_fields_agree(row: Algorithm) -> None:
     assert ALGORITHMS[row.name] is row
-    assert row.has_ledger == (row.sends == "scalars")
-    assert row.needs_noise == (row.measures == "two-point")  # directions are what two points are told apart along
+    assert row.has_ledger == (row.sends in ("scalars", "changes"))
+    assert row.measures == "two-point" or row.sends != "scalars"  # a scalar is what two points differ by
+    # directions are what two points are told apart along, and what a ledger's numbers are of
+    assert row.needs_noise == (row.measures == "two-point" or row.has_ledger)
     assert not (row.draws in ("uniform", "importance") and row.sends == "tensors")  # only a ledger knows what a seed did
     assert row.passes_per_step == {"two-point": 2, "gradient": 3}[row.measures]
     assert row.has_soft_prompt <= row.needs_peft <= (row.sends == "tensors")
@@ -97,33 +100,15 @@ def test_a_rows_fields_agree(row: Algorithm) -> None:
     assert row.about in str(FederationConfig.model_fields["algorithm"].description)
 
 
-def another(setting: str) -> Any:
-    default = SimulationConfig.model_fields[setting].default
-    return OTHER_VALUES[setting] if setting in OTHER_VALUES else 3 if default is None else default + 1
-
-
-@every
-def test_a_row_takes_its_settings_and_refuses_the_others_by_name(tiny: Path, row: Algorithm) -> None:
-    settings = settings_of(tiny, row.name)
-    for setting in sorted(SOME_TAKE):
-        given = settings | {setting: another(setting)}
-        if row.takes(setting):
-            assert getattr(build(given), setting) == another(setting)
-            assert row.name in that_take(setting)
-            continue
-        flag = "--" + setting.replace("_", "-")
-        with pytest.raises(ConfigError, match=rf"^{flag} is .* and --algorithm {row.name} does not take it") as caught:
-            build(given)
-        assert "\n" not in str(caught.value)
-
-
 @every
 def test_the_row_says_whether_it_runs_on_flower(tiny: Path, tmp_path: Path, row: Algorithm) -> None:
     config = {"algorithm": row.name, "lr": 0.1, "model": str(tiny / "model"), "run": str(tmp_path / "run")}
     if row.on_flower:
         assert read_config(config).facts is row
         return
-    with pytest.raises(ConfigError, match=rf"^run-config algorithm is '{row.name}': on Flower only fedkseed and fedkseed-pro"):
+    with pytest.raises(
+        ConfigError, match=rf"^run-config algorithm is '{row.name}': on Flower only fedkseed, fedkseed-pro, fedkseed-grad"
+    ):
         read_config(config)
 
 

@@ -337,7 +337,13 @@ def test_save_writes_the_tuned_model_and_a_finished_run_can_be_resumed(
 def test_without_log_only_the_run_is_kept(home: Path, tiny: Path) -> None:
     call(tiny, "--rounds", 1, "-m", 0.5, "--eval_metric", "loss", "--eval_limit", 4)
     (run,) = (home / "runs").iterdir()
-    assert {path.name for path in run.iterdir()} == {"config.toml", "config.yaml", "ledger.safetensors", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "config.toml",
+        "config.yaml",
+        "ledger.safetensors",
+        "metrics.jsonl",
+    }
     assert not (home / "logs").exists()
 
 
