@@ -15,11 +15,10 @@ from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
 from fedkseed.runs.folder import CONFIG, RunFolder, read_settings, settings_of
-from fedkseed.runs.settings import RunConfig, SimulationConfig
+from fedkseed.runs.settings import DEALING, RunConfig, SimulationConfig
 from fedkseed.runs.validation import Words, validated
 
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation")
-SIMULATED_KEYS = ("partition-id", "num-partitions")
 CHANGEABLE = ("run", "clients", "num_rounds", "min_clients", "deadline", "eval_every", "eval_limit", "eval_data")
 """What may differ when a run is gone on with: none of it says what a client computes."""
 
@@ -83,7 +82,7 @@ def read_config(run_config: Mapping[str, Any]) -> FlowerConfig:
     settings = {key.replace("-", "_"): value for key, value in run_config.items() if value != ""}
     if "data" in settings:
         return validated(EngineConfig, settings, WORDS)
-    for name in sorted(settings.keys() & SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()):
+    for name in sorted(settings.keys() & DEALING):
         raise ConfigError(
             f"run-config {_kebab(name)} is {settings[name]!r}, but nodes have records of their own; leave it empty, "
             "or give data, which Flower's simulation engine deals out"
@@ -154,7 +153,7 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
     if state and state["state"].exists() and not state["state"].is_dir():
         raise ConfigError(f"node-config state is {node_config['state']!r}: no folder; give one that the node may write")
     # the server's records are not the node's, and its settings of them say nothing about the node's
-    dealt = {_kebab(name) for name in SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()}
+    dealt = set(map(_kebab, DEALING))
     own = {key: value for key, value in run_config.items() if key != "eval-data" and key not in dealt}
     own |= {key: node_config[key] for key in ("model", "columns") if key in node_config}
     eval_data = str(node_config["eval-data"]) if node_config.get("eval-data") else None

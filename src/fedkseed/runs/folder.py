@@ -22,11 +22,10 @@ from fedkseed.federation import Checkpoint
 from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
-from fedkseed.runs.settings import DRIVER, WORDS, RunConfig, SimulationConfig
+from fedkseed.runs.settings import DEALING, DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
 CONFIG, METRICS, LOCK = "config.toml", "metrics.jsonl", ".lock"
-DEALING = SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()
 
 
 def new_folder(root: Path, prefix: str = "") -> Path:

@@ -187,6 +187,10 @@ def _checked_source(value: str | None, info: ValidationInfo) -> str | None:
         raise ValueError(str(error).removeprefix(f"{value}: ")) from None
 
 
+DEALING = SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()
+"""The settings that say how records are dealt out to simulated clients."""
+
+
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
