@@ -45,5 +45,7 @@ class CpuTimes:
         return result
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if len(self._spent) < 2:  # nothing but collected
+            return
         terminalreporter.section(f"{sum(self._spent.values()):.0f} CPU seconds")
         terminalreporter.line(", ".join(f"{name} {seconds:.0f}" for name, seconds in self._spent.most_common()))
