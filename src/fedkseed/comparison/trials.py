@@ -25,6 +25,7 @@ FAILED, SCORES = "failed.txt", "scores.json"
 PRELOADED = [
     "fedkseed.runs.simulation",
     "fedkseed.cli.evaluate",
+    "fedkseed.comparison",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",

@@ -29,7 +29,7 @@ of elements, the tensor's id, and how many tiles come before it."""
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
 """How every kernel is compiled; without the first the bits are others."""
 HADAMARD_TILE, GAUSSIAN_TILE = 4096, 2048
-"""Elements per program on a GPU: as many as the registers of 128 threads hold (tests/test_gpu.py)."""
+"""Elements per program on a GPU: as many as the registers of 128 threads hold (tests/noise/test_gpu.py)."""
 FOLD_TILE = 2048
 """The same of a fold: its sums are of 64 bits."""
 
