@@ -18,8 +18,8 @@ from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Basis, Page, gradient_to_basis, is_replaced, pages_digest
+from fedkseed.kseed.server import seed_pool
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import derive
 
 F64 = NDArray[np.float64]
@@ -215,8 +215,10 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
 
 def new_page(config: FederationConfig, number: int) -> Page:
     """The page of that number, from 0, before its first round; its pool's key is drawn from the run's seed."""
-    key = derive(config.seed, "pool") if number == 0 else derive(config.seed, "pool", number)
-    return Page(SeedPool(key, config.num_seeds, config.noise), config.basis, config.movement)
+    pool = seed_pool(config)
+    if number:
+        pool = replace(pool, key=derive(config.seed, "pool", number))
+    return Page(pool, config.basis, config.movement)
 
 
 def combined(

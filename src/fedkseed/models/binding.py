@@ -106,6 +106,7 @@ class Binding:
                 raise InvalidValueError(f"movement is {moved!r:.40}; expected {' or '.join(get_args(Movement))}")
         for page in closed:
             page.pool.check_coefficients(page.coefficients)
+        before = self._page_base
         if self._closed != list(closed[: len(self._closed)]):
             self._closed, self._page_base = [], self._base
         for page in closed[len(self._closed) :]:
@@ -114,7 +115,8 @@ class Binding:
             turn(self._backends, self._page_base, values)(page.pool.mixture_of(page.coefficients))
             self._page_base = MemoryBase(values)
             self._closed.append(page)
-        self._open(pool, movement, self._page_base)
+        if self._page_base is not before or (pool, movement) != (self.pool, self.movement):
+            self._open(pool, movement, self._page_base)  # else the sweeps that are made ready serve the next client too
 
     def __repr__(self) -> str:
         d, size = sum(entry.parameter.numel() for entry in self._tunable), self.pool.size
