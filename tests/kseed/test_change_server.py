@@ -22,6 +22,7 @@ from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Page, is_replaced, pages_digest
 from fedkseed.kseed.server import Server
 from fedkseed.kseed.server import start as start_of_scalars
+from fedkseed.runs.events import round_event
 
 F64 = NDArray[np.float64]
 wires = pytest.mark.parametrize("wire", BITS)
@@ -579,3 +580,23 @@ def test_pool_of_a_published_ledger_is_its_open_pages() -> None:
     a_server = server(rounds_per_page=2)
     play(a_server, 5)
     assert a_server.ledger.pool == a_server.ledger.pages[-1].pool == fk.SeedPool(new_page(config(), 2).pool.key, K)
+
+
+# --- how large what came is ---
+
+
+@pytest.mark.parametrize("basis", ["coefficients", "table"])
+def test_the_size_of_a_change_is_the_length_of_its_coefficients_whatever_the_basis(basis: str) -> None:
+    """And beside a client that sends scalars, whose own size is told."""
+    a_server = server("ab", basis=basis, two_point_clients=0.5, local_steps=2)
+    numbers = np.zeros(K)
+    numbers[3] = 0.5
+    replies = {
+        r.client: scalars_to(r, [3.0, -3.0]) if r.measure == "two-point" else reply_to(r, numbers) for r in a_server.plan()
+    }
+    outcome = a_server.absorb([(client, reply.encode()) for client, reply in replies.items()])
+    event = round_event(outcome, 0.5)
+    length = 0.5 if basis == "coefficients" else 0.5 / np.sqrt(K)
+    assert event["change_norm"] == pytest.approx(length, rel=1e-6)
+    assert event["projected_grad_rms"] == 3.0
+    assert sorted(len(client) for client in event["clients"].values()) == [3, 3]

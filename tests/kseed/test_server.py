@@ -22,6 +22,7 @@ from fedkseed.kseed.rounding import PRECISIONS, Precision, pack, rounded
 from fedkseed.kseed.server import Server, seed_pool, start
 from fedkseed.kseed.steps import GRAD_EXPONENT, StepSettings, local_steps
 from fedkseed.models.identity import BaseIdentity
+from fedkseed.runs.events import round_event
 
 ALGORITHMS = ("fedkseed", "fedkseed-pro")  # the contract table: every law of the server runs over every row
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -787,3 +788,24 @@ def test_epochs_need_to_know_how_many_records_a_client_has(known: dict[str, int]
     settings = config(local_unit="epochs")
     with pytest.raises(RunError, match=r"local_unit is epochs and client 'b' has not said how many records it has; use steps"):
         Server(settings, start(settings, BASE), ["b"], num_examples=known)
+
+
+# --- how large what came is ---
+
+
+def test_the_size_of_the_scalars_is_told_of_each_client_without_dropped_steps() -> None:
+    a_server = server(clients=CLIENTS[:3], fraction_train=1.0, local_steps=4)
+    first, second, third = a_server.plan()
+    outcome = a_server.absorb(
+        [
+            (first.client, reply_to(first, [3.0, -4.0, 0.0, 0.0], dropped=(2,)).encode()),
+            (second.client, reply_to(second, [-7.0, 7.0, 7.0, -7.0]).encode()),
+            (third.client, reply_to(third, [0.0] * 4, dropped=(0, 1, 2, 3), loss=None).encode()),
+        ]
+    )
+    found = [contribution.sizes for contribution in outcome.contributions]
+    assert found == [{"projected_grad_rms": pytest.approx(math.sqrt(25 / 3))}, {"projected_grad_rms": 7.0}, {}]
+    event = round_event(outcome, LR)
+    assert event["projected_grad_rms"] == pytest.approx(math.sqrt((25 + 4 * 49) / 7))  # over all steps that count
+    assert event["clients"][second.client]["projected_grad_rms"] == 7.0
+    assert "change_norm" not in event

@@ -183,6 +183,7 @@ def test_all_drivers_write_the_same_events(sites: Path, tmp_path: Path) -> None:
         own = event.pop("clients") if event["event"] == "evaluation" else {"site-b": {"loss": event.get("eval_loss")}}
         assert own.get("site-b", {"loss": None})["loss"] == event.get("eval_loss")
     assert len({json.dumps(events) for events in found.values()}) == 1
+    assert all(event["projected_grad_rms"] > 0 for event in found["simulation"] if event["event"] == "round")
 
 
 # --- The loop itself, with a server that only counts ---

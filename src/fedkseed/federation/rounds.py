@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -15,11 +15,13 @@ from fedkseed.federation.schedule import learning_rate
 from fedkseed.randomness import generator
 
 MAX_ATTEMPTS = 3
+PROJECTED_GRAD_RMS, CHANGE_NORM = "projected_grad_rms", "change_norm"
+"""What replies send, by size: the root mean square of a client's scalars, the length of its change of K coefficients."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """An accepted reply: whose it is, its weight in the round, what the client reported."""
+    """An accepted reply: whose it is, its weight in the round, what the client reported, how large that is (see `Rounds`)."""
 
     client: str
     weight: float
@@ -27,6 +29,7 @@ class Contribution:
     num_steps: int
     dropped_steps: int
     loss: float | None
+    sizes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,10 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
     def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> None:
         """Move the checkpoint on by the accepted replies, in the order of the clients' names."""
 
+    def _sizes(self, request: RequestT, reply: ReplyT) -> Mapping[str, float]:
+        """How large what an accepted reply sends is, by the names that `metrics.jsonl` has for it; nothing by default."""
+        return {}
+
     def admit(
         self,
         clients: Sequence[str],
@@ -224,7 +231,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         else:
             self._close({name: accepted[name] for name in weights}, weights)
             self._attempt, status = 0, "closed"
-        contributions = tuple(_contribution(self._pending[name], accepted[name], weights[name]) for name in weights)
+        contributions = tuple(self._contribution(accepted[name], weights[name]) for name in weights)
         self._pending = {}
         return Outcome(server_round, status, contributions, tuple(refusals), missing)
 
@@ -242,6 +249,18 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         self._check(request, reply)
         return reply
 
+    def _contribution(self, reply: ReplyT, weight: float) -> Contribution:
+        request = self._pending[reply.client]
+        return Contribution(
+            reply.client,
+            weight,
+            reply.num_examples,
+            request.num_steps,
+            reply.num_dropped,
+            reply.loss,
+            self._sizes(request, reply),
+        )
+
     def _weights(self, accepted: dict[str, ReplyT], refusals: list[Refusal]) -> dict[str, float]:
         """p_i by client, in the order of the names; replies with too large a share are refused, the largest first."""
         sizes = {name: accepted[name].num_examples if self.config.weighting == "examples" else 1 for name in sorted(accepted)}
@@ -254,10 +273,6 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
                 Refusal(largest, f"its share of the round is {share:.3f}; at most {self.limits.max_share} is accepted")
             )
         return {}
-
-
-def _contribution(request: Request, reply: Reply, weight: float) -> Contribution:
-    return Contribution(request.client, weight, reply.num_examples, request.num_steps, reply.num_dropped, reply.loss)
 
 
 def count_steps(config: FederationConfig, num_examples: int | None, client: str) -> int:

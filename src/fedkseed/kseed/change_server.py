@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig, Limits
-from fedkseed.federation.rounds import Outcome, Rounds
+from fedkseed.federation.rounds import CHANGE_NORM, Outcome, Rounds
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.kseed.change_client import seeds_of
 from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import OPTIMIZERS
-from fedkseed.kseed.pages import Basis, Page, gradient_to_basis, is_replaced, pages_digest
-from fedkseed.kseed.server import seed_pool
+from fedkseed.kseed.pages import Basis, Page, gradient_to_basis, is_replaced, pages_digest, to_coefficients
+from fedkseed.kseed.server import scalars_size, seed_pool
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.randomness import derive
 
@@ -181,6 +181,12 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
                 raise ProtocolError("a dropped step has a projected gradient; expected 0")
         if largest > limit:
             raise ProtocolError(f"it holds {largest:g}; at most {limit:g} is accepted")
+
+    def _sizes(self, request: ChangeRequest, reply: ChangeReply) -> dict[str, float]:
+        if reply.kind != CHANGE:
+            return scalars_size(reply.numbers.decode(reply.steps).astype(np.float32), reply.dropped)
+        change = to_coefficients(reply.numbers.decode(request.size), request.basis).astype(np.float64)
+        return {CHANGE_NORM: float(np.linalg.norm(change))}
 
     def _close(self, replies: Mapping[str, ChangeReply], weights: Mapping[str, float]) -> None:
         """Combine the replies, take the optimiser's step, code what the page lacks, and turn it where its rounds are over."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig, Limits
-from fedkseed.federation.rounds import Rounds
+from fedkseed.federation.rounds import PROJECTED_GRAD_RMS, Rounds
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.kseed.ledger import History, Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
@@ -113,6 +113,9 @@ class Server(Rounds[TrainRequest, TrainReply]):
         if np.any(grads[list(reply.dropped)] != 0):
             raise ProtocolError("a dropped step has a projected gradient; expected 0")
 
+    def _sizes(self, request: TrainRequest, reply: TrainReply) -> dict[str, float]:
+        return scalars_size(reply.projected_grads.unpack(), reply.dropped)
+
     @property
     def _history(self) -> History:
         assert self.ledger.history is not None  # checked in __init__, and every later ledger is an `advance`
@@ -142,6 +145,12 @@ class Server(Rounds[TrainRequest, TrainReply]):
         indices = np.array(request.indices[: len(grads)])[kept]
         np.add.at(sums, indices, np.minimum(np.abs(grads[kept]), self.config.importance_clip))
         np.add.at(counts, indices, 1)
+
+
+def scalars_size(grads: NDArray[np.float32], dropped: Sequence[int]) -> dict[str, float]:
+    """The root mean square of a reply's projected gradients, without those of dropped steps; nothing if all were."""
+    kept = np.delete(grads.astype(np.float64), list(dropped))
+    return {PROJECTED_GRAD_RMS: float(np.sqrt(np.mean(kept**2)))} if kept.size else {}
 
 
 def gradient(request: TrainRequest, reply: TrainReply) -> NDArray[np.float64]:

@@ -1,9 +1,12 @@
 """The lines of `metrics.jsonl`, whoever drives the rounds, and the same for a person; the driver adds bytes and seconds."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from fedkseed.evaluation import EvalLoss
-from fedkseed.federation import Outcome
+from fedkseed.federation import Contribution, Outcome
+from fedkseed.federation.rounds import CHANGE_NORM, PROJECTED_GRAD_RMS
 
 
 def round_event(outcome: Outcome, lr: float) -> dict[str, Any]:
@@ -17,10 +20,24 @@ def round_event(outcome: Outcome, lr: float) -> dict[str, Any]:
         "num_steps": sum(c.num_steps for c in outcome.contributions),
         "dropped_steps": outcome.dropped_steps,
         "train_loss": sum(losses) / len(losses) if losses else None,
-        "clients": {c.client: {"weight": c.weight, "loss": c.loss} for c in outcome.contributions},
+        **_sizes(outcome.contributions),
+        "clients": {c.client: {"weight": c.weight, "loss": c.loss, **c.sizes} for c in outcome.contributions},
         "refused": {refusal.client: refusal.reason for refusal in outcome.refusals},
         "missing": list(outcome.missing),
     }
+
+
+def _sizes(contributions: Sequence[Contribution]) -> dict[str, float]:
+    """How large what the cohort sent is: of scalars over all its steps, of changes the mean over its clients."""
+    sizes = {}
+    scalars = [
+        (c.sizes[PROJECTED_GRAD_RMS], c.num_steps - c.dropped_steps) for c in contributions if PROJECTED_GRAD_RMS in c.sizes
+    ]
+    if scalars:
+        sizes[PROJECTED_GRAD_RMS] = math.sqrt(math.fsum(n * rms**2 for rms, n in scalars) / sum(n for _, n in scalars))
+    if changes := [c.sizes[CHANGE_NORM] for c in contributions if CHANGE_NORM in c.sizes]:
+        sizes[CHANGE_NORM] = math.fsum(changes) / len(changes)
+    return sizes
 
 
 def evaluation_event(server_round: int, result: EvalLoss, weight_bytes: int, seconds: float) -> dict[str, Any]:
