@@ -6,8 +6,9 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -94,11 +95,44 @@ class Lock:
             os.close(descriptor)
 
 
-def safetensors_metadata(data: bytes, name: str) -> Any:
-    """The JSON that a safetensors file's bytes hold as the metadata entry of that name.
+MAX_HEADER = 16 * 2**20
+"""Bytes of the longest header of a safetensors file that is read: as of 100,000 tensors."""
+MAX_VALUES = 2**20
+"""Most values in it: a value of three bytes, such as an empty list, takes twenty times that when it is parsed."""
+
+
+def safetensors_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """What a safetensors file's header says, and where the data begin; the file is left there.
+
+    Lengths are compared with the file's before what they are of is read: a header may claim anything.
 
     Raises:
-        ValueError, KeyError, TypeError, RecursionError: there is none, or the bytes are damaged.
+        ValueError, RecursionError: it is none, too long, or does not describe the bytes that follow it.
     """
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][name])
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
+    if length > MAX_HEADER:
+        raise ValueError(f"its header is of {length:,} bytes; at most {MAX_HEADER:,} are read")
+    text = file.read(length)
+    if (values := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
+        raise ValueError(f"its header has {values:,} values; at most {MAX_VALUES:,} are read")
+    header = json.loads(text)
+    try:
+        ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise ValueError("its header does not say where its tensors lie") from None
+    if not all(type(end) is int for end in ends) or max(ends, default=0) != size - 8 - length:
+        raise ValueError(f"its header speaks of other data than the {size - 8 - length:,} bytes that follow it")
+    return header, 8 + length
+
+
+def safetensors_entry(header: Mapping[str, Any], name: str) -> Any:
+    """The JSON that a header's metadata entry of that name holds.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: there is none.
+    """
+    return json.loads(header["__metadata__"][name])

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from fedkseed.baselines.parameters import Tensors
 from fedkseed.errors import RunError
-from fedkseed.files import safetensors_metadata, write_atomically
+from fedkseed.files import safetensors_entry, safetensors_header, write_atomically
 
 FORMAT = 1
 METADATA = "fedkseed_baseline"
@@ -68,13 +68,14 @@ class TunedTensors:
             RunError: it is missing, damaged, or of another format.
         """
         try:
-            data = Path(path).read_bytes()
-            about = safetensors_metadata(data, METADATA)
-            tensors: dict[str, torch.Tensor] = load(data)
+            with Path(path).open("rb") as file:
+                about = safetensors_entry(safetensors_header(file)[0], METADATA)
+                file.seek(0)
+                tensors: dict[str, torch.Tensor] = load(file.read())
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}")
             return cls(str(about["algorithm"]), str(about["base"]), int(about["round"]), tensors)
         except OSError as error:
             raise RunError(f"{path}: cannot read the run's tensors ({error.strerror}); restore them from a copy") from error
-        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
             raise RunError(f"{path}: not a baseline's tensors, or damaged ({error!s:.80}); restore them from a copy") from error

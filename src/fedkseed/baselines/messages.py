@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load, save
 from fedkseed.baselines.parameters import Tensors
 from fedkseed.errors import ProtocolError
 from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_integer, pack_fields, shown, unpack_fields
+from fedkseed.files import safetensors_header
 
 REQUEST, REPLY = "t?", "t!"
 ROOM = 4096
@@ -40,6 +42,7 @@ def unpack_tensors(data: Any) -> dict[str, torch.Tensor]:
     if not isinstance(data, bytes):
         raise ProtocolError(f"tensors are {shown(data)}; expected the bytes of a safetensors file")
     try:
+        safetensors_header(io.BytesIO(data))
         tensors: dict[str, torch.Tensor] = load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ProtocolError(f"tensors are not a safetensors file ({error!s:.80})") from error

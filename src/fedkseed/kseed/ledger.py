@@ -8,12 +8,13 @@ scalars, format 2 a list of pages with the parts that they were sent in (`fedkse
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, BinaryIO, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +23,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedkseed.errors import FedKSeedError, InvalidValueError, LedgerError
-from fedkseed.files import safetensors_metadata, write_atomically
+from fedkseed.files import safetensors_entry, safetensors_header, write_atomically
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes
 from fedkseed.kseed.pages import Basis, Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
@@ -32,6 +33,8 @@ from fedkseed.noise.pool import SeedPool
 
 FORMAT, PAGED_FORMAT = 1, 2
 METADATA = "fedkseed"
+MAX_COLUMNS = 64
+"""Most tensors in a ledger's file, many times what any has: each one more costs time before it is refused."""
 SHORT_DIGEST: np.dtype[Any] = np.dtype("<u4")
 
 
@@ -197,22 +200,30 @@ class Ledger:
             LedgerError: the file is missing, not a ledger, damaged, or of another format version.
         """
         try:
-            data = Path(path).read_bytes()
+            with Path(path).open("rb") as file:
+                return cls._read(file)
         except OSError as error:
             raise LedgerError(f"{path}: cannot read the ledger ({error.strerror}); expected a ledger.safetensors") from error
-        try:
-            return cls.decode(data)
         except LedgerError as error:
             raise LedgerError(f"{path}: {error}") from error
 
     @classmethod
     def decode(cls, data: bytes) -> Ledger:
         """The ledger of a file's bytes; see `load`."""
+        return cls._read(io.BytesIO(data))
+
+    @classmethod
+    def _read(cls, file: BinaryIO) -> Ledger:
         try:
-            metadata = safetensors_metadata(data, METADATA)
-            tensors = load_tensors(data)
+            header, _ = safetensors_header(file)
+            metadata = safetensors_entry(header, METADATA)
+            if len(header) > MAX_COLUMNS:
+                raise ValueError(f"it has {len(header):,} tensors; at most {MAX_COLUMNS} are a ledger's")
+            file.seek(0)
+            tensors = load_tensors(file.read())
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            raise LedgerError("not a ledger, or damaged; expected a file that fedkseed wrote") from error
+            why = f" ({error!s:.100})" if isinstance(error, ValueError) else ""
+            raise LedgerError(f"not a ledger, or damaged{why}; expected a file that fedkseed wrote") from error
         found = metadata.get("format") if isinstance(metadata, dict) else None
         if found not in (FORMAT, PAGED_FORMAT):
             raise LedgerError(

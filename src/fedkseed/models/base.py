@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from fedkseed.errors import BindingError
+from fedkseed.files import safetensors_header
 from fedkseed.models.parameters import NamedParameter
 from fedkseed.noise import QUANTUM
 
@@ -133,7 +134,7 @@ def _files(path: Path) -> list[Path]:
         if index.is_file():
             try:
                 files = sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
                 raise BindingError(f"{index}: not an index of safetensors files ({error}); download it again") from error
         else:
             files = [path / "model.safetensors"]
@@ -147,12 +148,11 @@ def _files(path: Path) -> list[Path]:
 
 def _read_header(path: Path) -> dict[str, _Span]:
     """The tensors of a safetensors file: 8 bytes with the header's length, the header as JSON, the data."""
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
+            header, begin = safetensors_header(file)
             # a private map is writable, as torch wants its buffers; nothing is ever written to it
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            begin = 8 + int.from_bytes(mapped[:8], "little")
-            header = json.loads(mapped[8:begin])
             spans = {}
             for name, info in header.items():
                 if name == "__metadata__" or info["dtype"] not in DTYPES:
@@ -163,6 +163,6 @@ def _read_header(path: Path) -> dict[str, _Span]:
                 if first < 0 or begin + end > len(mapped) or end - first != size:
                     raise ValueError(f"{name} does not fit the file")
                 spans[name] = span
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise BindingError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
+        raise BindingError(f"{path}: not a whole safetensors file ({error!s:.160}); download it again") from error
     return spans
