@@ -87,7 +87,7 @@ def test_what_went_wrong_is_in_the_line() -> None:
 def test_plain_lines_where_there_is_no_terminal(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fedkseed.cli.display import LiveDisplay, watching
 
-    with watching(config, tmp_path, tensorboard=False) as observer:
+    with watching(config) as observer:
         assert not isinstance(observer, LiveDisplay)
         observer.note("a note with [brackets] and a long tail " + "x" * 300)
         for step in range(4):
@@ -168,7 +168,7 @@ def test_on_a_terminal_the_display_is_live(config: Any, tmp_path: Path, monkeypa
 
     console, out = terminal()
     monkeypatch.setattr(display, "Console", lambda: console)
-    with display.watching(config, tmp_path, tensorboard=False) as observer:
+    with display.watching(config) as observer:
         assert isinstance(observer, display.LiveDisplay)
         observer.note("a note with [brackets]")
         observer.event(EVALUATION)
@@ -189,32 +189,3 @@ def test_a_live_display_survives_odd_numbers(config: Any) -> None:
             progress.refresh()
         display.event(EVALUATION | {"eval_loss": float("nan")})
     assert "held-out loss nan" in plain_text(out)
-
-
-def test_every_number_of_an_event_goes_to_tensorboard(config: Any) -> None:
-    from fedkseed.cli.display import PlainDisplay, TensorBoard
-
-    class Writer:
-        def __init__(self) -> None:
-            self.scalars: list[tuple[str, float, int]] = []
-            self.flushed = 0
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            self.scalars.append((name, value, step))
-
-        def flush(self) -> None:
-            self.flushed += 1
-
-    console, out = terminal()
-    writer = Writer()
-    board = TensorBoard(PlainDisplay(config, console), writer)
-    board.note("a note")
-    board.probe(Probe(1, "c", 1, 1, 0, 4, 1.0))
-    board.event(EVALUATION)
-    board.event(ROUND)
-    assert ("evaluation/eval_loss", 1.23456, 2) in writer.scalars
-    assert ("round/bytes_down", 8392.0, 2) in writer.scalars
-    assert ("round/train_loss", 2.34567, 2) in writer.scalars
-    assert all(isinstance(value, (int, float)) for _, value, _ in writer.scalars)
-    assert writer.flushed >= 2
-    assert "round 2/7: held-out loss 1.2346" in plain_text(out)

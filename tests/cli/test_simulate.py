@@ -152,17 +152,6 @@ def test_a_folder_without_weights_is_refused(fedkseed: CommandLine, tiny: Path, 
     assert_one_line(result, 2, "no weights (model.safetensors) in this folder")
 
 
-def test_tensorboard_that_is_not_installed_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    try:
-        import tensorboard  # noqa: F401  # type: ignore[import-untyped]
-    except ImportError:
-        result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--tensorboard", "--run", tmp_path / "run")
-        assert_one_line(result, 2, "--tensorboard needs an extra", "pip install")
-        assert not (tmp_path / "run").exists()
-    else:
-        pytest.skip("tensorboard is installed")
-
-
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(fedkseed: CommandLine, tiny: Path, copied: Path) -> None:
     before = contents(copied)
     result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--run", copied)

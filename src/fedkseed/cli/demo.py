@@ -43,7 +43,7 @@ def demo(run: Path | None, seed: int) -> None:
     RunFolder.check_free(folder)
     config, records = _write_data(folder, seed)
     begin = time.perf_counter()
-    with watching(config, folder, tensorboard=False) as observer:
+    with watching(config) as observer:
         observer.note(
             "20 clients hold instruction tasks of seven kinds; one kind is held out. Gradients in 4,096 numbers tune all of it."
         )

@@ -1,17 +1,15 @@
-"""What a person sees of a run: a live display on a terminal, plain lines elsewhere, TensorBoard on request."""
+"""What a person sees of a run: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedkseed.errors import ConfigError
 from fedkseed.runs.events import summary
 from fedkseed.runs.observer import Nobody, Probe
 from fedkseed.runs.settings import SimulationConfig
@@ -82,42 +80,13 @@ class LiveDisplay(PlainDisplay):
         super().event(event)
 
 
-class TensorBoard:
-    """Another observer, and every number of every event in a TensorBoard log beside it."""
-
-    def __init__(self, inner: PlainDisplay, writer: Any) -> None:
-        self._inner, self._writer = inner, writer
-        self.note, self.progress, self.probe = inner.note, inner.progress, inner.probe
-
-    def event(self, event: dict[str, Any]) -> None:
-        """See `fedkseed.runs.observer.Observer`."""
-        for name, value in event.items():
-            if isinstance(value, (int, float)) and name != "server_round":
-                self._writer.add_scalar(f"{event['event']}/{name}", value, event["server_round"])
-        self._writer.flush()
-        self._inner.event(event)
-
-
 @contextmanager
-def watching(config: SimulationConfig, folder: Path, tensorboard: bool) -> Iterator[PlainDisplay | TensorBoard]:
-    """The observer that suits where the output goes.
-
-    Raises:
-        ConfigError: TensorBoard was asked for and is not installed.
-    """
+def watching(config: SimulationConfig) -> Iterator[PlainDisplay]:
+    """The observer that suits where the output goes."""
     console = Console()
-    wrap: Any = _tensorboard(folder) if tensorboard else lambda display: display
     if not console.is_terminal:
-        yield wrap(PlainDisplay(config, console))
+        yield PlainDisplay(config, console)
         return
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
-        yield wrap(LiveDisplay(config, progress))
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("--tensorboard needs an extra; install it with: pip install 'fedkseed[tensorboard]'") from error
-    return lambda display: TensorBoard(display, SummaryWriter(folder / "tensorboard"))
+        yield LiveDisplay(config, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from fedkseed.errors import ConfigError
 from fedkseed.runs.settings import AUTO, SimulationConfig, build, flag, flags, read_settings_file
+from fedkseed.runs.trackers import TRACKERS, check_trackers
 
 if TYPE_CHECKING:
     from fedkseed.runs.folder import RunFolder
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
     from fedkseed.runs.simulation import Simulation
 
 
-def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorboard: bool, **flags: str | None) -> None:
+def simulate(run: Path | None, resume: Path | None, config: Path | None, log: list[str] | None, **flags: str | None) -> None:
     """Federated tuning on this machine: every client simulated in turn, with real messages.
 
     Settings come from flags, else from the --config file (TOML; the same words with underscores), else from defaults.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    trackers = check_trackers(log or ())
     if resume is not None:
-        _resume(resume, run, config, given, tensorboard)
+        _resume(resume, run, config, given, trackers)
         return
     chosen = {**(read_settings_file(config) if config else {}), **given}
     # checked before the rate is looked for, which takes long
@@ -43,10 +45,10 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, tensorb
     RunFolder.check_free(folder)
     if chosen.get("lr") == AUTO:
         settings = build(chosen | _calibrated(settings, keep_eps="eps" in chosen))
-    with watching(settings, folder, tensorboard) as observer:
+    with watching(settings) as observer:
         with _interruptible():
             records = prepare(settings, observer)
-        train(RunFolder.create(folder, settings), records, observer, _go_on(folder))
+        train(RunFolder.create(folder, settings), records, observer, _go_on(folder), log=trackers)
 
 
 def tune(config: Path | None, **flags: str | None) -> None:
@@ -74,7 +76,7 @@ def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
     return {"lr": found.lr} if keep_eps or eps is None else {"lr": found.lr, "eps": eps}
 
 
-def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], tensorboard: bool) -> None:
+def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], log: Sequence[str]) -> None:
     from fedkseed.cli.display import watching
     from fedkseed.runs.folder import RunFolder
     from fedkseed.runs.records import prepare
@@ -85,13 +87,13 @@ def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str
         raise ConfigError(f"{others[0]} can't be given with --resume, which keeps the run's settings; only --num-rounds can")
     folder = RunFolder.open(resume)
     settings = build({**folder.simulation.model_dump(), **given})
-    with watching(settings, resume, tensorboard) as observer:
+    with watching(settings) as observer:
         with _interruptible():
             records = prepare(settings, observer)
         with folder.held():  # before the checkpoint is read: nobody moves it on meanwhile
             if given:
                 folder.write_config(settings)
-            train(folder, records, observer, _go_on(resume))
+            train(folder, records, observer, _go_on(resume), log=log)
 
 
 def _go_on(folder: Path) -> str:
@@ -114,6 +116,7 @@ def train(
     observer: Observer,
     resume: str,
     before: Callable[[Simulation], None] = lambda simulation: None,
+    log: Sequence[str] = (),
 ) -> Simulation:
     """Load the model and do the rounds that are left; Ctrl-C says what is safe and how to go on.
 
@@ -123,6 +126,7 @@ def train(
         observer: who watches.
         resume: the command that goes on with the run.
         before: called with the simulation before its first round.
+        log: trackers; see `fedkseed.runs.trackers`.
 
     Raises:
         FedKSeedError: see `Simulation`.
@@ -130,7 +134,7 @@ def train(
     from fedkseed.runs.simulation import Simulation
 
     try:
-        simulation = Simulation(folder, records, observer)
+        simulation = Simulation(folder, records, observer, log=log)
         before(simulation)
         checkpoint = simulation.train()
     except KeyboardInterrupt:
@@ -182,7 +186,18 @@ def _give_signature(command: Any, options: dict[str, tuple[Any, Any]]) -> None:
 RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "run": (Annotated[Path | None, typer.Option(help="folder of the run [default: runs/, named by the time]")], None),
     "resume": (Annotated[Path | None, typer.Option(help="go on with the run in this folder")], None),
-    "tensorboard": (Annotated[bool, typer.Option("--tensorboard", help="write RUN/tensorboard too (extra)")], False),
+    "log": (
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                "--log",
+                metavar="|".join(TRACKERS),
+                help="send all numbers there too; may be given several times. "
+                + "; ".join(f"{name}: {row.where}" for name, row in TRACKERS.items()),
+            ),
+        ],
+        None,
+    ),
 }
 _give_signature(simulate, {**_settings_options(), **RUN_OPTIONS})
 _give_signature(tune, _settings_options(leave_out=("lr", "eps")))

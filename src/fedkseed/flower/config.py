@@ -16,6 +16,7 @@ from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
 from fedkseed.runs.folder import CONFIG, RunFolder, read_settings, settings_of
 from fedkseed.runs.settings import DEALING, RunConfig, SimulationConfig
+from fedkseed.runs.trackers import TRACKERS
 from fedkseed.runs.validation import Words, validated
 
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation")
@@ -30,6 +31,9 @@ class FlowerConfig(RunConfig):
     run: Path = Field(description="run folder on the server; a run that it holds is gone on with")
     min_clients: Count = Field(1, description="a round waits until so many clients are there")
     deadline: Positive = Field(3600.0, description="seconds that a round waits for replies")
+    log: str | None = Field(
+        None, description=f"where the numbers go too: {', '.join(TRACKERS)}, or several with commas between"
+    )
 
     @field_validator("algorithm")
     @classmethod
@@ -38,6 +42,19 @@ class FlowerConfig(RunConfig):
         if value not in known:
             raise ValueError(f"on Flower only {', '.join(known)} run; the baselines run in fedkseed simulate")
         return value
+
+    @field_validator("log")
+    @classmethod
+    def _are_trackers(cls, value: str | None) -> str | None:
+        for name in _names(value):
+            if name not in TRACKERS:
+                raise ValueError(f"expected {', '.join(TRACKERS)}, or several of them with commas between")
+        return value
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where the numbers go beside the run's folder: the server's affair, which nodes hear of and pass over."""
+        return _names(self.log)
 
     @property
     def expected_clients(self) -> int:
@@ -58,6 +75,10 @@ class EngineConfig(FlowerConfig, SimulationConfig):
     def expected_clients(self) -> int:
         """All of them."""
         return self.num_clients
+
+
+def _names(log: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (name.strip() for name in (log or "").split(","))))
 
 
 def _kebab(name: str) -> str:

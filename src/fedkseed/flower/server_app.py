@@ -13,6 +13,7 @@ from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_tokenizer
 from fedkseed.runs.algorithms import check_base
+from fedkseed.runs.trackers import check_trackers
 
 
 def server_app() -> ServerApp:
@@ -33,6 +34,7 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     Raises:
         FedKSeedError: the model, the data or the run folder cannot be used.
     """
+    check_trackers(config.trackers, "run-config log")
     config, held_out = _with_records(config)
     loaded = load_for(config, training=False)
     run = open_run(config)

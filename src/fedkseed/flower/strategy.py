@@ -62,7 +62,8 @@ class FedKSeed(Strategy):
         self.run, self.config = run, config
         self._base, self._weight_bytes, self._evaluate_here = base, weight_bytes, evaluate
         self._server = roles_of(config.facts).server(config, run.load_ledger() or base, None, limits, None)
-        self._driver = Driver(run, self._server, Log(describe=partial(summary, num_rounds=config.num_rounds)), self._called)
+        observer = Log(describe=partial(summary, num_rounds=config.num_rounds))
+        self._driver = Driver(run, self._server, observer, self._called, config.trackers)
         self._members: dict[str, Member] = {}
         self._asked: dict[str, Message] = {}
         self._asked_again: set[str] = set()

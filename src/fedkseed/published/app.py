@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from fedkseed.runs.records import prepare
 
     config, args, folder = _settings(args)
-    with watching(config, folder, tensorboard=False) as display:
+    with watching(config) as display:
         display.note(f"the same with fedkseed: {command_line(config)}")
         if args.resume is None:
             RunFolder.check_free(folder)

@@ -18,6 +18,7 @@ from fedkseed.runs.events import evaluation_event, round_event
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.observer import Observer
 from fedkseed.runs.settings import RunConfig
+from fedkseed.runs.trackers import tracking
 
 DIVERGED = 1.1
 """A held-out loss that is so many times the best one before it is called divergence."""
@@ -31,16 +32,23 @@ class Driver:
         server: where the run is.
         observer: who watches.
         called: what a client is called in what a person reads, such as with its node.
+        log: trackers that get all numbers too; see `fedkseed.runs.trackers`.
 
     Attributes:
         outcome: of the last attempt at a round.
     """
 
     def __init__(
-        self, run: RunFolder, server: Rounds[Any, Any], observer: Observer, called: Callable[[str], str] = str
+        self,
+        run: RunFolder,
+        server: Rounds[Any, Any],
+        observer: Observer,
+        called: Callable[[str], str] = str,
+        log: Sequence[str] = (),
     ) -> None:
         self.run, self.server, self.observer = run, server, observer
-        self._called = called
+        self._called, self._log = called, log
+        self._track: Callable[[dict[str, Any]], None] = lambda event: None
         self.outcome: Outcome | None = None
         self._requests: list[tuple[Request, bytes]] = []
         self._repeated = 0
@@ -67,13 +75,14 @@ class Driver:
         Raises:
             TooFewRepliesError: a round failed three times for want of replies; the checkpoint is safe.
             RunFolderError: another process is writing to the run's folder.
-            RunError: a file cannot be written; the checkpoint is safe.
+            RunError: a file cannot be written, or a tracker cannot be opened; the checkpoint is safe.
         """
         with self.run.held():
-            return self._drive(attempt, evaluate)
+            self.run.cut_metrics(self.round)
+            with tracking(self._log, self.run, self.round, self.observer.note) as self._track:
+                return self._drive(attempt, evaluate)
 
     def _drive(self, attempt: Callable[[], bool], evaluate: Callable[[], None]) -> Checkpoint:
-        self.run.cut_metrics(self.round)
         if self._due() and not any(event["server_round"] == self.round for event in self._evaluations()):
             evaluate()
         while not self.server.finished:
@@ -145,7 +154,7 @@ class Driver:
         # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
         self.run.append_metrics(event)
         self.server.checkpoint.save(self.run.checkpoint_path)
-        self.observer.event(event)
+        self._tell(event)
         return event
 
     def evaluated(
@@ -162,8 +171,12 @@ class Driver:
         event = evaluation_event(self.round, result, weight_bytes, seconds) | ({"clients": clients} if clients else {})
         self._warn(result.loss)
         self.run.append_metrics(event)
-        self.observer.event(event)
+        self._tell(event)
         return event
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self.observer.event(event)
+        self._track(event)
 
     def _warn(self, loss: float) -> None:
         losses = [event["eval_loss"] for event in self._evaluations()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedkseed.runs.observer import Nobody, Observer, Probe
 from fedkseed.runs.records import Records, prepare
 from fedkseed.runs.settings import AUTO, SimulationConfig, build, settings_given
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch
+from fedkseed.runs.trackers import check_trackers
 from fedkseed.runs.tuning import find
 
 if TYPE_CHECKING:
@@ -39,12 +40,20 @@ class Simulation:
         records: the data.
         observer: who watches.
         model: the loaded base model, in place of the one that the settings name; it is tuned in place.
+        log: trackers that get all numbers too; see `fedkseed.runs.trackers`.
 
     Raises:
         FedKSeedError: the model or the checkpoint cannot be used.
     """
 
-    def __init__(self, run: RunFolder, records: Records, observer: Observer, model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        records: Records,
+        observer: Observer,
+        model: PreTrainedModel | None = None,
+        log: Sequence[str] = (),
+    ) -> None:
         config = run.config
         self.run, self.config, self.observer = run, config, observer
         self._records, self._watch = records, Stopwatch()
@@ -56,7 +65,7 @@ class Simulation:
         federation = kind_of(config.facts).federate(config, model, run.load_checkpoint(), records, self._watch)
         self.model, self.server, self.clients = federation.model, federation.server, federation.clients
         self.restore = federation.restore
-        self._driver = Driver(run, self.server, observer)
+        self._driver = Driver(run, self.server, observer, log=log)
 
     def train(self) -> Checkpoint:
         """Do all rounds that are left; see `Driver.drive`."""
@@ -120,6 +129,7 @@ def simulate(
     settings: Mapping[str, Any] | str | Path | SimulationConfig,
     run: str | Path | None = None,
     observer: Observer | None = None,
+    log: Sequence[str] = (),
 ) -> Result:
     """Tune a model by a federation of simulated clients; what `fedkseed simulate` does (docs/python.md).
 
@@ -130,12 +140,15 @@ def simulate(
             of dicts, a DataFrame, a dataset.
         run: the run's folder; one that holds a run with these settings is gone on with. None makes one under `runs/`.
         observer: who watches: None for nobody, `fedkseed.Progress()` for a bar.
+        log: where the numbers go beside the folder: `tensorboard`, `trackio`, `wandb`.
 
     Raises:
-        ConfigError: a setting is unknown, missing or out of its range; or the folder's run has others.
+        ConfigError: a setting is unknown, missing or out of its range; or the folder's run has others; or a tracker is not
+            installed.
         FedKSeedError: the data, the model or the folder cannot be used.
     """
     named, inputs = separate(settings_given(settings))
+    trackers = check_trackers(log, "log")
     watch = observer or Nobody()
     if named.get("lr") == AUTO:
         found = find(build({**named, "lr": 1.0}), watch, inputs)
@@ -145,7 +158,7 @@ def simulate(
     config = build(named)
     folder = open_or_create(new_folder(Path("runs")) if run is None else Path(run), config)
     with folder.held():
-        simulation = Simulation(folder, prepare(config, watch, inputs), watch, inputs.model)
+        simulation = Simulation(folder, prepare(config, watch, inputs), watch, inputs.model, trackers)
         checkpoint = simulation.train()
         simulation.restore()
     losses = {e["server_round"]: e["eval_loss"] for e in folder.metrics() if e["event"] == "evaluation"}
