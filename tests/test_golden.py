@@ -96,6 +96,7 @@ RUNS: dict[str, dict[str, Any]] = {
     ),
     "fedavg": tensors("fedavg", **SGD),
     "fedavg equal epochs": tensors("fedavg", **SGD, weighting="equal", local_unit="epochs", local_steps=2),
+    "ferret": tensors("ferret", lr=2.0**-5, num_seeds=512),
     "fedit": tensors("fedit", **ADAM, **LORA),
     "fedit-sgd": tensors("fedit-sgd", **SGD, **LORA),
     "fedprompt": tensors("fedprompt", **ADAM, num_virtual_tokens=3),

@@ -20,6 +20,7 @@ from tests.support.baselines import (
     Tensors,
     algorithms,
     assert_close,
+    coordinates_by_hand,
     logits_by_hand,
     loss_by_hand,
     row_settings,
@@ -34,6 +35,7 @@ from tests.support.tiny import tiny_settings, write_records
 import fedkseed as fk
 from fedkseed.baselines import Parameters, TensorServer, TunedTensors, attach, fingerprint, require_peft, restore
 from fedkseed.baselines.messages import pack_tensors, size_cap
+from fedkseed.baselines.projected import shares
 from fedkseed.data import EncodedExample, Example, collate
 from fedkseed.errors import ConfigError, ModelError, RunError
 from fedkseed.evaluation import evaluate_loss, response_loss
@@ -47,7 +49,7 @@ from fedkseed.runs.records import Records, prepare
 from fedkseed.runs.settings import build
 from fedkseed.runs.simulation import Simulation
 
-adapters = pytest.mark.parametrize("algorithm", [name for name, row in ROWS.items() if row.tunes != "all"])
+adapters = pytest.mark.parametrize("algorithm", [name for name in ROWS if ALGORITHMS[name].needs_peft])
 soft_prompts = pytest.mark.parametrize("algorithm", ["fedprompt", "fedptuning"])
 
 
@@ -109,8 +111,8 @@ def test_only_what_is_tuned_changes(tiny: Path, done: Callable[[str], Done], alg
     base = dict(base_model(tiny).named_parameters())
     now = {base_name(name): parameter for name, parameter in run.model.named_parameters()}
     assert base.keys() <= now.keys()
-    if ROWS[algorithm].tunes == "all":
-        assert tuned.keys() == base.keys()
+    if not ALGORITHMS[algorithm].needs_peft:
+        assert tuned.keys() == ({"coordinates"} if ROWS[algorithm].tunes == "coordinates" else base.keys())
         assert not any(torch.equal(now[name], base[name]) for name in base)
         return
     assert all(torch.equal(now[name].view(torch.int32), base[name].view(torch.int32)) for name in base)
@@ -166,7 +168,8 @@ def test_a_round_of_one_client_is_the_loop_by_hand(tiny: Path, tmp_path: Path, a
     row, steps = ROWS[algorithm], 4
     changes = {"num_clients": 1, "fraction_train": 1.0, "num_rounds": 1, "local_steps": steps, "partition": "iid"}
     run, _ = simulation(tmp_path / "run", row_settings(tiny, algorithm, **changes))
-    start = dict(run.server.checkpoint.tensors)
+    projected = row.tunes == "coordinates"  # of the weights after these steps
+    start = Parameters(base_model(tiny)).read() if projected else dict(run.server.checkpoint.tensors)
     (client,) = run.clients.values()
     task: Any = client.task
     drawn: list[list[EncodedExample]] = []
@@ -190,7 +193,7 @@ def test_a_round_of_one_client_is_the_loop_by_hand(tiny: Path, tmp_path: Path, a
     scale = run.config.lora_alpha / run.config.lora_rank
 
     def loss(tensors: Tensors, step: int) -> torch.Tensor:
-        total, count = loss_by_hand(base, row.tunes, tensors, drawn[step], scale)
+        total, count = loss_by_hand(base, "all" if projected else row.tunes, tensors, drawn[step], scale)
         return total / count
 
     if algorithm == "fedzo":
@@ -203,6 +206,12 @@ def test_a_round_of_one_client_is_the_loop_by_hand(tiny: Path, tmp_path: Path, a
     else:
         expected = train_by_hand(row.optimizer, start, loss, steps, row.lr)
         wrong = train_by_hand("adam" if row.optimizer == "sgd" else "sgd", start, loss, steps, row.lr)
+    if projected:
+        key, counts = (
+            derive(run.config.seed, "pool"),
+            shares([start[name].numel() for name in sorted(start)], row.settings["num_seeds"]),
+        )
+        expected, wrong, start = (coordinates_by_hand(start, end, key, counts) for end in (expected, wrong, start))
     assert_close(found, expected, 1e-4)
     with pytest.raises(AssertionError):
         assert_close(found, wrong, 1e-4)
@@ -299,12 +308,12 @@ def test_what_is_attached_is_a_function_of_the_seed(tiny: Path, algorithm: str) 
         assert torch.equal(torch.get_rng_state(), before)
         assert not attached.training
         assert not any(module.training for module in attached.modules())
-        if ROWS[algorithm].tunes == "all":
+        if not ALGORITHMS[algorithm].needs_peft:
             assert attached is model
             assert fingerprint(attached) == before_it
         read.append(pack_tensors(Parameters(attached).read()))
     assert read[0] == read[1]
-    assert (read[0] == read[2]) == (ROWS[algorithm].tunes == "all")
+    assert (read[0] == read[2]) == (not ALGORITHMS[algorithm].needs_peft)
 
 
 @pytest.mark.parametrize("algorithm", ["fedit", "fedit-sgd"])
@@ -349,8 +358,9 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
             call()
     assert asked == ["peft"] * 3
     assert set(dict(model.named_parameters())) == names
-    for other_algorithm in set(ALGORITHMS) - {name for name, row in ROWS.items() if row.tunes != "all"}:
-        require_peft(ALGORITHMS[other_algorithm])  # these need nothing
+    for row in ALGORITHMS.values():
+        if not row.needs_peft:
+            require_peft(row)
 
 
 def test_an_architecture_without_adapters_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,13 +85,16 @@ def test_a_rows_fields_agree(row: Algorithm) -> None:
     assert ALGORITHMS[row.name] is row
     assert row.has_ledger == (row.sends in ("scalars", "changes"))
     assert row.measures == "two-point" or row.sends != "scalars"  # a scalar is what two points differ by
-    # directions are what two points are told apart along, and what a ledger's numbers are of
-    assert row.needs_noise == (row.measures == "two-point" or row.has_ledger)
+    # directions are what two points are told apart along, and what a ledger's numbers and coordinates are of
+    assert row.needs_noise == (row.measures == "two-point" or row.has_ledger or row.projects)
     assert not (row.draws in ("uniform", "importance") and row.sends == "tensors")  # only a ledger knows what a seed did
     assert row.passes_per_step == {"two-point": 2, "gradient": 3}[row.measures]
     assert row.has_soft_prompt <= row.needs_peft <= (row.sends == "tensors")
-    assert row.needs_noise == (row.takes("eps") and row.takes("noise"))
-    assert row.has_ledger == row.takes("num_seeds") == row.takes("wire")
+    assert row.needs_noise == row.takes("noise")
+    assert row.takes("eps") == (row.needs_noise and not row.projects)
+    assert row.has_ledger == row.takes("wire")
+    assert (row.has_ledger or row.projects) == row.takes("num_seeds")
+    assert row.projects <= (row.sends == "tensors" and not row.needs_peft)
     assert row.on_flower <= row.has_ledger
     assert len(set(row.settings)) == len(row.settings)
     assert set(row.settings) <= SimulationConfig.model_fields.keys()

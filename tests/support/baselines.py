@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fedkseed as fk
 from fedkseed.data import EncodedExample
+from tests.support import laws
 from tests.support.tiny import tiny_settings
 
 Tensors = Mapping[str, torch.Tensor]
@@ -23,7 +25,8 @@ class Baseline:
         lr: a learning rate at which the tiny model learns.
         falls: by how much its held-out loss falls in three rounds, at least.
         optimizer: what its local steps are.
-        tunes: which of a model's parameters; of the soft prompts, the part of peft's model that has the prompt.
+        tunes: which of a model's parameters; of the soft prompts, the part of peft's model that has the prompt; `coordinates`
+            of all parameters.
         settings: its own settings.
     """
 
@@ -36,6 +39,7 @@ class Baseline:
 
 ROWS = {
     "fedavg": Baseline(0.1, 0.8, "sgd", "all"),
+    "ferret": Baseline(0.02, 0.2, "sgd", "coordinates", {"num_seeds": 2048}),
     "fedit": Baseline(0.02, 0.4, "adam", "lora", {"lora_rank": 4, "lora_alpha": 12.0}),
     "fedit-sgd": Baseline(2.0, 0.4, "sgd", "lora", {"lora_rank": 4, "lora_alpha": 12.0}),
     "fedprompt": Baseline(0.05, 0.1, "adam", "prompt", {"num_virtual_tokens": 3}),
@@ -122,6 +126,19 @@ def two_point_by_hand(
         plus, minus = (float(loss({name: w[name] + s * eps * z[name] for name in w}, t)) for s in (1, -1))
         w = {name: w[name] - lr * (plus - minus) / (2 * eps) * z[name] for name in w}
     return w
+
+
+def coordinates_by_hand(
+    start: Tensors, end: Tensors, key: int, counts: Sequence[int], scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """`Z'(end - start) / K_l`, tensor by tensor in the order of their names, with the oracle's noise."""
+    found = []
+    for name, count in zip(sorted(start), counts, strict=True):
+        change = (end[name].double() - start[name].double()).reshape(-1).numpy()
+        sign, bucket = laws.signs_and_buckets(key, count, name, len(change))
+        z = 1 - 2 * ((sign + laws.parity(bucket & np.arange(count)[:, None])) & 1)
+        found.append(scale * (z @ change) / count)
+    return {"coordinates": torch.from_numpy(np.concatenate(found)).float()}
 
 
 def assert_close(found: Tensors, expected: Tensors, tolerance: float) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fedkseed.baselines.checkpoint import TunedTensors
-from fedkseed.baselines.parameters import Parameters, fingerprint
+from fedkseed.baselines.parameters import fingerprint
+from fedkseed.baselines.projected import parameters_of
 from fedkseed.errors import ConfigError, ModelError, RunError
 from fedkseed.federation import FederationConfig
 from fedkseed.federation.algorithms import Algorithm
@@ -73,7 +74,7 @@ def restore(model: Any, config: FederationConfig, tuned: TunedTensors) -> Any:
     if tuned.algorithm != config.algorithm or tuned.base != fingerprint(model):
         raise RunError(f"the tensors are of {tuned.algorithm} on another base model; load the one that the run started from")
     attached = attach(model, config)
-    Parameters(attached).write(tuned.tensors)
+    parameters_of(attached, config).write(tuned.tensors)
     return attached
 
 

@@ -44,14 +44,21 @@ class TensorClient:
         model: the model, whose parameters that require a gradient are tuned; shared with other clients or not.
         base: fingerprint (hex) of the base model.
         task: its records and their loss.
+        parameters: how the model's are sent; None for as they are.
     """
 
     def __init__(
-        self, name: str, config: FederationConfig, model: torch.nn.Module, base: str, task: DifferentiableTask
+        self,
+        name: str,
+        config: FederationConfig,
+        model: torch.nn.Module,
+        base: str,
+        task: DifferentiableTask,
+        parameters: Parameters | None = None,
     ) -> None:
         self.name, self.task = name, task
         self._config, self._model, self._base = config, model, bytes.fromhex(base)
-        self._parameters = Parameters(model)
+        self._parameters = parameters or Parameters(model)
 
     def answer(self, data: bytes, on_step: Heard | None = None) -> bytes:
         """Train as a request says and give the reply's bytes; `on_step` hears each step's number and loss.

@@ -24,6 +24,7 @@ class Algorithm:
         measures: how a client finds its way: `two-point`, two forward passes a step, or `gradient`, backpropagation.
         draws: how a round's seeds are chosen: `uniform`, by `importance`, or `fresh` ones, used once; None: there are none.
         attaches: what is tuned in place of all parameters: adapters (`lora`) or a soft prompt (`prompt`, `prompt-encoder`).
+        projects: whether the tensors that are sent are coordinates along K seeds of what local steps have changed.
         steps: the optimiser of a client's local steps, `sgd` or `adam`.
         usual_lr: a learning rate to look around.
         on_flower: whether it runs on Flower.
@@ -37,6 +38,7 @@ class Algorithm:
     measures: Literal["two-point", "gradient"]
     draws: Literal["uniform", "importance", "fresh"] | None = None
     attaches: Literal["lora", "prompt", "prompt-encoder"] | None = None
+    projects: bool = False
     steps: Literal["sgd", "adam"] = "sgd"
     usual_lr: float = 1e-5
     on_flower: bool = False
@@ -45,7 +47,7 @@ class Algorithm:
     @property
     def needs_noise(self) -> bool:
         """Whether a client moves weights along perturbations."""
-        return self.draws is not None or self.sends == "changes"
+        return self.draws is not None or self.sends == "changes" or self.projects
 
     @property
     def has_ledger(self) -> bool:
@@ -103,6 +105,10 @@ ALGORITHMS: dict[str, Algorithm] = {
             "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES),
         ),
         Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient", usual_lr=0.05),
+        Algorithm(
+            "ferret", "Ferret", "all parameters by SGD, whose change is projected afterwards",
+            "tensors", "gradient", projects=True, usual_lr=0.01, settings=("noise", "num_seeds"),
+        ),
         Algorithm(
             "fedit", "FedIT", "LoRA by Adam",
             "tensors", "gradient", attaches="lora", steps="adam", usual_lr=1e-3, settings=LORA,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedkseed.baselines import Parameters, TensorClient, TensorServer, TunedTensors, attach, fingerprint
+from fedkseed.baselines import TensorClient, TensorServer, TunedTensors, attach, fingerprint, parameters_of
 from fedkseed.errors import LedgerError, RunError
 from fedkseed.federation import Checkpoint, Limits, Rounds
 from fedkseed.federation.algorithms import Algorithm
@@ -155,11 +155,11 @@ def over_tensors(
     if saved is not None and saved.base != base:
         raise RunError(f"{TENSORS} is of another base model than {config.model}; go on with the run's own")
     attached = attach(model, config)
-    parameters = Parameters(attached)
+    parameters = parameters_of(attached, config)
     first = saved or TunedTensors(config.algorithm, base, 0, parameters.read())
     server = TensorServer(config, first, list(records.clients), num_examples=records.sizes)
     clients = {
-        name: TensorClient(name, config, attached, base, TextTask(attached, examples, records.pad_id, watch))
+        name: TensorClient(name, config, attached, base, TextTask(attached, examples, records.pad_id, watch), parameters)
         for name, examples in records.clients.items()
     }
     return Federation(attached, server, clients, lambda: parameters.write(server.checkpoint.tensors))
