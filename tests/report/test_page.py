@@ -507,15 +507,6 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
         (spoil("config.toml", b"\xff\xfe"), RunError, "is not TOML"),
         (spoil("config.toml", b"lr = 1.0\nmodel = 'm'\ndata = 'd'\nspeed = 3"), ConfigError, "'speed' is unknown"),
         (spoil("config.toml", b"lr = 1.0"), ConfigError, "--model is missing"),
-        (spoil("metrics.jsonl", b"not json\n"), RunError, "metrics.jsonl is damaged"),
-        (spoil("metrics.jsonl", b"[1, 2]\n"), RunError, "metrics.jsonl is damaged"),
-        (spoil("metrics.jsonl", b"\xff\n"), RunError, "metrics.jsonl is damaged"),
-        (spoil("metrics.jsonl", b'{"event": "round", "server_round": 1}\n'), RunError, "'dropped_steps' is missing"),
-        (spoil("metrics.jsonl", b'{"event": "evaluation", "server_round": 0, "eval_loss": "4"}\n'), RunError, "a loss is '4'"),
-        (spoil("metrics.jsonl", b'{"event": "evaluation", "server_round": 0.5}\n'), RunError, "server_round is 0.5"),
-        (spoil("metrics.jsonl", json.dumps(closed(1, bytes_up=-1)).encode() + b"\n"), RunError, "bytes_up is -1"),
-        (spoil("metrics.jsonl", json.dumps(closed(1, seconds=math.nan)).encode() + b"\n"), RunError, "seconds is nan"),
-        (spoil("metrics.jsonl", json.dumps(closed(1, clients=[1])).encode() + b"\n"), RunError, "damaged"),
         (spoil("ledger.safetensors", b"nothing"), LedgerError, "not a ledger"),
         (spoil("report", b"a file in its way"), RunError, "cannot write the report"),
     ],
@@ -527,6 +518,25 @@ def test_bad_input_is_one_line(make: Maker, damage: Callable[[Path], object], er
         report(run)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (json.dumps(closed(1, bytes_up=-1)), "round 1 of .*metrics.jsonl cannot be read \\(bytes_up is -1\\)"),
+        (json.dumps(closed(1, seconds=math.nan)), "seconds is nan"),
+        (json.dumps(closed(1, clients=[1])), "round 1 of"),
+        (json.dumps(closed(1, peak_bytes=10**400)), "round 1 of"),
+        ("not json", "1 line of .*metrics.jsonl cannot be read \\(line 2: "),
+    ],
+)
+def test_an_event_that_cannot_be_read_is_left_out_and_said_so(make: Maker, line: str, says: str) -> None:
+    """The others are shown."""
+    run = make([evaluation(0, 4.0)], 1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n" + json.dumps(evaluation(1, 3.5)) + "\n")
+    assert re.search(says + ".*; it is left out", words(run))
+    assert [e.loss for e in reading.read(run).evaluations] == [4.0, 3.5]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run on disk: what is written, what is refused, and what a kill may leave behind."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedkseed import files
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
 from fedkseed.files import write_atomically
 from fedkseed.runs.folder import RunFolder, new_folder
+from fedkseed.runs.metrics import best_round
 from fedkseed.runs.settings import SimulationConfig, build
 
 
@@ -26,8 +28,11 @@ def run(tmp_path: Path, config: SimulationConfig) -> RunFolder:
     return RunFolder.create(tmp_path / "run", config)
 
 
+NUMBERS = {"evaluation": {"eval_loss": 2.5}, "round": {"dropped_steps": 0, "bytes_down": 1.0, "bytes_up": 1.0, "seconds": 0.1}}
+
+
 def event(server_round: int, kind: str = "round") -> dict[str, Any]:
-    return {"event": kind, "server_round": server_round}
+    return {"event": kind, "server_round": server_round, **NUMBERS[kind]}
 
 
 # --- The folder ---
@@ -103,6 +108,86 @@ def test_an_unfinished_line_is_no_event(run: RunFolder, rest: str) -> None:
     run.cut_metrics(1)
     run.append_metrics(event(2))
     assert run.metrics() == [event(1), event(2)]
+
+
+DAMAGED_LINES = {
+    "half a line": b'{"event": "round", "server_ro',
+    "half a line and the next": b'{"event": "rou{"event": "round", "server_round": 1}',
+    "a number": b"17",
+    "a text": b'"round"',
+    "nothing": b"",
+    "null": b"null",
+    "no event": b'{"server_round": 1}',
+    "an event that is no text": b'{"event": ["round"], "server_round": 1}',
+    "no round": b'{"event": "evaluation", "eval_loss": 2.5}',
+    "a round below 0": b'{"event": "evaluation", "server_round": -1, "eval_loss": 2.5}',
+    "a round and a half": b'{"event": "evaluation", "server_round": 1.5, "eval_loss": 2.5}',
+    "a true round": b'{"event": "evaluation", "server_round": true, "eval_loss": 2.5}',
+    "an endless round": b'{"event": "evaluation", "server_round": Infinity, "eval_loss": 2.5}',
+    "no loss": b'{"event": "evaluation", "server_round": 1}',
+    "a loss that is a text": b'{"event": "evaluation", "server_round": 1, "eval_loss": "2.5"}',
+    "no bytes": b'{"event": "round", "server_round": 1, "dropped_steps": 0, "bytes_down": 1.0, "seconds": 0.1}',
+    "not UTF-8": b'{"event": "round \xff", "server_round": 1}',
+    "deep": b"[" * 100_000,
+    "zeros": bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_LINES)
+def test_a_damaged_line_is_left_out_and_told(run: RunFolder, name: str) -> None:
+    """The others are read; a resume sets the damaged file aside, whole, and goes on with them."""
+    path = run.path / "metrics.jsonl"
+    good = [event(0, "evaluation"), event(1), event(1, "evaluation"), event(2)]
+    lines = [json.dumps(one).encode() for one in good]
+    content = b"\n".join([*lines[:2], DAMAGED_LINES[name], *lines[2:], b""])
+    path.write_bytes(content)
+    assert run.metrics() == good
+    damage = run.recorded().damage
+    assert damage is not None
+    assert re.fullmatch(rf"1 line of {re.escape(str(path))} cannot be read \(line 3: .{{3,90}}\)", damage)
+    note = run.cut_metrics(1)
+    assert note == f"{damage}; all of it is kept as metrics.jsonl.damaged-1, and the run goes on from its checkpoint"
+    assert (run.metrics(), run.recorded().damage) == (good[:3], None)
+    assert path.with_name("metrics.jsonl.damaged-1").read_bytes() == content
+    assert run.cut_metrics(1) is None
+
+
+def test_losses_are_by_round_and_the_best_is_the_first_of_the_smallest(run: RunFolder) -> None:
+    for server_round, loss in enumerate([3.0, math.nan, 2.5, 2.5, math.inf]):
+        run.append_metrics(event(server_round, "evaluation") | {"eval_loss": loss})
+    losses = run.recorded().losses
+    assert list(losses) == [0, 1, 2, 3, 4]
+    assert best_round(losses) == 2
+    assert best_round({0: math.nan}) is best_round({}) is None
+
+
+def test_a_folder_in_the_place_of_metrics_is_set_aside(run: RunFolder) -> None:
+    path = run.path / "metrics.jsonl"
+    (path / "inside").mkdir(parents=True)
+    path.with_name("metrics.jsonl.damaged-1").write_text("from an earlier time")
+    assert run.metrics() == []
+    assert run.recorded().damage == f"{path} cannot be read (Is a directory)"
+    assert "kept as metrics.jsonl.damaged-2" in str(run.cut_metrics(0))
+    assert (path.with_name("metrics.jsonl.damaged-2") / "inside").is_dir()
+    run.append_metrics(event(1))
+    assert run.metrics() == [event(1)]
+
+
+def test_metrics_that_may_not_be_read_are_set_aside(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another user; root, who may run this, may read all."""
+    run.append_metrics(event(1))
+    read = Path.read_bytes
+
+    def forbidden(path: Path) -> bytes:
+        if path.name == "metrics.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert str(run.cut_metrics(1)).startswith(f"{run.path / 'metrics.jsonl'} cannot be read (Permission denied); all of it is")
+    monkeypatch.undo()
+    assert run.metrics() == []
+    assert (run.path / "metrics.jsonl.damaged-1").read_text() == json.dumps(event(1)) + "\n"
 
 
 def test_metrics_are_cut_back_to_a_round(run: RunFolder) -> None:

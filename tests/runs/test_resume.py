@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -265,6 +266,39 @@ def test_twenty_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny
         assert_loadable(run, expected)
     go_on(fedkseed, run, expected)
     assert_as_uninterrupted(run, expected)
+
+
+# --- Damaged metrics ---
+
+
+def test_a_run_goes_on_from_its_ledger_whatever_became_of_its_metrics(
+    fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path
+) -> None:
+    """A bare number, half a line inside, a folder: one line says so, and the ledger is the uninterrupted run's."""
+    begun = tmp_path / "begun"
+    whole(fedkseed, begun, uninterrupted.settings | {"num_rounds": 2})
+    lines = (begun / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    contents = {"number": [lines[0], b"17\n", *lines[1:]], "half": [lines[0], lines[1][:40], *lines[2:]], "folder": []}
+    for name, content in contents.items():
+        run = Path(shutil.copytree(begun, tmp_path / name))
+        (run / "metrics.jsonl").unlink()
+        if name == "folder":
+            (run / "metrics.jsonl").mkdir()
+        else:
+            (run / "metrics.jsonl").write_bytes(b"".join(content))
+        result = fedkseed("simulate", "--resume", run, "--num-rounds", 3)
+        assert (result.code, result.stderr) == (0, "")
+        assert result.stdout.count("cannot be read") == 1
+        assert "all of it is kept as metrics.jsonl.damaged-1, and the run goes on from its checkpoint" in result.stdout
+        assert (run / "ledger.safetensors").read_bytes() == uninterrupted.ledger
+        kept = [event for event in uninterrupted.events if event in events(run)]
+        assert events(run) == kept
+        assert {(event["event"], event["server_round"]) for event in kept} >= {
+            ("evaluation", 2),
+            ("round", 3),
+            ("evaluation", 3),
+        }
+        assert fedkseed("report", run).stderr == ""
 
 
 # --- Ctrl-C ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +24,7 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
     Raises:
         RunFolderError: the output exists.
         ConfigError: no base model is known, or the run's settings are not valid (any more).
-        RunError: a file of the run is damaged.
+        RunError: the run's settings are damaged.
         LedgerError: the ledger cannot be read, or the model is not its base.
     """
     if checkpoint_path(path).name == TENSORS:
@@ -47,6 +48,8 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         if record is None:
             raise ConfigError(f"--model is missing and {folder} has no {CONFIG} that names the base model; give --model")
         model = record.config.model
+    if record is not None and record.damage:
+        print(f"fedkseed: {record.damage}; the card is without it", file=sys.stderr)
     tokenizer = load_tokenizer(model)
     tuned = load_model(model, dtype, "cpu")
     apply(tuned, ledger)

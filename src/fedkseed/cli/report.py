@@ -1,8 +1,10 @@
 """`fedkseed report`: a page about a run."""
 
+import sys
 from pathlib import Path
 
 from fedkseed.report import report
+from fedkseed.report.reading import read
 
 
 def report_command(run: Path) -> None:
@@ -11,4 +13,7 @@ def report_command(run: Path) -> None:
     Raises:
         FedKSeedError: there is no run, it cannot be read, or the page cannot be written.
     """
-    print(f"report: {report(run)}")
+    page = report(run)
+    if damage := read(run).damage:
+        print(f"fedkseed: {damage}; it is left out", file=sys.stderr)
+    print(f"report: {page}")

@@ -16,6 +16,7 @@ from fedkseed.comparison.plan import Comparison, Entry
 from fedkseed.errors import ConfigError, FedKSeedError, RunError, TooFewRepliesError
 from fedkseed.files import write_atomically
 from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.metrics import Metrics
 from fedkseed.runs.settings import SimulationConfig, flags
 
 NO_REPLIES = 75
@@ -50,11 +51,15 @@ class Trial:
         """Whether it ended because no reply was usable any more."""
         return (self.folder / FAILED).exists()
 
+    def recorded(self) -> Metrics:
+        """Its events."""
+        return RunFolder(self.folder, self.config).recorded()
+
     def final_loss(self) -> float:
         """The last held-out loss; infinite for a run that failed or whose loss is not a number."""
         if self.failed:
             return math.inf
-        losses = [e["eval_loss"] for e in RunFolder(self.folder, self.config).metrics() if e["event"] == "evaluation"]
+        losses = list(self.recorded().losses.values())
         return losses[-1] if losses and math.isfinite(losses[-1]) else math.inf
 
 
@@ -102,6 +107,9 @@ def carry_out(
     runner.run([row.runs[i] for i in range(len(comparison.seeds)) for row in rows])
     runner.run([row.controls[i] for i in range(len(comparison.seeds)) for row in rows if row.controls])
     runner.score([trial for row in rows for trial in row.runs], comparison.answers)
+    for trial in [trial for row in rows for trial in (*row.grid, *row.runs, *row.controls)]:
+        if damage := trial.recorded().damage:
+            note(f"{trial.name}: {damage}; it is left out")
     return rows
 
 
@@ -202,9 +210,7 @@ def _is_over(trial: Trial) -> bool:
         return True
     if not (trial.folder / CONFIG).exists():
         return False
-    run = RunFolder(trial.folder, trial.config)
-    evaluated = [event["server_round"] for event in run.metrics() if event["event"] == "evaluation"]
-    return bool(evaluated) and evaluated[-1] >= trial.config.num_rounds
+    return max(trial.recorded().losses, default=0) >= trial.config.num_rounds
 
 
 def _is_scored(trial: Trial, answers: int) -> bool:
@@ -212,8 +218,11 @@ def _is_scored(trial: Trial, answers: int) -> bool:
     scores = trial.folder / SCORES
     if not scores.exists():
         return False
-    overall = json.loads(scores.read_text(encoding="utf-8"))["tuned"]["overall"]
-    return bool(overall["num_answers"] >= min(answers, overall["num_examples"]))
+    try:
+        overall = json.loads(scores.read_text(encoding="utf-8"))["tuned"]["overall"]
+        return bool(overall["num_answers"] >= min(answers, overall["num_examples"]))
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: it is written anew
+        return False
 
 
 def _check_same(trial: Trial) -> None:

@@ -40,8 +40,7 @@ def read_flags(folder: Path) -> argparse.Namespace:
 
 def write_results(run: RunFolder) -> None:
     """`results.json`: the held-out loss of the base model and after each round, under the published name `eval_avg_acc`."""
-    losses = [event["eval_loss"] for event in run.metrics() if event["event"] == "evaluation"]
-    _write(run.path / RESULTS, json.dumps({"eval_avg_acc": losses}))
+    _write(run.path / RESULTS, json.dumps({"eval_avg_acc": list(run.recorded().losses.values())}))
 
 
 def write_final(folder: Path, metric: str, value: float) -> None:

@@ -84,6 +84,8 @@ def _status(record: RunRecord) -> list[Html]:
     if record.diverged_at is not None:
         text = f"Diverged: a loss is not a finite number, first in round {record.diverged_at}. Start anew with a lower"
         lines.append(_tag("p", [_tag("span", [text, " ", _tag("code", "--lr"), "."])], class_="status bad"))
+    if record.damage is not None:
+        lines.append(_tag("p", f"{record.damage}; it is left out.", class_="status bad"))
     return lines
 
 

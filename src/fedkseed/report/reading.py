@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedkseed.errors import RunError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.folder import METRICS, RunFolder
 from fedkseed.runs.settings import RunConfig
@@ -74,6 +73,7 @@ class RunRecord:
         rounds: by round, ascending; none beyond the ledger's.
         ledger: None before the first round is done.
         weight_bytes: size of all float weights in the run's precision; None if the run did not note it.
+        damage: what of its events cannot be read and is left out; None if that is nothing.
     """
 
     config: RunConfig
@@ -83,6 +83,7 @@ class RunRecord:
     ledger: Ledger | None
     ledger_size: int
     weight_bytes: int | None
+    damage: str | None = None
 
     @property
     def rounds_done(self) -> int:
@@ -113,21 +114,28 @@ def read(path: Path) -> RunRecord:
     Raises:
         RunFolderError: there is no run.
         ConfigError: its settings are not valid (any more).
-        RunError: a file in it is damaged.
+        RunError: its settings cannot be read.
         LedgerError: its ledger is damaged or of another version.
     """
     run = RunFolder.open(path)
     # the ledger first: a run that goes on meanwhile can then only add events that are left out below
     ledger = run.load_ledger()
-    try:
-        events = run.metrics()
-        last = ledger.round if ledger else math.inf
-        events = [event for event in events if _count(event, "server_round") <= last]
-        evaluations = [_evaluation(event) for event in events if event["event"] == "evaluation"]
-        rounds = [_round(event) for event in events if event["event"] == "round"]
-        sizes = [_count(event, "weight_bytes") for event in events if "weight_bytes" in event]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
-        raise RunError(f"{path / METRICS} is damaged ({_cause(error)}); restore it from a copy, or --resume the run") from error
+    found = run.recorded()
+    damage, last = found.damage, ledger.round if ledger else math.inf
+    evaluations, rounds, sizes = list[Evaluation](), list[Round](), list[int]()
+    for event in found.events:
+        if event["server_round"] > last:
+            continue
+        try:
+            if "weight_bytes" in event:
+                sizes.append(_count(event, "weight_bytes"))
+            if event["event"] == "evaluation":
+                evaluations.append(_evaluation(event))
+            elif event["event"] == "round":
+                rounds.append(_round(event))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            where = f"{event['event']} {event['server_round']} of {path / METRICS}"
+            damage = damage or f"{where} cannot be read ({_cause(error):.80})"
     return RunRecord(
         run.config,
         run.num_clients,
@@ -136,6 +144,7 @@ def read(path: Path) -> RunRecord:
         ledger,
         run.ledger_path.stat().st_size if ledger else 0,
         sizes[0] if sizes else None,
+        damage,
     )
 
 

@@ -78,12 +78,13 @@ class Driver:
             RunError: a file cannot be written, or a tracker cannot be opened; the checkpoint is safe.
         """
         with self.run.held():
-            self.run.cut_metrics(self.round)
+            if damage := self.run.cut_metrics(self.round):
+                self.observer.note(damage)
             with tracking(self._log, self.run, self.round, self.observer.note) as self._track:
                 return self._drive(attempt, evaluate)
 
     def _drive(self, attempt: Callable[[], bool], evaluate: Callable[[], None]) -> Checkpoint:
-        if self._due() and not any(event["server_round"] == self.round for event in self._evaluations()):
+        if self._due() and self.round not in self.run.recorded().losses:
             evaluate()
         while not self.server.finished:
             while not attempt():
@@ -179,8 +180,7 @@ class Driver:
         self._track(event)
 
     def _warn(self, loss: float) -> None:
-        losses = [event["eval_loss"] for event in self._evaluations()]
-        best = min(filter(math.isfinite, losses), default=loss)
+        best = min(filter(math.isfinite, self.run.recorded().losses.values()), default=loss)
         if math.isfinite(loss) and loss <= DIVERGED * best:
             return
         self.observer.note(
@@ -188,9 +188,6 @@ class Driver:
             f"Start anew with a lower --lr than {self.config.lr:g}"
             ", or with --lr auto; fedkseed tune explains it"
         )
-
-    def _evaluations(self) -> list[dict[str, Any]]:
-        return [event for event in self.run.metrics() if event["event"] == "evaluation"]
 
     def _due(self) -> bool:
         return self.round % self.config.eval_every == 0 or self.round == self.config.num_rounds

@@ -5,6 +5,7 @@ The last of these plus the config is everything.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -22,6 +23,7 @@ from fedkseed.federation import Checkpoint
 from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
+from fedkseed.runs.metrics import Metrics, read_metrics
 from fedkseed.runs.settings import DEALING, DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
@@ -158,13 +160,13 @@ class RunFolder:
         """Where the run is, whichever its algorithm; None before the first round is done."""
         return kind_of(self.config.facts).load(self.checkpoint_path) if self.checkpoint_path.exists() else None
 
+    def recorded(self) -> Metrics:
+        """What `metrics.jsonl` holds, and what of it is damaged."""
+        return read_metrics(self.path / METRICS)
+
     def metrics(self) -> list[dict[str, Any]]:
-        """All events so far; a line that a kill left unfinished is left out."""
-        try:
-            lines = (self.path / METRICS).read_text(encoding="utf-8").split("\n")[:-1]
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines]
+        """All events so far that can be read."""
+        return list(self.recorded().events)
 
     def append_metrics(self, event: dict[str, Any]) -> None:
         """Add an event, on the disk when this returns.
@@ -180,16 +182,36 @@ class RunFolder:
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def cut_metrics(self, server_round: int) -> None:
-        """Forget the events after a round: what a killed run wrote after its last ledger."""
-        kept = [event for event in self.metrics() if event["server_round"] <= server_round]
+    def cut_metrics(self, server_round: int) -> str | None:
+        """Forget the events after a round: what a killed run wrote after its last checkpoint.
+
+        Returns:
+            What was damaged, and where that lies now; None if nothing was.
+
+        Raises:
+            RunError: the file cannot be written; the checkpoint is safe.
+        """
+        path, found = self.path / METRICS, self.recorded()
+        kept = [event for event in found.events if event["server_round"] <= server_round]
         try:
-            write_atomically(self.path / METRICS, "".join(json.dumps(event) + "\n" for event in kept).encode())
+            aside = _set_aside(path) if found.damage else None
+            write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept).encode())
         except OSError as error:
             raise self._cannot_write(error) from error
+        return found.damage and f"{found.damage}; all of it is kept as {aside}, and the run goes on from its checkpoint"
 
     def _cannot_write(self, error: OSError) -> RunError:
         return RunError(f"{self.path / METRICS}: cannot write ({error.strerror}); make room, then --resume {self.path}")
+
+
+def _set_aside(path: Path) -> str:
+    """Keep a damaged file, or what lies in its place, under another name."""
+    aside = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.damaged-{n}")).exists())
+    try:
+        write_atomically(aside, path.read_bytes())  # a copy: what can be read of it is there until it is written anew
+    except OSError:
+        path.rename(aside)
+    return aside.name
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

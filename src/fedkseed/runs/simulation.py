@@ -161,8 +161,7 @@ def simulate(
         simulation = Simulation(folder, prepare(config, watch, inputs), watch, inputs.model, trackers)
         checkpoint = simulation.train()
         simulation.restore()
-    losses = {e["server_round"]: e["eval_loss"] for e in folder.metrics() if e["event"] == "evaluation"}
-    return Result(folder.path, checkpoint, losses)
+    return Result(folder.path, checkpoint, folder.recorded().losses)
 
 
 def open_or_create(path: Path, config: SimulationConfig) -> RunFolder:

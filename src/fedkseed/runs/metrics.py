@@ -1,0 +1,68 @@
+"""The events of a run's `metrics.jsonl`, as far as they can be read: a run needs none of them to go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NEEDED = {"evaluation": ("eval_loss",), "round": ("dropped_steps", "bytes_down", "bytes_up", "seconds")}
+"""The numbers without which an event of a kind tells nothing."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a file of events holds.
+
+    Attributes:
+        events: those that can be read, in order.
+        damage: what cannot be read, in a few words; None if that is nothing.
+    """
+
+    events: tuple[dict[str, Any], ...] = ()
+    damage: str | None = None
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The held-out loss by round, in the order of the evaluations."""
+        return {e["server_round"]: e["eval_loss"] for e in self.events if e["event"] == "evaluation"}
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a file of events; a last line that a kill left unfinished is no damage, and no file is no event."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return Metrics()
+    except OSError as error:
+        return Metrics(damage=f"{path} cannot be read ({error.strerror})")
+    events, wrong = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(_event(line))
+        except (ValueError, RecursionError) as error:
+            wrong.append(f"line {number}: {error!s:.80}")
+    if not wrong:
+        return Metrics(tuple(events))
+    count = "1 line" if len(wrong) == 1 else f"{len(wrong)} lines"
+    return Metrics(tuple(events), f"{count} of {path} cannot be read ({wrong[0]})")
+
+
+def best_round(losses: dict[int, float]) -> int | None:
+    """The round with the smallest held-out loss, the first of several; None if no loss is a number."""
+    finite = {server_round: loss for server_round, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=lambda server_round: (finite[server_round], server_round), default=None)
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    event = json.loads(line.decode("utf-8"))
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise ValueError("no event")
+    if type(event.get("server_round")) is not int or event["server_round"] < 0:
+        raise ValueError(f"server_round is {event.get('server_round')!r:.40}")
+    for name in NEEDED.get(event["event"], ()):
+        if type(event.get(name)) not in (int, float):
+            raise ValueError(f"{name} is {event[name]!r:.40}" if name in event else f"{name} is missing")
+    return event
