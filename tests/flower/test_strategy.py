@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.support.runs import read_metrics
 
 from fedkseed.errors import ConfigError, LedgerError, RunError
 from fedkseed.federation import Limits
+from fedkseed.flower import exchange
 from fedkseed.flower.config import EngineConfig, node_settings, read_config
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
 from fedkseed.flower.server_app import build_strategy, server_app
@@ -318,6 +320,27 @@ def test_a_round_waits_for_its_clients(sites: Path, tmp_path: Path, expected: Le
     assert started(config, grid).digest() == expected.digest()
     timer.join()
     assert "waiting for clients: 2 of 3 are here" in heard.text
+
+
+def test_a_wait_says_for_whose_replies(
+    sites: Path, tmp_path: Path, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a round, and of an evaluation by the clients; the reply of site-b is asked for three times before it is there."""
+    monkeypatch.setattr(exchange, "NOTE_SECONDS", 0.0)
+    config = run_config(sites, tmp_path / "run", num_rounds=1, eval_data="")
+    grid = federation(sites, config)
+    honest, asked = node(sites, "site-b", config, eval_data=str(sites / "held-out.jsonl")), Counter[str]()
+
+    def slow(message: Message) -> Any:
+        asked[message.metadata.message_id] += 1
+        return honest(message) if asked[message.metadata.message_id] > 3 or "hello" in message.metadata.message_type else None
+
+    grid.answers[102] = slow
+    started(config, grid)
+    lines = [record.getMessage() for record in heard.records]
+    assert "round 1: 3 clients are asked" in lines
+    assert "round 1: waiting for 1 of 3 replies, 0 s; at most 2 s (site-b)" in lines
+    assert "evaluation after round 1: waiting for 1 of 1 replies, 0 s; at most 2 s (site-b)" in lines
 
 
 # --- Evaluation by the clients ---

@@ -11,6 +11,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 POLL_SECONDS = 0.5
+NOTE_SECONDS = 30.0
+"""How often a wait says what it waits for."""
 
 
 class Exchange:
@@ -50,15 +52,20 @@ class Exchange:
         return replies
 
     def wait(
-        self, seconds: float, again: Callable[[Message, Message], Message | None] = lambda request, reply: None
+        self,
+        seconds: float,
+        again: Callable[[Message, Message], Message | None] = lambda request, reply: None,
+        waiting: Callable[[list[Message], float], None] = lambda requests, passed: None,
     ) -> list[tuple[Message, Message]]:
         """All replies that come within so many seconds; returns early when none is open.
 
         Args:
             seconds: how long.
             again: what to ask instead, after a (request, reply) that does not count; None for one that does.
+            waiting: hears now and then which requests are open, and after how many seconds.
         """
-        end = time.monotonic() + seconds
+        begin = noted = time.monotonic()
+        end = begin + seconds
         replies: list[tuple[Message, Message]] = []
         while True:
             for request, reply in self.collect():
@@ -67,7 +74,11 @@ class Exchange:
                     replies.append((request, reply))
                 else:
                     self.send([further])
-            left = end - time.monotonic()
+            now = time.monotonic()
+            left = end - now
             if not self._open or left <= 0:
                 return replies
+            if now - noted >= NOTE_SECONDS:
+                noted = now
+                waiting(list(self._open.values()), now - begin)
             time.sleep(min(POLL_SECONDS, left))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from logging import INFO, WARNING
 from typing import Any
 
 from flwr.supercore import log
 
+from fedkseed.flower.exchange import NOTE_SECONDS
 from fedkseed.runs.observer import Nobody
 
 
@@ -21,10 +23,18 @@ class Log(Nobody):
 
     def __init__(self, level: int = WARNING, describe: Callable[[dict[str, Any]], str] | None = None) -> None:
         self._level, self._describe = level, describe
+        self._said = time.monotonic()
 
     def note(self, text: str) -> None:
         """See `Observer`."""
         log(self._level, "%s", text)
+
+    def progress(self, activity: str, done: int, total: int) -> None:
+        """See `Observer`; a line now and then."""
+        now = time.monotonic()
+        if now - self._said >= NOTE_SECONDS:
+            self._said = now
+            log(INFO, "%s: %s of %s", activity, f"{done:,}", f"{total:,}")
 
     def event(self, event: dict[str, Any]) -> None:
         """See `Observer`."""

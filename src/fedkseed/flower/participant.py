@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from logging import DEBUG, INFO
 from typing import Any, Literal
 
@@ -73,7 +73,8 @@ def read_examples(config: FlowerConfig, source: str, what: str, split: Literal["
         FedKSeedError: the file or the tokenizer cannot be used.
     """
     records = read_source(source, split, config.max_length, config.seed, config.columns)
-    encoded = encode(records, load_tokenizer(config.model), config.max_length, config.prompts())
+    heard = partial(Log().progress, "tokenising")
+    encoded = encode(records, load_tokenizer(config.model), config.max_length, config.prompts(), heard)
     check_context(config.model, config.max_length, encoded.examples)
     log(INFO, describe(what, encoded))
     return list(encoded.examples)
@@ -139,15 +140,20 @@ class Participant:
         request = roles.request(data)
         task = TextTask(loaded.model, self._examples, self._pad_id, watch)
         client = roles.client(self.name, loaded.bound, loaded.identity, task, watch)
+        said = Log()
+
+        def heard(step: int, loss: float) -> None:
+            said.progress(f"{self.name}: round {request.server_round}, loss {loss:.4f}, steps", step + 1, request.num_steps)
+
         if isinstance(client, ChangeClient) and isinstance(request, ChangeRequest):
             client.pages = self._kept.load(request.run_id)
             if _lacks(client.pages, request):
                 log(INFO, "%s: round %s builds on pages that are not here; asking for all", self.name, request.server_round)
                 return Lacking(pages=len(client.pages)).encode()
-            reply = client.answer(data)
+            reply = client.answer(data, heard)
             self._kept.save(request, client.pages)
         else:
-            reply = client.answer(data)
+            reply = client.answer(data, heard)
         spent = ", ".join(f"{activity} {seconds:.2f} s" for activity, seconds in watch.read().items())
         log(
             INFO,
@@ -170,7 +176,8 @@ class Participant:
         first = ledger.pages[0].pool if ledger.pages else ledger.pool
         if difference or first != seed_pool(self._config) or bool(ledger.pages) != self._config.facts.has_pages:
             raise ProtocolError(f"the ledger is of another base model or pool than {self.name!r} has ({difference or first})")
-        result = self._loaded.evaluate(ledger, self._held_out, self._pad_id)
+        heard = partial(Log().progress, f"{self.name}: evaluating")
+        result = self._loaded.evaluate(ledger, self._held_out, self._pad_id, heard)
         if not math.isfinite(result.loss):  # which an `Evaluation` does not carry: one client's NaN would be everybody's
             raise ProtocolError(
                 f"the held-out loss of {self.name!r} is {result.loss:.4f}: the run diverges. Start anew with a lower lr"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from logging import INFO
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore import log
 
 from fedkseed.data import EncodedExample, pad_token_id
 from fedkseed.evaluation import EvalLoss
 from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run, read_config
+from fedkseed.flower.log import Log
 from fedkseed.flower.participant import drawn, load_bound, load_for, read_examples, simulated_records
 from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger
@@ -35,6 +40,7 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
         FedKSeedError: the model, the data or the run folder cannot be used.
     """
     check_trackers(config.trackers, "run-config log")
+    log(INFO, "reading data and base model: %s", config.model)
     config, held_out = _with_records(config)
     loaded = load_for(config, training=False)
     run = open_run(config)
@@ -46,7 +52,8 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     examples, pad_id = held_out
 
     def evaluate(ledger: Ledger) -> EvalLoss:
-        return loaded.evaluate(ledger, examples, pad_id)
+        heard = partial(Log().progress, f"evaluating after round {ledger.round}")
+        return loaded.evaluate(ledger, examples, pad_id, heard)
 
     return FedKSeed(run, config, base, weight_bytes, evaluate)
 

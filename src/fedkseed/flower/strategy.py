@@ -19,7 +19,7 @@ from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Limits, Outcome, count_steps
 from fedkseed.flower.config import EngineConfig, FlowerConfig
 from fedkseed.flower.envelope import Evaluation, Hello, Lacking, unwrap, wrap
-from fedkseed.flower.exchange import POLL_SECONDS, Exchange
+from fedkseed.flower.exchange import NOTE_SECONDS, POLL_SECONDS, Exchange
 from fedkseed.flower.log import Log
 from fedkseed.flower.roll import Member, Roll
 from fedkseed.kseed.ledger import Ledger
@@ -29,7 +29,7 @@ from fedkseed.runs.driver import Driver
 from fedkseed.runs.events import summary
 from fedkseed.runs.folder import RunFolder
 
-WAITING_NOTE_SECONDS = 60.0
+NAMES_SHOWN = 3
 
 
 class FedKSeed(Strategy):
@@ -171,8 +171,11 @@ class FedKSeed(Strategy):
         self._gather(roll)
         server_round = self.ledger.round + 1
         exchange = Exchange(grid)
-        exchange.send(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
-        replies = [reply for _, reply in exchange.wait(self.config.deadline, self._ask_again)]
+        requests = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+        log(INFO, "round %s: %s clients are asked", server_round, len(requests))
+        exchange.send(requests)
+        heard = partial(self._waiting, f"round {server_round}", len(requests))
+        replies = [reply for _, reply in exchange.wait(self.config.deadline, self._ask_again, heard)]
         metrics = self.aggregate_train(server_round, replies)[1]
         if metrics is not None:
             self._result.train_metrics_clientapp[server_round] = metrics
@@ -199,24 +202,37 @@ class FedKSeed(Strategy):
             return
         self._gather(roll)
         exchange = Exchange(grid)
-        exchange.send(self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid))
-        metrics = self.aggregate_evaluate(server_round, [reply for _, reply in exchange.wait(self.config.deadline)])
+        requests = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
+        exchange.send(requests)
+        heard = partial(self._waiting, f"evaluation after round {server_round}", len(requests))
+        metrics = self.aggregate_evaluate(
+            server_round, [reply for _, reply in exchange.wait(self.config.deadline, waiting=heard)]
+        )
         self._result.evaluate_metrics_clientapp[server_round] = metrics or MetricRecord()
 
     def _evaluated(self, result: EvalLoss, clients: dict[str, Any] | None = None) -> MetricRecord:
         return _metrics(self._driver.evaluated(result, self._weight_bytes, time.perf_counter() - self._begin, clients))
 
+    def _waiting(self, what: str, asked: int, open_: list[Message], passed: float) -> None:
+        """Say whose replies have not come yet."""
+        at = {member.node_id: name for name, member in self._members.items()}
+        names = sorted(at.get(message.metadata.dst_node_id, "?") for message in open_)
+        shown = ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+        text = "%s: waiting for %s of %s replies, %.0f s; at most %.0f s (%s)"
+        log(INFO, text, what, len(names), asked, passed, self.config.deadline, shown)
+
     def _gather(self, roll: Roll) -> None:
         """Wait until enough clients are here, and let the server draw from them."""
-        noted = -math.inf
+        begin, noted = time.monotonic(), -math.inf
         while True:
             self._members = roll.look()
             here, wanted = len(self._members), self.config.expected_clients
             if here >= wanted and self.config.cohort_size(here) >= self.config.min_replies:
                 break
-            if time.monotonic() - noted >= WAITING_NOTE_SECONDS:
-                noted = time.monotonic()
-                log(INFO, "waiting for clients: %s of %s are here", here, wanted)
+            now = time.monotonic()
+            if now - noted >= NOTE_SECONDS:
+                noted = now
+                log(INFO, "waiting for clients: %s of %s are here, %.0f s", here, wanted, now - begin)
             time.sleep(POLL_SECONDS)
         self._server.admit(list(self._members), self._sizes(), self._forward_only())
         known = set(self.run.driver.get("clients", ()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,10 +76,16 @@ class BoundModel:
             self.bound.open_page(page.pool, [one.closed() for one in closed], page.movement)
         self.bound.rebuild(ledger.coefficients)
 
-    def evaluate(self, ledger: Ledger, examples: Sequence[EncodedExample], pad_id: int) -> EvalLoss:
-        """The loss of some records under a ledger's model."""
+    def evaluate(
+        self,
+        ledger: Ledger,
+        examples: Sequence[EncodedExample],
+        pad_id: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> EvalLoss:
+        """The loss of some records under a ledger's model; `on_progress` hears how many are done."""
         self.restore(ledger)
-        return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id)
+        return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id, on_progress)
 
 
 def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool) -> BoundModel:
