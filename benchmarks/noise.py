@@ -7,9 +7,11 @@ import torch
 
 import fedkseed as fk
 from fedkseed.models.parameters import named_parameters
+from fedkseed.noise import Slot, get_backend, tensor_id
 
 from .harness import Row, absolute, measure, ratio, report
 
+PAGES = (1, 2, 4, 8)
 VOCABULARY, WIDTH, KEYS, HIDDEN, LAYERS = 49152, 576, 192, 1536, 30
 
 
@@ -82,7 +84,15 @@ def main(rounds: int = 15) -> None:
         if size == 4096:
             contenders["perturb"] = lambda bound=bound: bound.perturb(7, 1e-3)
             contenders["move_2"] = lambda bound=bound: bound.move([7, 9], [1e-3, -1e-3])
-    gradients = {e.name: torch.randn_like(e.parameter) for e in named_parameters(model)}
+    entries = named_parameters(model)
+    slots = [
+        Slot(e.parameter.detach().reshape(-1), w0.reshape(-1), tensor_id(e.name))
+        for e, w0 in zip(entries, [e.parameter.detach().clone() for e in entries], strict=True)
+    ]
+    sweep, mixtures = get_backend().prepare(slots), [fk.SeedPool(i, 4096).mixture([7], [1e-3]) for i in range(max(PAGES))]
+    for count in PAGES:
+        contenders[f"pages_{count}"] = lambda count=count: sweep(*mixtures[:count])
+    gradients = {e.name: torch.randn_like(e.parameter) for e in entries}
     flat = [g.reshape(-1) for g in gradients.values()]
 
     def dot() -> None:
@@ -117,6 +127,15 @@ def main(rounds: int = 15) -> None:
         ratio("hadamard, K = 4096: rebuild / torch.add", fast["rebuild_4096"], fast["add_out"], must=3, aim=1.5),
         ratio("hadamard, K = 1024: rebuild / torch.add", fast["rebuild_1024"], fast["add_out"]),
         ratio("hadamard, K = 65,536: rebuild / torch.add", fast["rebuild_65536"], fast["add_out"]),
+        *(
+            ratio(
+                f"hadamard, K = 4096: rebuild from {count} pages / from one",
+                *(fast[f"pages_{count}"], fast["pages_1"]),
+                must=0.5 + 0.5 * count,
+                aim=1.1 if count <= 4 else None,
+            )
+            for count in PAGES[1:]
+        ),
         ratio("hadamard: one perturbation / w.add_(x)", fast["perturb"], fast["add_in_place"], must=2, aim=1.3),
         ratio("hadamard: move along two / w.add_(x)", fast["move_2"], fast["add_in_place"]),
         absolute("torch.dot(g, g), per parameter", fast["dot"], 1e9 / d, "ns"),

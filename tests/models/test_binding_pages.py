@@ -17,7 +17,7 @@ from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
-from fedkseed.models.binding import ClosedPage
+from fedkseed.models.pages import ClosedPage
 
 MOVEMENTS = ("absolute", "proportional")
 kinds = pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)
@@ -111,6 +111,61 @@ def test_pages_are_what_the_definition_says(kind: torch.dtype, pages: list[Spec]
     fresh = fk.bind(model_of(found), pool_of(pages[0]))
     assert at(fresh, pages) == laws.all_bits(step_by_step.model)
     assert fresh.digest() == step_by_step.digest()
+
+
+@kinds
+@pytest.mark.parametrize("pages", [*MIXES[2:5], [spec(0, family="gaussian"), spec(1)]], ids=["abs", "pro", "both", "families"])
+def test_without_room_for_their_sum_pages_are_added_in_every_pass(
+    kind: torch.dtype, pages: list[Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bits, over a base in a file: rebuilt, moved there and back, and read again where memory is short."""
+    found = tensors(kind, plain=True)
+    save_file({name: x.detach() for name, x in found.items() if name != "z.tied"}, tmp_path / "base.safetensors")
+    monkeypatch.setattr("fedkseed.models.pages.fit_again", lambda *args: False)
+    bound = fk.bind(model_of(found), pool_of(pages[0]), tmp_path / "base.safetensors")
+    for count in (1, 2, len(pages), 1, len(pages)):
+        assert at(bound, pages[:count]) == by_definition(found, kind, pages[:count])
+    together = all(page[3] == "absolute" and page[0] == "hadamard" for page in pages)
+    assert (len(bound._pages.mixtures) == len(pages) - 1) == together
+    assert (bound._pages.start is bound._base) == together
+    bound.move([1, 3], [0.25, -0.5])
+    bound.move([1, 3], [-0.25, 0.5])
+    if kind != torch.float32 or pages[-1][3] == "proportional":
+        assert laws.all_bits(bound.model) == by_definition(found, kind, pages)
+    bound.open_page(pool_of(pages[0]), [], "absolute")
+    bound.rebuild(np.zeros(len(pages[0][2]), np.float32))
+    assert bound._pages.mixtures == ()
+
+
+def test_a_page_in_proportion_needs_the_sum_of_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened after others that every pass has added so far, over the same closed pages."""
+    found, pages = tensors(torch.float32, plain=True), [spec(0), spec(1), spec(2)]
+    monkeypatch.setattr("fedkseed.models.pages.fit_again", lambda *args: False)
+    bound = fk.bind(model_of(found), pool_of(pages[0]))
+    at(bound, pages)
+    assert len(bound._pages.mixtures) == 2
+    turned = [*pages[:2], (*pages[2][:3], "proportional")]
+    assert at(bound, turned) == by_definition(found, torch.float32, turned)
+    assert bound._pages.mixtures == ()
+    assert at(bound, pages) == by_definition(found, torch.float32, pages)
+
+
+def test_an_interrupted_turn_of_pages_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum is gone on from in place: half done, it is nothing to go on from."""
+    found, pages = tensors(torch.float32, plain=True), [spec(0), spec(1), spec(2)]
+    bound = fk.bind(model_of(found), pool_of(pages[0]))
+    at(bound, pages[:2])
+
+    def interrupted(backends: Any, base: Any, outputs: dict[str, torch.Tensor], closed: Any) -> None:
+        next(iter(outputs.values())).add_(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedkseed.models.pages.add_pages", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            at(bound, pages)
+    assert at(bound, pages[:2]) == by_definition(found, torch.float32, pages[:2])
+    assert at(bound, pages) == by_definition(found, torch.float32, pages)
 
 
 @kinds

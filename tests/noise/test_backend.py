@@ -153,6 +153,36 @@ def test_a_sweep_serves_any_mixture_as_often_as_wanted(backend):
 
 @backends
 @families
+@pytest.mark.parametrize(
+    ("base_kind", "out_kind"), [(torch.float32,) * 2, (torch.float16, torch.bfloat16), (None, torch.float16)]
+)
+def test_a_sweep_of_several_mixtures_adds_them_in_their_order(backend, family, base_kind, out_kind):
+    """cast(((widen(base) + s_1) + s_2) + s_3), pools of other keys and sizes, one of a single seed; one cast at the end."""
+    pools = [fk.SeedPool(KEY + i, size, family) for i, size in enumerate((SEEDS[family], 1, 2 * SEEDS[family]))]
+    numbers = [coefficients_for(family, pool.size, seed) for seed, pool in enumerate(pools)]
+    mixtures = [pool.mixture_of(a) for pool, a in zip(pools, numbers, strict=True)]
+    for n in laws.few(backend, (1, 129, 4097, 9001)):
+        base = None if base_kind is None else some_base(n, base_kind)
+        out = torch.full([n], 7, dtype=out_kind, device=laws.device_of(backend))
+        slot = Slot(out, None if base is None else base.to(out.device), tensor_id(NAME))
+        get_backend(backend).prepare([slot])(*mixtures)
+        sums = [laws.noise_sum(family, pool.key, NAME, n, a) for pool, a in zip(pools, numbers, strict=True)]
+        first = sums[0] if base is None else laws.add(laws.widen(base), sums[0])
+        expected = laws.cast(functools.reduce(laws.add, sums[1:], first), out_kind)
+        np.testing.assert_array_equal(laws.bits(out), expected)
+        if out_kind == torch.float32 and n > 4096:  # the control: where no cast hides it, the order shows
+            assert (laws.bits(functools.reduce(laws.add, sums[::-1], laws.widen(base))) != expected).any()
+
+
+def test_one_sweep_is_of_one_family():
+    x = torch.zeros(300)
+    with pytest.raises(BackendError, match="mixtures of several families"):
+        cpu.BACKEND.prepare([Slot(x, x, 1)])(mixture_for("hadamard"), mixture_for("gaussian"))
+    assert (x == 0).all()
+
+
+@backends
+@families
 def test_a_sweep_of_no_slots_or_empty_ones_does_nothing(backend, family):
     get_backend(backend).prepare([])(mixture_for(family))
     device = laws.device_of(backend)

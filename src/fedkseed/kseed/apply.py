@@ -11,8 +11,9 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.base import MemoryBase
 from fedkseed.models.binding import check_apart, check_tunable
 from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.pages import ClosedPage, add_pages, runs_of
 from fedkseed.models.parameters import named_parameters, value_digests
-from fedkseed.models.sweeps import backends_for, in_place, scaled
+from fedkseed.models.sweeps import backends_for
 
 
 def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "auto") -> Ledger:
@@ -43,14 +44,13 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     difference = ledger.base.difference(found, list(digests))
     if difference:
         raise LedgerError(f"this model is not the ledger's base: {difference}; load the base model that the run started from")
-    parameters = {entry.name: entry.parameter for entry in tuned}
-    if not ledger.pages:
-        in_place(backends, parameters)(ledger.pool.mixture_of(ledger.coefficients))
+    parameters = {entry.name: entry.parameter.detach() for entry in tuned}
+    pages = [page.closed() for page in ledger.pages] or [ClosedPage(ledger.pool, ledger.coefficients)]
+    if len(runs_of(pages)) == 1:
+        add_pages(backends, MemoryBase(parameters), parameters, pages)
         return ledger
-    for name, parameter in parameters.items():  # one by one: pages add up in float32, and are rounded to the weight's type once
-        values = {name: parameter.detach().to(torch.float32, copy=True)}
-        for page in ledger.pages:
-            turn = in_place(backends, values) if page.movement == "absolute" else scaled(backends, MemoryBase(values), values)
-            turn(page.pool.mixture_of(page.coefficients()))
-        parameter.detach().copy_(values[name])
+    for name, parameter in parameters.items():  # one by one, since what is in between is float32
+        values = {name: torch.empty_like(parameter, dtype=torch.float32)}
+        add_pages(backends, MemoryBase({name: parameter}), values, pages)
+        parameter.copy_(values[name])
     return ledger

@@ -30,7 +30,7 @@ from fedkseed.kseed.coding import BITS, Coded, coded_bytes
 from fedkseed.kseed.messages import MAX_FLOAT16
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Basis, Page, check_basis
-from fedkseed.models.binding import Movement
+from fedkseed.models.pages import Movement
 from fedkseed.noise.families import BY_CODE
 from fedkseed.noise.pool import MAX_SIZE, SeedPool
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedkseed.kseed.coding import LARGEST
 from fedkseed.kseed.optimizer import Optimizer
 from fedkseed.kseed.pages import Basis, to_coefficients
-from fedkseed.models.binding import ClosedPage, Movement
+from fedkseed.models.pages import ClosedPage, Movement
 from fedkseed.noise.pool import SeedPool
 
 F64 = NDArray[np.float64]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,31 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from fedkseed.errors import BindingError, InvalidValueError
 from fedkseed.models.base import Base, FileBase, MemoryBase
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.models.parameters import NamedParameter, named_parameters, tensor_digest, value_digest
+from fedkseed.models.pages import ClosedPage, ClosedPages, Movement
+from fedkseed.models.parameters import NamedParameter, fit_again, named_parameters, tensor_digest, value_digest
 from fedkseed.models.projection import FLOATS, Projection, check_gradient
 from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place, scaled
 from fedkseed.noise import Mixture, Sweep
 from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
-
-Movement = Literal["absolute", "proportional"]
-"""How a page moves a weight: by its sum, or by the weight at the page's start times its sum."""
-
-
-@dataclass(frozen=True, eq=False)
-class ClosedPage:
-    """A page that no longer changes: its pool, its coefficients, float32[K], and how it moves a weight."""
-
-    pool: SeedPool
-    coefficients: NDArray[np.float32]
-    movement: Movement = "absolute"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ClosedPage):
-            return NotImplemented
-        same = (self.pool, self.movement) == (other.pool, other.movement)
-        return same and self.coefficients.tobytes() == other.coefficients.tobytes()
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class Binding:
@@ -68,17 +49,17 @@ class Binding:
         check_apart(self._entries)
         self._backends = backends_for(self._tunable, backend)
         self._base: Base = MemoryBase.copy(self._tunable) if base is None else FileBase(base, self._tunable)
-        self._closed: list[ClosedPage] = []
-        self._open(pool, "absolute", self._base)
+        self._pages = ClosedPages(self._backends, self._tunable, self._base)
+        self._open(pool, "absolute")
 
-    def _open(self, pool: SeedPool, movement: Movement, base: Base) -> None:
-        """See the weights as a base plus, or times one plus, a sum over a pool."""
-        self.pool, self.movement, self._page_base = pool, movement, base
+    def _open(self, pool: SeedPool, movement: Movement) -> None:
+        """See the weights as what the closed pages give plus, or times one plus, a sum over a pool."""
+        self.pool, self.movement = pool, movement
         parameters = {entry.name: entry.parameter for entry in self._tunable}
         follows = movement == "absolute"  # a product cannot be moved in place
         self._full = {name: x for name, x in parameters.items() if follows and x.dtype == torch.float32}
         self._half = {name: x for name, x in parameters.items() if name not in self._full}
-        self._from_base = partial(from_base if follows else scaled, self._backends, base)
+        self._from_base = partial(from_base if follows else scaled, self._backends, self._pages.start)
         self._rebuild_all = KeptSweep(parameters, self._from_base)
         self._rebuild_half = KeptSweep(self._half, self._from_base)
         self._add_full = KeptSweep(self._full, partial(in_place, self._backends))
@@ -89,9 +70,9 @@ class Binding:
     def open_page(self, pool: SeedPool, closed: Sequence[ClosedPage] = (), movement: Movement = "absolute") -> None:
         """See the weights as the base, closed pages on it, and an open page, which `rebuild` and `move` are then about.
 
-        The sum of base and closed pages is kept in float32 (4 bytes a tunable parameter, none without closed pages) and is
-        gone on from where more pages are closed, to the bits of one that starts from the base (docs/noise.md, "Pages").
-        The weights themselves are left as they are until the next `rebuild`.
+        Where more pages are closed it is gone on from what is there, to the bits of one that starts from the base
+        (docs/noise.md, "Pages"). What it costs in memory: `fedkseed.models.pages.ClosedPages`. The weights themselves are left
+        as they are until the next `rebuild`.
 
         Args:
             pool: the open page's perturbations.
@@ -106,17 +87,8 @@ class Binding:
                 raise InvalidValueError(f"movement is {moved!r:.40}; expected {' or '.join(get_args(Movement))}")
         for page in closed:
             page.pool.check_coefficients(page.coefficients)
-        before = self._page_base
-        if self._closed != list(closed[: len(self._closed)]):
-            self._closed, self._page_base = [], self._base
-        for page in closed[len(self._closed) :]:
-            values = {e.name: torch.empty_like(e.parameter, dtype=torch.float32) for e in self._tunable}
-            turn = from_base if page.movement == "absolute" else scaled
-            turn(self._backends, self._page_base, values)(page.pool.mixture_of(page.coefficients))
-            self._page_base = MemoryBase(values)
-            self._closed.append(page)
-        if self._page_base is not before or (pool, movement) != (self.pool, self.movement):
-            self._open(pool, movement, self._page_base)  # else the sweeps that are made ready serve the next client too
+        if self._pages.close(closed, pool, movement) or (pool, movement) != (self.pool, self.movement):
+            self._open(pool, movement)  # else the sweeps that are made ready serve the next client too
 
     def __repr__(self) -> str:
         d, size = sum(entry.parameter.numel() for entry in self._tunable), self.pool.size
@@ -140,8 +112,8 @@ class Binding:
                 entry.parameter.detach().copy_(self._rebuilt[1][entry.name])
             return
         self._rebuilt = None
-        self._rebuild_all(mixture)
-        if self.pool.facts.pass_per_seed and _fit_again(self._tunable):
+        self._rebuild_all(*self._pages.mixtures, mixture)
+        if self.pool.facts.pass_per_seed and fit_again(self._tunable):
             self._rebuilt = coefficients.tobytes(), {e.name: e.parameter.detach().clone() for e in self._tunable}
 
     def move(self, indices: Sequence[int] | NDArray[np.integer], amounts: Sequence[float] | NDArray[np.floating]) -> None:
@@ -166,7 +138,7 @@ class Binding:
         if self._full:
             self._add_full(self.pool.mixture(at, delta))
         if self._half and (self.pool.facts.moves_exactly or self.movement == "proportional"):
-            self._rebuild_half(self.pool.mixture_of(moved.astype(np.float32)))
+            self._rebuild_half(*self._pages.mixtures, self.pool.mixture_of(moved.astype(np.float32)))
         elif self._half:
             self._follow_centre(self.pool.mixture(at, delta))
         self._coefficients = moved
@@ -213,7 +185,7 @@ class Binding:
         if self.movement == "absolute":
             projection.add(name, gradient)
             return
-        for stretch in (stretch for batch in self._page_base.batches([name]) for stretch in batch):
+        for stretch in (stretch for batch in self._pages.start.batches([name]) for stretch in batch):
             part = gradient.reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
             projection.add(name, part.float() * stretch.values.to(part.device, torch.float32), stretch.start)
 
@@ -320,7 +292,8 @@ class Binding:
     def _follow_centre(self, mixture: Mixture) -> None:
         if self._centre is None:
             values = {name: torch.empty_like(x, dtype=torch.float32) for name, x in self._half.items()}
-            self._from_base(values)(self.pool.mixture_of(self._coefficients.astype(np.float32)))
+            mixture_now = self.pool.mixture_of(self._coefficients.astype(np.float32))
+            self._from_base(values)(*self._pages.mixtures, mixture_now)
             self._centre = _Centre(
                 in_place(self._backends, values), KeptSweep(self._half, partial(between, self._backends, values))
             )
@@ -355,27 +328,6 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
         BackendError: no backend works on the parameters' device, or the named one cannot run here.
     """
     return Binding(model, pool, base, backend)
-
-
-def _fit_again(entries: Sequence[NamedParameter]) -> bool:
-    """Whether a second set of the parameters takes at most half of the memory that is available on each device."""
-    sizes: dict[torch.device, int] = {}
-    for entry in entries:
-        x = entry.parameter
-        sizes[x.device] = sizes.get(x.device, 0) + x.nbytes
-    return all(
-        2 * size <= torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _fits(size)
-        for device, size in sizes.items()
-    )
-
-
-def _fits(size: int) -> bool:
-    """Whether that many bytes are at most half of the memory that Linux calls available; elsewhere assumed."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return True
-    available = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
-    return 2 * size <= int(available.split()[1]) * 1024
 
 
 def check_tunable(entries: Sequence[NamedParameter]) -> None:

@@ -6,8 +6,9 @@ that name, so a wrapper's prefix or another order of tied weights must not chang
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,3 +91,24 @@ def value_digest(name: str, shape: torch.Size, dtype: torch.dtype, stretches: It
 def value_digests(entries: Iterable[NamedParameter]) -> dict[str, bytes]:
     """`value_digest` of the current values of each, by canonical name: what `BaseIdentity.of` takes."""
     return {e.name: value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries}
+
+
+def fit_again(entries: Sequence[NamedParameter], dtype: torch.dtype | None = None) -> bool:
+    """Whether a second set of parameters, of that type or their own, takes at most half of each device's available memory."""
+    sizes: dict[torch.device, int] = {}
+    for entry in entries:
+        x = entry.parameter
+        sizes[x.device] = sizes.get(x.device, 0) + x.numel() * (dtype or x.dtype).itemsize
+    return all(
+        2 * size <= torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _fits(size)
+        for device, size in sizes.items()
+    )
+
+
+def _fits(size: int) -> bool:
+    """Whether that many bytes are at most half of the memory that Linux calls available; elsewhere assumed."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return True
+    available = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+    return 2 * size <= int(available.split()[1]) * 1024

@@ -42,7 +42,7 @@ def backends_for(entries: Sequence[NamedParameter], name: str) -> Backends:
 
 
 def in_place(backends: Backends, tensors: Tensors) -> Sweep:
-    """`x <- cast(widen(x) + sum_k a_k z_k)`."""
+    """`x <- cast(widen(x) + sum_k a_k z_k)`; of several mixtures, added one after the other in binary32, in one pass."""
     return between(backends, tensors, tensors)
 
 
@@ -61,9 +61,9 @@ def from_base(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
         out = outputs[stretch.name].detach().reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
         return Slot(out, stretch.values.to(out.device), tensor_id(stretch.name), stretch.start)
 
-    def sweep(mixture: Mixture) -> None:
+    def sweep(*mixtures: Mixture) -> None:
         for batch in base.batches(list(outputs)):
-            _prepare(backends, list(map(slot, batch)))(mixture)
+            _prepare(backends, list(map(slot, batch)))(*mixtures)
 
     if isinstance(base, MemoryBase):
         return _prepare(backends, [slot(stretch) for batch in base.batches(list(outputs)) for stretch in batch])
@@ -76,7 +76,8 @@ def scaled(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
     The sum goes through a scratch tensor, so that every backend can do it (docs/noise.md, "Scales").
     """
 
-    def sweep(mixture: Mixture) -> None:
+    def sweep(*mixtures: Mixture) -> None:
+        (mixture,) = mixtures  # each page in proportion needs the weights that the one before it has led to
         for batch in base.batches(list(outputs)):
             for stretch in batch:
                 out = outputs[stretch.name].detach().reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
@@ -90,9 +91,9 @@ def scaled(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
 def _prepare(backends: Backends, slots: Sequence[Slot]) -> Sweep:
     each = [backend.prepare([s for s in slots if s.out.device.type == device]) for device, backend in backends.items()]
 
-    def sweep(mixture: Mixture) -> None:
+    def sweep(*mixtures: Mixture) -> None:
         for one in each:
-            one(mixture)
+            one(*mixtures)
 
     return sweep
 
@@ -109,9 +110,9 @@ class KeptSweep:
         self._parameters, self._make = parameters, make
         self._made_for: list[int] | None = None
 
-    def __call__(self, mixture: Mixture) -> None:
+    def __call__(self, *mixtures: Mixture) -> None:
         """Do it."""
         addresses = [x.data_ptr() for x in self._parameters.values()]
         if addresses != self._made_for:
             self._sweep, self._made_for = self._make(self._parameters), addresses
-        self._sweep(mixture)
+        self._sweep(*mixtures)

@@ -1,6 +1,6 @@
 """What a noise backend does, and how one is chosen.
 
-There are two operations. A sweep is one pass over a list of tensors that adds a mixture `sum_k a_k z_k` to base values.
+There are two operations. A sweep is one pass over a list of tensors that adds mixtures `sum_k a_k z_k` to base values.
 Rebuilding a model, perturbing it along one seed and moving it along several are sweeps that differ in their mixture
 and in where the base values lie, so that a backend has one kernel per noise family to get right and to make fast. A fold
 is the sweep transposed: it reads gradients where a sweep writes weights, and gives `sum_i g_i z_k[i]` for every k.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,8 +45,6 @@ class GaussianMixture:
 
 
 Mixture = HadamardMixture | GaussianMixture
-Sweep = Callable[[Mixture], None]
-"""One pass over the slots that it was made for; it may be done again, with another mixture."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,18 @@ class Slot:
     base: torch.Tensor | None
     tensor_id: int
     start: int = 0
+
+
+class Sweep(Protocol):
+    """One pass over the slots that it was made for; it may be done again, with other mixtures."""
+
+    def __call__(self, *mixtures: Mixture) -> None:
+        """`out <- cast(((widen(base) + s_1) + s_2) + ...)`, added in this order in binary32 (docs/noise.md, "Pages").
+
+        Args:
+            mixtures: at least one, all of one family; each of its own key and size.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ class Backend(Protocol):
     device: str
 
     def prepare(self, slots: Sequence[Slot]) -> Sweep:
-        """A sweep that stores `cast(base + mixture)` into every slot. The slots' outputs must not overlap.
+        """A sweep that stores `cast(base + mixtures)` into every slot. The slots' outputs must not overlap.
 
         What takes time for each tensor is done here, once: a small model's sweep takes less than that.
         """

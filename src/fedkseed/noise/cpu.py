@@ -25,6 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from fedkseed.errors import BackendError
 from fedkseed.noise import box_muller as bm
 from fedkseed.noise.backend import (
     QUANTUM,
@@ -294,14 +295,9 @@ def _share(begin, size, thread, threads, total):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _hadamard_sweep(work, table, key, thread, threads, total):  # type: ignore[no-untyped-def]
+def _hadamard_sweep(work, tables, starts, sizes, keys, thread, threads, total):  # type: ignore[no-untyped-def]
+    # Page after page on a stretch that stays in the first cache, so that the memory is read and written once.
     # blocks and chunks are powers of two: shifts and masks in place of divisions, which cost more than all the rest
-    in_block = table.size // CHUNK - 1
-    block_bits = 0
-    while 1 << block_bits <= in_block:
-        block_bits += 1
-    entries = table.ctypes.data
-    k0, k1 = key & MASK, key >> HALF_WORD
     words = np.empty((4, CHUNKS), np.uint32)
     shifts = np.empty(CHUNKS, np.intp)
     values = np.empty(STRETCH, np.float32)
@@ -316,25 +312,33 @@ def _hadamard_sweep(work, table, key, thread, threads, total):  # type: ignore[n
         for at in range(lo, hi, STRETCH):
             n = min(STRETCH, hi - at)
             first = (work[row, START] + at) >> 7
-            for i in range(CHUNKS):  # vectorised: one Philox call for each chunk's signs
-                chunk = first + i
-                r0, r1, r2, r3 = _philox(np.uint64(chunk & in_block), np.uint64(chunk >> block_bits), t0, t1, k0, k1)
-                words[0, i], words[1, i] = np.uint32(r0), np.uint32(r1)
-                words[2, i], words[3, i] = np.uint32(r2), np.uint32(r3)
-            for i in range(CHUNKS >> min(block_bits, CHUNK_BITS)):
-                block = np.uint64((first >> block_bits) + i)
-                shifts[i] = np.intp(_philox(BLOCK_STREAM, block, t0, t1, k0, k1)[0] & np.uint64(table.size - 1))
             whole = n // CHUNK if direct else 0
             if whole * CHUNK < n:
                 _widen(base, work[row, BASE_FORMAT], at + whole * CHUNK, values[whole * CHUNK : n])
-            for i in range((n + CHUNK - 1) // CHUNK):
-                if i < whole:
-                    source, target = base + 4 * (at + i * CHUNK), out + 4 * (at + i * CHUNK)
-                else:
-                    source = target = values.ctypes.data + 4 * i * CHUNK
-                position = ((first + i) & in_block) * CHUNK
-                shift = shifts[i >> block_bits]
-                _add_signed(target, source, entries, position, shift, words[0, i], words[1, i], words[2, i], words[3, i])
+            reads = base
+            for page in range(keys.size):
+                k0, k1 = keys[page] & MASK, keys[page] >> HALF_WORD
+                entries, in_block = tables.ctypes.data + 4 * starts[page], sizes[page] // CHUNK - 1
+                block_bits = 0
+                while 1 << block_bits <= in_block:
+                    block_bits += 1
+                for i in range(CHUNKS):  # vectorised: one Philox call for each chunk's signs
+                    chunk = first + i
+                    r0, r1, r2, r3 = _philox(np.uint64(chunk & in_block), np.uint64(chunk >> block_bits), t0, t1, k0, k1)
+                    words[0, i], words[1, i] = np.uint32(r0), np.uint32(r1)
+                    words[2, i], words[3, i] = np.uint32(r2), np.uint32(r3)
+                for i in range(CHUNKS >> min(block_bits, CHUNK_BITS)):
+                    block = np.uint64((first >> block_bits) + i)
+                    shifts[i] = np.intp(_philox(BLOCK_STREAM, block, t0, t1, k0, k1)[0] & np.uint64(sizes[page] - 1))
+                for i in range((n + CHUNK - 1) // CHUNK):
+                    if i < whole:
+                        source, target = reads + 4 * (at + i * CHUNK), out + 4 * (at + i * CHUNK)
+                    else:
+                        source = target = values.ctypes.data + 4 * i * CHUNK
+                    position = ((first + i) & in_block) * CHUNK
+                    shift = shifts[i >> block_bits]
+                    _add_signed(target, source, entries, position, shift, words[0, i], words[1, i], words[2, i], words[3, i])
+                reads = out
             if whole * CHUNK < n:
                 _store(values[whole * CHUNK : n], out, work[row, OUT_FORMAT], at + whole * CHUNK)
 
@@ -367,10 +371,9 @@ def _box_muller(r, r2):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _gaussian_sweep(work, seeds, amounts, thread, threads, total):  # type: ignore[no-untyped-def]
+def _gaussian_sweep(work, seeds, amounts, ends, thread, threads, total):  # type: ignore[no-untyped-def]
     words = np.empty((4, QUADS), np.uint32)
     sums = np.empty((4, QUADS), np.float32)
-    mixed = np.empty(4 * QUADS, np.float32)
     values = np.empty(4 * QUADS, np.float32)
     begin = 0
     for row in range(work.shape[0]):
@@ -381,25 +384,26 @@ def _gaussian_sweep(work, seeds, amounts, thread, threads, total):  # type: igno
         begin += work[row, SIZE]
         for at in range(lo, hi, 4 * QUADS):
             first = np.uint64((start + at) // 4)
-            sums[:] = np.float32(0)
-            for m in range(seeds.size):
-                k0, k1, amount = seeds[m] & MASK, seeds[m] >> HALF_WORD, amounts[m]
-                for i in range(QUADS):
-                    r0, r1, r2, r3 = _philox(first + np.uint64(i), np.uint64(0), t0, t1, k0, k1)
-                    words[0, i], words[1, i] = np.uint32(r0), np.uint32(r1)
-                    words[2, i], words[3, i] = np.uint32(r2), np.uint32(r3)
-                for half in range(0, 4, 2):
-                    for i in range(QUADS):
-                        z, z2 = _box_muller(words[half, i], words[half + 1, i])
-                        sums[half, i] += amount * z
-                        sums[half + 1, i] += amount * z2
-            for i in range(QUADS):
-                mixed[4 * i], mixed[4 * i + 1] = sums[0, i], sums[1, i]
-                mixed[4 * i + 2], mixed[4 * i + 3] = sums[2, i], sums[3, i]
             n = min(4 * QUADS, hi - at)
             _widen(work[row, BASE], work[row, BASE_FORMAT], at, values[:n])
-            for i in range(n):
-                values[i] += mixed[i]
+            begin_page = 0
+            for end_page in ends:
+                sums[:] = np.float32(0)
+                for m in range(begin_page, end_page):
+                    k0, k1, amount = seeds[m] & MASK, seeds[m] >> HALF_WORD, amounts[m]
+                    for i in range(QUADS):
+                        r0, r1, r2, r3 = _philox(first + np.uint64(i), np.uint64(0), t0, t1, k0, k1)
+                        words[0, i], words[1, i] = np.uint32(r0), np.uint32(r1)
+                        words[2, i], words[3, i] = np.uint32(r2), np.uint32(r3)
+                    for half in range(0, 4, 2):
+                        for i in range(QUADS):
+                            z, z2 = _box_muller(words[half, i], words[half + 1, i])
+                            sums[half, i] += amount * z
+                            sums[half + 1, i] += amount * z2
+                begin_page = end_page
+                for i in range(QUADS):
+                    for j in range(4):
+                        values[4 * i + j] += sums[j, i]
             _store(values[:n], work[row, OUT], work[row, OUT_FORMAT], at)
 
 
@@ -543,20 +547,14 @@ class _CpuSweep:
         self._work = np.array([_row(slot) for slot in self._slots], np.int64).reshape(-1, TENSOR + 1)
         self._total = int(self._work[:, SIZE].sum())
 
-    def __call__(self, mixture: Mixture) -> None:
+    def __call__(self, *mixtures: Mixture) -> None:
         threads = max(1, min(torch.get_num_threads(), self._total // ELEMENTS_PER_THREAD))
-        if isinstance(mixture, HadamardMixture):
-            kernel: Any = _hadamard_sweep
-            arguments: tuple[Any, ...] = (self._work, mixture.table, np.uint64(mixture.key))
-        elif isinstance(mixture, GaussianMixture):
-            kernel, arguments = _gaussian_sweep, (self._work, mixture.seeds, mixture.amounts)
-        else:
-            assert_never(mixture)
+        kernel, pages = _pages(mixtures)
         if threads == 1:
-            kernel(*arguments, 0, 1, self._total)
+            kernel(self._work, *pages, 0, 1, self._total)
             return
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda thread: kernel(*arguments, thread, threads, self._total), range(threads)))
+            list(pool.map(lambda thread: kernel(self._work, *pages, thread, threads, self._total), range(threads)))
 
 
 class _CpuFold:
@@ -594,6 +592,24 @@ class _CpuFold:
             for lane in self._lanes:
                 total += lane
         return total
+
+
+def _pages(mixtures: Sequence[Mixture]) -> tuple[Any, tuple[NDArray[Any], ...]]:
+    """The kernel for mixtures of one family, and what it needs of them: their arrays end to end, and where each lies."""
+    structured = [one for one in mixtures if isinstance(one, HadamardMixture)]
+    drawn = [one for one in mixtures if isinstance(one, GaussianMixture)]
+    if len(structured) == len(mixtures):
+        sizes = np.array([len(one.table) for one in structured], np.int64)
+        keys = np.array([one.key for one in structured], np.uint64)
+        return _hadamard_sweep, (_joined([one.table for one in structured]), np.cumsum(sizes) - sizes, sizes, keys)
+    if len(drawn) == len(mixtures):
+        ends = np.cumsum([len(one.seeds) for one in drawn], dtype=np.int64)
+        return _gaussian_sweep, (_joined([one.seeds for one in drawn]), _joined([one.amounts for one in drawn]), ends)
+    raise BackendError("mixtures of several families came for one sweep; expected one family")
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _row(slot: Slot) -> tuple[int, ...]:

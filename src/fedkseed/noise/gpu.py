@@ -1,8 +1,8 @@
 """The GPU backend: Triton kernels that read and write each weight once (docs/noise.md).
 
-One sweep is one launch per device and pair of types, for all tensors together; one call of a fold is one per device and
-type. Nothing waits for the device: the work table and the mixture go there from pinned memory, and all happens on the
-current stream.
+One sweep is one launch per device, pair of types and mixture, for all tensors together; one call of a fold is one per
+device and type. Nothing waits for the device: the work table and the mixture go there from pinned memory, and all happens
+on the current stream.
 
 In Triton's interpreter (`TRITON_INTERPRET=1`, set before Triton is imported) the same kernels work on tensors in main
 memory, slowly: so they are tested where there is no GPU.
@@ -10,7 +10,7 @@ memory, slowly: so they are tested where there is no GPU.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
 import numpy as np
@@ -67,6 +67,7 @@ class _GpuSweep:
     """The launches for some slots, whose memory it keeps: one for each device, pair of types and alignment."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
         groups: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
         for slot in slots:
             if slot.out.numel():
@@ -75,7 +76,11 @@ class _GpuSweep:
         self._groups = dict(groups)
         self._launches: dict[bool, list[_Launch]] = {}
 
-    def __call__(self, mixture: Mixture) -> None:
+    def __call__(self, *mixtures: Mixture) -> None:
+        if len(mixtures) > 1:
+            self._one_after_the_other(mixtures)
+            return
+        (mixture,) = mixtures
         hadamard = isinstance(mixture, HadamardMixture)
         if hadamard not in self._launches:  # the families' tiles differ
             self._launches[hadamard] = [_launch(hadamard, kind, group) for kind, group in self._groups.items()]
@@ -89,6 +94,17 @@ class _GpuSweep:
                 kernel[(launch.tiles,)](
                     launch.work, len(launch.work), *arguments[device], **launch.constants, **kernels.OPTIONS
                 )
+
+    def _one_after_the_other(self, mixtures: Sequence[Mixture]) -> None:
+        """A launch for each mixture; between two of them halves are in float32, in memory that is given back at the end."""
+        outputs = [slot.out for slot in self._slots]
+        full = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in outputs]
+        pairs = list(zip(self._slots, full, strict=True))
+        first = _GpuSweep([replace(slot, out=x) for slot, x in pairs])
+        within = _GpuSweep([replace(slot, out=x, base=x) for slot, x in pairs])
+        last = _GpuSweep([replace(slot, base=x) for slot, x in pairs])
+        for sweep, mixture in zip([first, *[within] * (len(mixtures) - 2), last], mixtures, strict=True):
+            sweep(mixture)
 
 
 @dataclass(frozen=True)

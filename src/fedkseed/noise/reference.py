@@ -127,13 +127,15 @@ class ReferenceBackend:
     def prepare(self, slots: Sequence[Slot]) -> Sweep:
         """See `Backend.prepare`."""
 
-        def sweep(mixture: Mixture) -> None:
+        def sweep(*mixtures: Mixture) -> None:
             for slot in slots:
-                with np.errstate(over="ignore", invalid="ignore"):  # infinities are part of the definition
-                    values = mixture_sum(mixture, slot.tensor_id, slot.start, slot.out.numel())
-                    if slot.base is not None:
-                        values = widen(slot.base) + values
-                store(values, slot.out)
+                values = None if slot.base is None else widen(slot.base)
+                for mixture in mixtures:
+                    with np.errstate(over="ignore", invalid="ignore"):  # infinities are part of the definition
+                        noise = mixture_sum(mixture, slot.tensor_id, slot.start, slot.out.numel())
+                        values = noise if values is None else values + noise
+                if values is not None:
+                    store(values, slot.out)
 
         return sweep
 

@@ -19,9 +19,10 @@ from fedkseed.data import EncodedExample, collate
 from fedkseed.errors import ModelError
 from fedkseed.evaluation import EvalLoss, evaluate_loss, mean_loss
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.binding import Binding, ClosedPage, Movement, bind
+from fedkseed.models.binding import Binding, bind
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import base_path
+from fedkseed.models.pages import ClosedPage, Movement
 from fedkseed.models.projection import Projection
 
 if TYPE_CHECKING:
