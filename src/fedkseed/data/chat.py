@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedkseed.data.columns import nearest
 from fedkseed.data.example import Example, Turn
+from fedkseed.data.jinja import literal, presets
 from fedkseed.data.rendered import Rendered
-from fedkseed.data.special import control_tokens
+from fedkseed.data.special import control_tokens, leading_text
 from fedkseed.errors import InvalidValueError, ModelError
 
 if TYPE_CHECKING:
@@ -78,6 +79,25 @@ class Chat:
             "--refused-turns fold (system turns go into the user's) or drop (the record is left out), or the template 'plain'"
         )
 
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The tokenizer's chat template, with what it lacks of what it was used with: the run's arguments and its date, where
+        its caller gives none, and BOS, which tokenizers put before other texts only.
+
+        Raises:
+            ModelError: see `__call__`.
+        """
+        template = self._template(tokenizer)
+        words = set(re.findall(r"[A-Za-z_]\w*", template))
+        seen = {name: value for name, value in self._seen(template).items() if name in words}
+        asked, _ = self._asked(template, [{"role": "user", "content": "A question."}], tokenizer)
+        if asked is not None and (start := leading_text(tokenizer, asked)):
+            template = f"{{{{ {literal(start)} }}}}{template}"
+        return presets(seen) + template
+
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+        """Its text and the language that this is in."""
+        return self.chat_template(tokenizer), "jinja"
+
     def _template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         if not tokenizer.chat_template:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use the template 'plain'")
@@ -113,13 +133,17 @@ class Chat:
         return prompt, ""
 
     def _render(self, template: str, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, opened: bool = True) -> str:
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": opened, **self._seen(template)}
+        return str(tokenizer.apply_chat_template([dict(turn) for turn in turns], chat_template=template, **options))
+
+    def _seen(self, template: str) -> dict[str, Any]:
+        """What a template is given beside the messages."""
         seen: dict[str, Any] = {"date_string": self.today.strftime("%d %b %Y")}
         if template.startswith(CALENDAR):
             days = {letter: self.today.strftime(f"%{letter}") for letter in LETTERS}
             days |= {f"{sign}{letter}": text.lstrip("0 ") or "0" for letter, text in days.items() for sign in "-#"} | {"": ""}
             seen["fedkseed_days"] = days
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": opened, **seen, **self.arguments}
-        return str(tokenizer.apply_chat_template([dict(turn) for turn in turns], chat_template=template, **options))
+        return seen | dict(self.arguments)
 
     def _end(self, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """What the template writes behind an answer; "" where that cannot be told."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedkseed.data.cache import TokenIds, cache_path, load, save
 from fedkseed.data.example import Example
 from fedkseed.data.rendered import Rendered, Template
-from fedkseed.data.special import TextEncoder, control_tokens, end_ids
+from fedkseed.data.special import TextEncoder, control_tokens, end_ids, leading_specials
 from fedkseed.data.template import plain
 from fedkseed.errors import DataError, InvalidValueError, ModelError
 
@@ -135,7 +135,7 @@ def encode(
     ends = {text: end_ids(text, tokenizer) for text in {item.end for item in rendered}}
     control = control_tokens(tokenizer, "".join(ends))
     prompts, responses = _all_token_ids(rendered, tokenizer, control, on_progress)
-    start = _leading_specials(tokenizer)
+    start = leading_specials(tokenizer)
     encoded: list[EncodedExample] = []
     kept: list[int] = []
     dropped: list[Dropped] = []
@@ -200,11 +200,3 @@ def _all_token_ids(
     if path is not None:
         save(path, prompts, responses)
     return prompts, responses
-
-
-def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts before any text by default: usually BOS or nothing."""
-    full: list[int] = tokenizer("a")["input_ids"]
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
-    return full[: next(at, 0)]

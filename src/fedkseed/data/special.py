@@ -43,6 +43,22 @@ def end_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return token_ids(tokenizer, [text[: match.end()].lstrip()])[0]
 
 
+def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before any text by default: usually BOS or nothing."""
+    full: list[int] = tokenizer("a")["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
+    return full[: next(at, 0)]
+
+
+def leading_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What to write before a text so that it begins with these ids: their names, or "" where it does so by itself."""
+    ids = leading_specials(tokenizer)
+    if token_ids(tokenizer, [text])[0][: len(ids)] == ids:
+        return ""
+    return "".join(str(tokenizer.convert_ids_to_tokens(i)) for i in ids)
+
+
 def _id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]  # a list for a list
 

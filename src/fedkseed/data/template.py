@@ -8,13 +8,18 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli_w
+
 from fedkseed.data.chat import Chat, Refused, parse_arguments
 from fedkseed.data.example import Example
-from fedkseed.data.rendered import Rendered, Template
+from fedkseed.data.jinja import of_wording
+from fedkseed.data.rendered import Rendered
+from fedkseed.data.special import leading_text
 from fedkseed.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -24,26 +29,44 @@ PLACEHOLDER = re.compile(r"\{(\w*)\}")
 NEEDED = {"prompt_input": ("instruction", "input"), "prompt_no_input": ("instruction",)}
 
 
-def wording(prompt_input: str, prompt_no_input: str) -> Template:
-    """A template of two texts with `{instruction}` and `{input}` in them, the second for records with a blank input."""
+@dataclass(frozen=True)
+class Wording:
+    """A template of two texts with `{instruction}` and `{input}` in them.
 
-    def template(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    Attributes:
+        prompt_input: for records with an input.
+        prompt_no_input: for those whose input is blank.
+    """
+
+    prompt_input: str
+    prompt_no_input: str
+
+    def __call__(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+        """See `Template`."""
         texts = {"instruction": example.instruction, "input": example.input}
-        chosen = prompt_input if example.input.strip() else prompt_no_input
+        chosen = self.prompt_input if example.input.strip() else self.prompt_no_input
         # in one pass: a text that holds "{input}" itself stays as it is; every second part is a placeholder's name
         parts = PLACEHOLDER.split(chosen)
         return Rendered(tuple((texts[part], True) if i % 2 else (part, False) for i, part in enumerate(parts)), example.output)
 
-    return template
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The same as a chat template, which gives the very text that a run trains on: BOS, prompt, response, EOS."""
+        both = (PLACEHOLDER.split(text) for text in (self.prompt_input, self.prompt_no_input))
+        with_input, without = ([leading_text(tokenizer, first) + first, *others] for first, *others in both)
+        return of_wording(with_input, without, str(tokenizer.eos_token))
+
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+        """Its text and the language that this is in: a file that `--template` takes."""
+        return tomli_w.dumps({name: getattr(self, name) for name in NEEDED}, multiline_strings=True), "toml"
 
 
-plain = wording(
+plain = Wording(
     "Instruction:\n{instruction}\n\nInput:\n{input}\n\nResponse:\n",
     "Instruction:\n{instruction}\n\nResponse:\n",
 )
 """Titled sections, for any model."""
 
-alpaca = wording(
+alpaca = Wording(
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
@@ -53,7 +76,7 @@ alpaca = wording(
 )
 """Stanford Alpaca's wording; the published FedKSeed code has it for Natural Instructions."""
 
-dolly = wording(
+dolly = Wording(
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response for the task request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
@@ -63,11 +86,14 @@ dolly = wording(
 )
 """The wording that the published FedKSeed code has for Dolly-15K."""
 
-bare = wording("{instruction}\n\nInput: {input}\n\nOutput:", "{instruction}\n\nOutput:")
+bare = Wording("{instruction}\n\nInput: {input}\n\nOutput:", "{instruction}\n\nOutput:")
 """What the published FedKSeed code writes for Natural Instructions when its prompts are switched off."""
 
 
-TEMPLATES: dict[str, Template] = {"plain": plain, "alpaca": alpaca, "dolly": dolly, "bare": bare, "chat": Chat()}
+Known = Wording | Chat
+"""A template that can say what it is."""
+
+TEMPLATES: dict[str, Known] = {"plain": plain, "alpaca": alpaca, "dolly": dolly, "bare": bare, "chat": Chat()}
 
 
 def get_template(
@@ -76,7 +102,7 @@ def get_template(
     arguments: str | Mapping[str, Any] | None = None,
     refused: Refused = "stop",
     today: date | None = None,
-) -> Template:
+) -> Known:
     """The template of that name, or the one in a TOML file with the texts `prompt_input` and `prompt_no_input`.
 
     Args:
@@ -113,7 +139,7 @@ def get_template(
         raise InvalidValueError(f"template {name}: has the keys {sorted(texts)}; expected {' and '.join(NEEDED)}")
     for key, needed in NEEDED.items():
         _check(texts[key], needed, f"template {name}: {key}")
-    return wording(texts["prompt_input"], texts["prompt_no_input"])
+    return Wording(texts["prompt_input"], texts["prompt_no_input"])
 
 
 def _check(text: object, needed: tuple[str, ...], where: str) -> None:
