@@ -1,21 +1,28 @@
 """`fedkseed export`: the tuned model, its card, the published ledger; nothing is overwritten."""
 
 import dataclasses
+import json
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from tests.support.baselines import row_settings
 from tests.support.command_line import CommandLine, Result, assert_one_line, flags, shell
 from tests.support.runs import read_metrics
-from tests.support.tiny import tiny_settings
+from tests.support.tiny import CHAT, tiny_settings
 
 import fedkseed as fk
-from fedkseed.models.loading import load_model
+from fedkseed.baselines import TunedTensors, restore
+from fedkseed.data import encode, read_examples
+from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.runs.folder import RunFolder
 
 
 def test_an_exported_folder_loads_in_a_fresh_process_with_the_tuned_weights(
@@ -61,7 +68,7 @@ def test_an_exported_folder_has_a_card_of_its_run(fedkseed: CommandLine, tiny: P
     config = copied / "config.toml"
     config.write_text(config.read_text().replace("records.jsonl", "gone.jsonl"))
     assert fedkseed("export", copied, tmp_path / "again").code == 0
-    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == card
+    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == card.replace("records.jsonl", "gone.jsonl")
 
 
 def test_a_card_tells_of_a_run_only_what_is_known_of_this_ledger(
@@ -196,3 +203,93 @@ def test_export_onto_another_model_is_refused(fedkseed: CommandLine, finished: P
     result = fedkseed("export", finished, tmp_path / "out", "--model", other_model)
     assert_one_line(result, 1, "this model is not the ledger's base: lm_head.weight is the first of")
     assert not (tmp_path / "out").exists()
+
+
+# --- What it was taught to be asked with ---
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_an_export_asks_and_ends_as_the_run_did(fedkseed: CommandLine, tiny: Path, tmp_path: Path, template: str) -> None:
+    """The run's ids and those that vLLM would ask with; an answer ends where a response did."""
+    model = Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+    for name, key, value in (
+        ("tokenizer_config.json", "chat_template", CHAT + "{% if not add_generation_prompt %}<unk>{% endif %}"),
+        ("generation_config.json", "eos_token_id", [2]),
+    ):
+        fields = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(fields | {key: value}))
+    settings = tiny_settings(tiny, model=str(model), template=template, num_rounds=1, local_steps=1)
+    assert fedkseed("simulate", *flags(settings), "--run", tmp_path / "run").code == 0
+    result = fedkseed("export", tmp_path / "run", tmp_path / "out")
+    assert (result.code, result.stderr) == (0, "")
+    exported = load_tokenizer(tmp_path / "out")
+    record = read_examples(tiny / "records.jsonl")[0]
+    config = RunFolder.open(tmp_path / "run").config
+    encoded = encode([record], load_tokenizer(model), 64, config.prompts())
+    (example,) = encoded.examples
+    asked = f"{record.instruction}\n\n{record.input}" if template == "chat" else record.instruction
+    turns = [{"role": "user", "content": asked}]
+    options = {} if template == "chat" else {"input": record.input}
+    ids = exported.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **options)
+    assert ids == example.input_ids[: example.prompt_length].tolist()
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == ([2, 3] if template == "chat" else 2)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("```jinja\n" + CHAT in card) == (template == "chat")
+    assert ('```toml\nprompt_input = """\nInstruction:\n{instruction}\n' in card) == (template == "plain")
+
+
+def test_a_template_whose_file_is_gone_costs_a_line(fedkseed: CommandLine, copied: Path, tmp_path: Path) -> None:
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace('template = "plain"', 'template = "/no/such.toml"'))
+    result = fedkseed("export", copied, tmp_path / "out")
+    assert result.code == 0
+    assert_one_line(Result(1, "", result.stderr), 1, "'/no/such.toml' is unknown", "without its prompt template")
+
+
+# --- Baselines ---
+
+
+@pytest.mark.parametrize("algorithm", ["fedit", "fedprompt", "fedptuning"])
+def test_a_baselines_adapter_is_a_peft_folder_with_the_runs_logits(
+    fedkseed: CommandLine, tiny: Path, tmp_path: Path, algorithm: str
+) -> None:
+    import peft
+
+    settings = row_settings(tiny, algorithm, num_rounds=1, local_steps=2)
+    assert fedkseed("simulate", *flags(settings), "--run", tmp_path / "run").code == 0
+    result = fedkseed("export", tmp_path / "run", tmp_path / "out")
+    assert (result.code, result.stderr) == (0, "")
+    assert "an adapter for" in result.stdout
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    assert not list((tmp_path / "out").glob("model*.safetensors"))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "model"
+    data = ModelCard((tmp_path / "out" / "README.md").read_text(encoding="utf-8")).data
+    assert (data.library_name, data.base_model) == ("peft", "model")
+    config = RunFolder.open(tmp_path / "run").config
+    tuned = TunedTensors.load(tmp_path / "run" / "tensors.safetensors")
+    ids = torch.tensor([[1, 5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+        own = restore(load_model(tiny / "model", "float32"), config, tuned)(**inputs).logits
+        loaded = peft.PeftModel.from_pretrained(load_model(tiny / "model", "float32"), tmp_path / "out").eval()
+        assert torch.equal(loaded(**inputs).logits, own)
+        base = load_model(tiny / "model", "float32")(**inputs).logits
+    assert not torch.equal(own[:, -4:], base)
+
+
+def test_a_baseline_of_all_parameters_is_a_whole_model(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    settings = row_settings(tiny, "fedavg", num_rounds=1, local_steps=2)
+    assert fedkseed("simulate", *flags(settings), "--run", tmp_path / "run").code == 0
+    assert_one_line(fedkseed("export", tmp_path / "run", tmp_path / "out", "--ledger-only"), 2, "which has no ledger")
+    assert fedkseed("export", tmp_path / "run", tmp_path / "out").code == 0
+    tuned = TunedTensors.load(tmp_path / "run" / "tensors.safetensors")
+    for name, parameter in load_model(tmp_path / "out", "float32").named_parameters():
+        assert torch.equal(parameter.detach(), tuned.tensors[name])
+    assert "FedAvg: all parameters by SGD" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "run" / "config.toml").unlink()
+    result = fedkseed("export", tmp_path / "run", tmp_path / "again", "--model", tiny / "model")
+    assert_one_line(result, 2, "nothing without the config.toml of their run")

@@ -1,5 +1,6 @@
 """The model card: hubs can read it, it tells what is known and nothing else."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from huggingface_hub import ModelCard
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.server import start
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.report.model_card import model_card
+from fedkseed.report.model_card import About, Prompt, licence_of, model_card
 from fedkseed.runs.settings import SimulationConfig, build
 
 BASE = BaseIdentity.of({"w": bytes(range(32))})
@@ -33,7 +34,7 @@ def rows(card: str) -> dict[str, str]:
 
 
 def test_the_card_of_a_run_says_how_it_was_made(config: SimulationConfig, ledger: Ledger) -> None:
-    card = model_card("somebody/base", ledger, config, (1.5, 1.25))
+    card = model_card("somebody/base", ledger, About(config, (1.5, 1.25)))
     said = rows(card)
     assert said["base model"] == f"`somebody/base`, fingerprint `{BASE.fingerprint}`"
     assert said["method"].startswith("FedKSeed-Pro ([Qin et al., ICML 2024](https://")
@@ -53,7 +54,7 @@ def test_the_card_of_a_run_says_how_it_was_made(config: SimulationConfig, ledger
 
 def test_the_card_of_a_bare_ledger_is_shorter(ledger: Ledger) -> None:
     said = rows(model_card("base", ledger.published()))
-    assert set(said) == {"base model", "method", "candidate seeds", "rounds", "digest of the published ledger"}
+    assert set(said) == {"base model", "method", "candidate seeds", "rounds", "licence", "digest of the published ledger"}
     assert said["digest of the published ledger"].startswith(f"`{ledger.published().digest()}`")
 
 
@@ -63,9 +64,61 @@ def test_hubs_read_the_names_as_they_are(ledger: Ledger, base: str) -> None:
     assert data.base_model == base
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert "fedkseed" in data.tags
-    assert data.license is None
+    assert data.license == "unknown"
 
 
 def test_the_python_on_the_card_is_python(ledger: Ledger) -> None:
-    (program,) = (part.split("```")[0] for part in model_card("base", ledger).split("```python\n")[1:])
-    compile(program, "card", "exec")
+    about = About(prompt=Prompt("plain", "...", "jinja"))
+    loading, asking = (part.split("```")[0] for part in model_card("base", ledger, about).split("```python\n")[1:])
+    compile(loading, "card", "exec")
+    compile(asking, "card", "exec")
+
+
+CARD = "---\nlicense: other\nlicense_name: smol\nlicense_link: LICENSE\nauthors: [a]\n---\n# A model\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        (CARD, {"license": "other", "license_name": "smol", "license_link": "LICENSE"}),
+        (CARD.replace("\n", "\r\n"), {"license": "other", "license_name": "smol", "license_link": "LICENSE"}),
+        ("---\nlicense: [mit]\n---\n", {}),
+        *((text, {}) for text in ("", "# no fields", "---\n- a\n---\n", "---\n{{\n---\n", "---\nlicense: mit\n", "---\n---\n")),
+    ],
+    ids=range(9),
+)
+def test_the_licence_is_what_the_base_models_own_card_says(
+    ledger: Ledger, tmp_path: Path, text: str, fields: dict[str, str]
+) -> None:
+    assert licence_of(str(tmp_path)) == {}
+    (tmp_path / "README.md").write_bytes(text.encode())
+    assert licence_of(str(tmp_path)) == fields
+    card = model_card("base", ledger, About(licence=fields))
+    data = ModelCard(card).data.to_dict()
+    assert {name: data.get(name) for name in fields} == fields
+    assert data["license"] == fields.get("license", "unknown")
+    assert rows(card)["licence"] == ("the base model's, `other`" if fields else "the base model's")
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "ids"),
+    [
+        ("/home/somebody/a.jsonl", "`a.jsonl`", None),
+        ("owner/name:train,/home/somebody/b.csv", "`owner/name:train`, `b.csv`", ["owner/name"]),
+        ("in memory: 3 records, 0123", "3 records, 0123", None),
+    ],
+)
+def test_the_data_are_named_without_their_paths(
+    config: SimulationConfig, ledger: Ledger, data: str, said: str, ids: list[str] | None
+) -> None:
+    card = model_card("base", ledger, About(config.model_copy(update={"data": data, "responses": "shuffled"})))
+    assert rows(card)["training data"] == f"{said}, dealt out to simulated clients, responses shuffled among the prompts"
+    assert ModelCard(card).data.datasets == ids
+    assert "/home" not in card
+
+
+def test_the_text_of_a_template_stands_in_a_fence_of_its_own(ledger: Ledger) -> None:
+    text = "Say\n```\n{{ x }}\n````\n"
+    assert f"The prompt template `own.toml`:\n\n`````toml\n{text}`````\n" in model_card(
+        "base", ledger, About(prompt=Prompt("own.toml", text, "toml"))
+    )

@@ -71,19 +71,56 @@ def restore(model: Any, config: FederationConfig, tuned: TunedTensors) -> Any:
         RunError: they are of another base model or algorithm.
         FedKSeedError: see `attach`; or the tensors are not those that the settings attach.
     """
-    if tuned.algorithm != config.algorithm or tuned.base != fingerprint(model):
-        raise RunError(f"the tensors are of {tuned.algorithm} on another base model; load the one that the run started from")
+    _check(model, config, tuned)
     attached = attach(model, config)
     parameters_of(attached, config).write(tuned.tensors)
     return attached
+
+
+def adapter(model: Any, config: FederationConfig, tuned: TunedTensors, base: str) -> Any:
+    """A base model with a baseline's adapter or soft prompt as a `peft.PeftModel`, to be saved.
+
+    Args:
+        model: the base model.
+        config: of an algorithm that attaches something.
+        tuned: its tensors.
+        base: what the saved configuration calls the base model.
+
+    Raises:
+        RunError, FedKSeedError: see `restore`.
+    """
+    require_peft(config.facts)
+    import peft
+
+    if config.facts.attaches == "lora":
+        _check(model, config, tuned)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # as in `attach`
+            attached = peft.get_peft_model(model, _lora(config)).eval()
+        parameters_of(attached.base_model.model, config).write(tuned.tensors)
+    else:
+        attached = restore(model, config, tuned)
+    for saved in attached.peft_config.values():
+        saved.base_model_name_or_path = base
+    return attached
+
+
+def _check(model: Any, config: FederationConfig, tuned: TunedTensors) -> None:
+    if tuned.algorithm != config.algorithm or tuned.base != fingerprint(model):
+        raise RunError(f"the tensors are of {tuned.algorithm} on another base model; load the one that the run started from")
+
+
+def _lora(config: FederationConfig) -> Any:
+    import peft
+
+    return peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
 def _attach(model: Any, config: FederationConfig) -> Any:
     import peft
 
     if config.facts.attaches == "lora":
-        lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM")
-        return peft.inject_adapter_in_model(lora, model)
+        return peft.inject_adapter_in_model(_lora(config), model)
     prompt: Any
     if config.facts.attaches == "prompt":
         prompt = peft.PromptTuningConfig(

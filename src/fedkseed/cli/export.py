@@ -1,17 +1,21 @@
-"""`fedkseed export`: the tuned model as a Hugging Face folder, or the published ledger."""
+"""`fedkseed export`: the tuned model as a Hugging Face folder, an adapter as PEFT's, or the published ledger."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedkseed.errors import ConfigError, RunFolderError
+from fedkseed.baselines import TunedTensors, adapter, restore
+from fedkseed.errors import ConfigError, InvalidValueError, RunFolderError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import TENSORS, checkpoint_path
 from fedkseed.runs.folder import CONFIG
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedkseed.report.model_card import Prompt
     from fedkseed.report.reading import RunRecord
     from fedkseed.runs.settings import RunConfig
 
@@ -23,27 +27,28 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
 
     Raises:
         RunFolderError: the output exists.
-        ConfigError: no base model is known, or the run's settings are not valid (any more).
-        RunError: the run's settings are damaged.
+        ConfigError: no base model is known, or the run's settings are not valid (any more), or a baseline has no ledger.
+        RunError: the run's settings or a baseline's tensors are damaged.
         LedgerError: the ledger cannot be read, or the model is not its base.
     """
-    if checkpoint_path(path).name == TENSORS:
-        raise ConfigError(f"{path} is the run of a baseline, which has no ledger; its tensors are {path / TENSORS}")
-    ledger = Ledger.load(checkpoint_path(path))
+    checkpoint = checkpoint_path(path)
+    if ledger_only and checkpoint.name == TENSORS:
+        raise ConfigError(f"--ledger-only: {path} is the run of a baseline, which has no ledger; leave it out")
+    tuning = TunedTensors.load(checkpoint) if checkpoint.name == TENSORS else Ledger.load(checkpoint)
     if output.exists():
         raise RunFolderError(f"{output} exists; give an output that does not")
-    if ledger_only:
-        ledger.published().save(output)
-        print(f"{output}: {output.stat().st_size:,} bytes, {ledger.round} rounds, K = {ledger.pool.size}")
+    if ledger_only and isinstance(tuning, Ledger):
+        tuning.published().save(output)
+        print(f"{output}: {output.stat().st_size:,} bytes, {tuning.round} rounds, K = {tuning.pool.size}")
         return
-    from fedkseed.kseed.apply import apply
-    from fedkseed.models.loading import load_model, load_tokenizer, save_model
-    from fedkseed.report.model_card import model_card
+    from fedkseed.models.loading import load_tokenizer, save_model
+    from fedkseed.report.model_card import About, licence_of, model_card
     from fedkseed.report.reading import read
 
     folder = path if path.is_dir() else path.parent
     # beside a bare ledger, a config.toml is looked at only for want of a model: it may be anybody's
-    record = read(folder) if (folder / CONFIG).exists() and (path.is_dir() or model is None) else None
+    wanted = path.is_dir() or model is None or isinstance(tuning, TunedTensors)
+    record = read(folder) if (folder / CONFIG).exists() and wanted else None
     if model is None:
         if record is None:
             raise ConfigError(f"--model is missing and {folder} has no {CONFIG} that names the base model; give --model")
@@ -51,10 +56,58 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
     if record is not None and record.damage:
         print(f"fedkseed: {record.damage}; the card is without it", file=sys.stderr)
     tokenizer = load_tokenizer(model)
-    tuned = load_model(model, dtype, "cpu")
-    apply(tuned, ledger)
-    save_model(tuned, tokenizer, output, model_card(public_name(model), ledger, *_known(record, ledger)))
-    print(f"{output}: {model} after {ledger.round} rounds, {sum(p.numel() for p in tuned.parameters()):,} parameters")
+    config, losses = _known(record, tuning)
+    tuned = _tuned(tuning, model, config, dtype)
+    prompt = _taught(tokenizer, tuned, config) if config else None
+    card = model_card(public_name(model), tuning, About(config, losses, licence_of(model), prompt))
+    attached = config is not None and config.facts.needs_peft
+    # or else peft asks the hub whether the vocabulary has grown
+    save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if attached else {}))
+    what = "an adapter for" if attached else f"{sum(p.numel() for p in tuned.parameters()):,} parameters,"
+    print(f"{output}: {what} {model} after {tuning.round} rounds")
+
+
+def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, dtype: Dtype) -> Any:
+    """The tuned model, or the base with an adapter."""
+    import torch
+
+    from fedkseed.kseed.apply import apply
+    from fedkseed.models.loading import load_model
+
+    if isinstance(tuning, Ledger):
+        tuned = load_model(model, dtype, "cpu")
+        apply(tuned, tuning)
+        return tuned
+    if config is None:
+        raise ConfigError(f"a baseline's tensors are nothing without the {CONFIG} of their run; give the run's folder")
+    base = load_model(model, config.dtype, "cpu")
+    tuned = adapter(base, config, tuning, public_name(model)) if config.facts.needs_peft else restore(base, config, tuning)
+    return tuned if dtype == "auto" else tuned.to(getattr(torch, dtype))
+
+
+def _taught(tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig) -> Prompt | None:
+    """Let tokenizer and model ask and end as the run did, and say how."""
+    from fedkseed.data import Example, encode
+    from fedkseed.report.model_card import Prompt
+
+    try:
+        template = config.prompts()
+    except InvalidValueError as error:  # a file that is not there any more
+        print(f"fedkseed: {error}; the export is without its prompt template", file=sys.stderr)
+        return None
+    prompt = Prompt(Path(config.template).name, *template.text(tokenizer))
+    jinja = template.chat_template(tokenizer)
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template["default"] = jinja
+    else:
+        tokenizer.chat_template = jinja
+    ends = encode([Example("a", "", "b", "")], tokenizer, 1 << 20, template).stop_ids
+    generation = getattr(tuned, "generation_config", None)
+    if generation is not None:
+        known = generation.eos_token_id
+        stop = list(dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *ends]))
+        generation.eos_token_id = stop if len(stop) > 1 else stop[0]
+    return prompt
 
 
 def public_name(model: str) -> str:
@@ -67,11 +120,15 @@ def public_name(model: str) -> str:
     return "fedkseed-demo" if path.resolve() == model_folder().resolve() else path.resolve().name
 
 
-def _known(record: RunRecord | None, ledger: Ledger) -> tuple[RunConfig | None, tuple[float, float] | None]:
-    """The settings of the ledger's run and its held-out losses before and after, as far as they are known."""
-    if record is None or record.ledger is None or record.ledger.published().digest() != ledger.published().digest():
+def _known(record: RunRecord | None, tuning: Ledger | TunedTensors) -> tuple[RunConfig | None, tuple[float, float] | None]:
+    """The settings of the run that led to this, and its held-out losses before and after, as far as they are known."""
+    if record is None or (isinstance(tuning, Ledger) and not _same(record.ledger, tuning)):
         return None, None
     losses = {evaluation.server_round: evaluation.loss for evaluation in record.evaluations}
-    if not {0, ledger.round} <= losses.keys():
+    if not {0, tuning.round} <= losses.keys():
         return record.config, None
-    return record.config, (losses[0], losses[ledger.round])
+    return record.config, (losses[0], losses[tuning.round])
+
+
+def _same(one: Ledger | None, other: Ledger) -> bool:
+    return one is not None and one.published().digest() == other.published().digest()

@@ -10,8 +10,8 @@ from fedkseed.data.objects import read_records
 from fedkseed.data.partition import dirichlet, iid, split_off
 from fedkseed.data.rendered import Rendered, Template
 from fedkseed.data.shuffle import shuffle_responses, shuffle_within_categories
-from fedkseed.data.source import is_hub_id, read_examples, read_source, resolve_source
-from fedkseed.data.template import TEMPLATES, get_template
+from fedkseed.data.source import is_hub_id, public_names, read_examples, read_source, resolve_source
+from fedkseed.data.template import TEMPLATES, Known, get_template
 
 __all__ = [
     "COLUMNS",
@@ -24,6 +24,7 @@ __all__ = [
     "EncodedData",
     "EncodedExample",
     "Example",
+    "Known",
     "Rendered",
     "Template",
     "Turn",
@@ -38,6 +39,7 @@ __all__ = [
     "pad_token_id",
     "parse_arguments",
     "parse_columns",
+    "public_names",
     "read_examples",
     "read_records",
     "read_source",

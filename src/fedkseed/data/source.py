@@ -51,6 +51,11 @@ def _absolute(part: str) -> str:
     return str(path.resolve() if path.exists() else path.absolute())
 
 
+def public_names(source: str) -> list[str]:
+    """What the parts of a source may be called elsewhere: hub ids as they are, files and folders without their paths."""
+    return [part if is_hub_id(part) else Path(part).name for part in _parts(source)]
+
+
 def _parts(source: str) -> list[str]:
     """Several sources may stand with commas between them, where there is none whose own name has them."""
     if "," not in source or Path(source).exists() or _matches(source):

@@ -121,8 +121,8 @@ def context_of(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write a Hugging Face folder, with `card` as its README.md: whole, or not at all.
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, **options: Any) -> None:
+    """Write a Hugging Face folder, with `card` as its README.md: whole, or not at all. `options` go to `save_pretrained`.
 
     Raises:
         RunError: it cannot be written.
@@ -131,7 +131,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with _quiet(bars=False):
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, **options)
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(folder)

@@ -1,84 +1,215 @@
-"""The model card of an exported model: the README.md that a Hugging Face folder comes with."""
+"""The model card of an export: the README.md that a Hugging Face folder comes with."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
+from fedkseed.baselines import TunedTensors
+from fedkseed.data import is_hub_id, public_names
+from fedkseed.federation.algorithms import Algorithm
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.settings import RunConfig
+from fedkseed.runs.settings import IN_MEMORY, RunConfig, SimulationConfig
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
-HOW = {
-    False: """A causal language model, tuned by federated learning without backpropagation: for each local step a client sends a
-number, how the loss of its records changes along a random direction that a seed stands for.""",
-    True: """A causal language model, tuned by federated learning with gradients in K numbers: a client sends how far each of K
-random directions, which seeds stand for, took its records' loss down.""",
-}
+BY_SCALARS = """A causal language model, tuned by federated learning without backpropagation: for each local step a client sends
+a number, how the loss of its records changes along a random direction that a seed stands for."""
+BY_CHANGES = """A causal language model, tuned by federated learning with gradients in K numbers: a client sends how far each of
+K random directions, which seeds stand for, took its records' loss down."""
+BY_TENSORS = "tuned by federated learning: clients train it on their own records and send it back, the server averages."
+ATTACHED = {None: "A causal language model", "lora": "A LoRA adapter of a causal language model"}
+"""By `Algorithm.attaches`; all else is a soft prompt."""
+LICENCE_FIELDS = ("license", "license_name", "license_link")
 LOADING = """\
-```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file lies
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
-```"""
+"""
+LOADING_AN_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, base = ".", {base}  # where this file lies, and the base model
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+ASKING = """\
+turns = [{"role": "user", "content": "..."}]
+prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+"""
 
 
-def model_card(base: str, ledger: Ledger, config: RunConfig | None = None, losses: tuple[float, float] | None = None) -> str:
-    """The card's text: Markdown below the YAML that hubs read. It names no licence, which is the base model's to give.
+@dataclass(frozen=True)
+class Prompt:
+    """How a model was asked while it was tuned.
+
+    Attributes:
+        name: of the template.
+        text: of the template.
+        language: that this is in: `toml`, a file that `--template` takes, or `jinja`, a chat template.
+    """
+
+    name: str
+    text: str
+    language: str
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card says beside what the tuned model itself says.
+
+    Attributes:
+        config: settings of the run, where they are known; its paths are not told.
+        losses: held-out loss before and after, where the run measured them.
+        licence: see `licence_of`; nothing where the base's is not known.
+        prompt: how it was asked; None where that is not known.
+    """
+
+    config: RunConfig | None = None
+    losses: tuple[float, float] | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
+    prompt: Prompt | None = None
+
+
+def licence_of(model: str) -> dict[str, str]:
+    """The licence fields of a base model's own card, where its folder has one; nothing is looked up elsewhere."""
+    try:
+        text = (Path(model).expanduser() / "README.md").read_text(encoding="utf-8")
+        found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        fields = yaml.safe_load(found[1]) if found else {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # somebody else's file: no card is no licence
+        return {}
+    known = fields if isinstance(fields, dict) else {}
+    return {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
+
+
+def model_card(base: str, tuning: Ledger | TunedTensors, about: About | None = None) -> str:
+    """The card's text: Markdown below the YAML that hubs read.
 
     Args:
         base: name of the base model, a folder's or a hub id; no path, which would tell of somebody's machine.
-        ledger: what was added to the base.
-        config: settings of the ledger's run, where they are known; its paths are not told.
-        losses: held-out loss before and after, where the run measured them.
+        tuning: what was added to the base.
+        about: what else is known.
     """
-    method = config.facts.title if config else "FedKSeed"
-    published = ledger.published()
-    by_gradients = bool(ledger.pages)
-    several = f" on each of {len(ledger.pages)} pages" if len(ledger.pages) > 1 else ""
-    rows = {
-        "base model": f"`{base}`, fingerprint `{ledger.base.fingerprint}`",
-        "method": f"{method} ({PAPER})",
-        "candidate seeds": f"K = {ledger.pool.size:,}, {ledger.pool.family} noise, key {ledger.pool.key:#018x}",
-        "rounds": f"{ledger.round}",
+    known = about or About()
+    facts = known.config.facts if known.config else None
+    attached = facts.attaches if facts else None
+    rows = {"base model": f"`{base}`, fingerprint `{_fingerprint(tuning)}`", **_rows(tuning, known)}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    loading = LOADING_AN_ADAPTER.format(base=json.dumps(base, ensure_ascii=False)) if attached else LOADING
+    again = "`fedkseed.apply(base_model, ledger)` gives these weights again. " if isinstance(tuning, Ledger) else ""
+    return f"""\
+---
+{_metadata(base, tuning, known, "peft" if attached else "transformers")}
+---
+
+# {base}, tuned with fedkseed
+
+{_how(tuning, facts)}
+
+| | |
+| --- | --- |
+{table}
+
+{again}To load it:
+
+{_fenced(loading, "python")}
+{_asking(known.prompt)}"""
+
+
+def _metadata(base: str, tuning: Ledger | TunedTensors, about: About, library: str) -> str:
+    scalars = isinstance(tuning, Ledger) and not tuning.pages
+    datasets = [name.split(":")[0] for name in _data_names(about.config) if is_hub_id(name)]
+    fields = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        **(about.licence or {"license": "unknown"}),
+        **({"datasets": datasets} if datasets else {}),
+        "tags": ["fedkseed", "federated-learning", *(["zeroth-order-optimisation"] if scalars else [])],
     }
+    # JSON is YAML too, whatever characters a folder's name has
+    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
+
+
+def _fingerprint(tuning: Ledger | TunedTensors) -> str:
+    return tuning.base.fingerprint if isinstance(tuning, Ledger) else tuning.base
+
+
+def _how(tuning: Ledger | TunedTensors, facts: Algorithm | None) -> str:
+    if isinstance(tuning, TunedTensors):
+        return f"{ATTACHED.get(facts.attaches if facts else None, 'A soft prompt of a causal language model')}, {BY_TENSORS}"
+    several = f" on each of {len(tuning.pages)} pages" if len(tuning.pages) > 1 else ""
+    how = BY_CHANGES if tuning.pages else BY_SCALARS
+    return f"{how} These weights are the base model's plus\nK such directions{several}, by the ledger's coefficients."
+
+
+def _rows(tuning: Ledger | TunedTensors, about: About) -> dict[str, str]:
+    config, rows = about.config, dict[str, str]()
+    if isinstance(tuning, Ledger):
+        rows["method"] = f"{config.facts.title if config else 'FedKSeed'} ({PAPER})"
+        rows["candidate seeds"] = f"K = {tuning.pool.size:,}, {tuning.pool.family} noise, key {tuning.pool.key:#018x}"
+    elif config is not None:
+        rows["method"] = f"{config.facts.title}: {config.facts.about}"
+    rows["rounds"] = f"{tuning.round}"
     if config is not None:
         step = "of" if config.local_unit == "steps" else "in steps of"
         rows |= {
             "a client's round": f"{config.local_steps} local {config.local_unit} {step} {config.batch_size} records",
             "learning rate": f"{config.lr:g}, {config.schedule}",
             **({} if config.facts.measures == "gradient" else {"eps": f"{config.eps:g}"}),
+            "training data": _data(config),
             "prompt template": Path(config.template).name,
         }
-    if losses is not None:
-        rows["held-out loss"] = f"{losses[0]:.4f} before, {losses[1]:.4f} after, in nats per response token"
-    if ledger.is_checkpoint:
-        rows["digest of the run's ledger"] = f"`{ledger.digest()}`"
-    rows["digest of the published ledger"] = f"`{published.digest()}`, {len(published.encode()):,} bytes"
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    # JSON's text is YAML's too, whatever characters a folder's name has
-    return f"""\
----
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {json.dumps(base, ensure_ascii=False)}
-tags:
-- fedkseed
-- federated-learning{"" if by_gradients else chr(10) + "- zeroth-order-optimisation"}
----
+    if about.losses is not None:
+        rows["held-out loss"] = f"{about.losses[0]:.4f} before, {about.losses[1]:.4f} after, in nats per response token"
+    rows["licence"] = f"the base model's, `{about.licence['license']}`" if "license" in about.licence else "the base model's"
+    if isinstance(tuning, TunedTensors):
+        return rows | {"digest of the run's tensors": f"`{tuning.digest()}`"}
+    if tuning.is_checkpoint:
+        rows["digest of the run's ledger"] = f"`{tuning.digest()}`"
+    published = tuning.published()
+    return rows | {"digest of the published ledger": f"`{published.digest()}`, {len(published.encode()):,} bytes"}
 
-# {base}, tuned with fedkseed
 
-{HOW[by_gradients]} These weights are the base model's plus
-K such directions{several}, by the ledger's coefficients.
+def _data_names(config: RunConfig | None) -> list[str]:
+    source = config.data if isinstance(config, SimulationConfig) else None
+    return [] if source is None or source.startswith(IN_MEMORY) else public_names(source)
 
-| | |
-| --- | --- |
-{table}
 
-`fedkseed.apply(base_model, ledger)` gives these weights again. To load them:
+def _data(config: RunConfig) -> str:
+    if not isinstance(config, SimulationConfig):
+        return "the clients' own records"
+    names = ", ".join(f"`{name}`" for name in _data_names(config)) or str(config.data).removeprefix(IN_MEMORY)
+    shuffled = ", responses shuffled among the prompts" if config.responses == "shuffled" else ""
+    return f"{names}, dealt out to simulated clients{shuffled}"
 
-{LOADING}
+
+def _asking(prompt: Prompt | None) -> str:
+    if prompt is None:
+        return ""
+    given = "; an input goes in as `input=...`" if prompt.language == "toml" else ""
+    return f"""
+## How it is asked
+
+Its tokenizer's chat template writes prompts as the records of the run had them{given}:
+
+{_fenced(ASKING, "python")}
+
+The prompt template `{prompt.name}`:
+
+{_fenced(prompt.text, prompt.language)}
 """
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block, by a fence that the text does not have."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"

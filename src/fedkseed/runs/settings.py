@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fedkseed.data import TEMPLATES, Template, columns_text, get_template, parse_arguments, parse_columns, resolve_source
+from fedkseed.data import TEMPLATES, Known, columns_text, get_template, parse_arguments, parse_columns, resolve_source
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.runs.validation import Words, validated
@@ -81,7 +81,7 @@ class RunConfig(FederationConfig):
             self.prompts()
         return self
 
-    def prompts(self, template: str | None = None) -> Template:
+    def prompts(self, template: str | None = None) -> Known:
         """The prompt template of these settings, or another one in its place.
 
         Raises:
