@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -140,7 +141,7 @@ def test_other_records_have_another_name_and_are_another_run(tiny: Path, tmp_pat
     changed = [*rows[:-1], rows[-1] | {"response": "red"}]
     assert changed != rows
     with pytest.raises(
-        ConfigError, match=r"^data is 'in memory: 60 records, .*', the run in .* was started with 'in memory: 60"
+        ConfigError, match=r"^the clients' records are others \(digest [0-9a-f]{8}, it was [0-9a-f]{8}\) when round 1"
     ):
         fk.simulate(settings | {"data": changed}, tmp_path / "run")
 
@@ -267,12 +268,13 @@ def test_a_second_call_is_finished_at_once_and_more_rounds_go_on(tiny: Path, tmp
     [
         (
             {"lr": 0.02},
-            "lr is 0.02, the run in RUN was started with 0.01; give its own settings to go on with it, or another folder",
+            "--lr is 0.02, it was 0.01 when round 1 of RUN was made; go on with the run's own, or add --accept-changes (in "
+            "Python accept_changes=True)",
         ),
-        ({"loss_clip": 2.0}, "loss_clip is 2.0, the run in RUN was started with None; give"),
+        ({"loss_clip": 2.0}, "--loss-clip is 2.0, it was None when round 1 of RUN was made; go on"),
         (
             {"algorithm": "fedkseed-pro", "seed": 8},
-            "algorithm is 'fedkseed-pro', the run in RUN was started with 'fedkseed'; give",
+            "--algorithm is fedkseed-pro, it was fedkseed when round 1 of RUN was made (and --seed too); go on",
         ),
     ],
     ids=str,
@@ -435,5 +437,26 @@ def test_another_base_model_is_refused(tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny, num_rounds=1, local_steps=1)
     fk.simulate(settings, tmp_path / "run")
     other = tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(ConfigError, match=r"^model is '.*other', the run in .* was started with '.*model'; give its own"):
+    before = contents(tmp_path / "run")
+    with pytest.raises(LedgerError, match=r"^ledger\.safetensors is of another base model than .*other: "):
         fk.simulate(settings | {"model": str(other)}, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_goes_on_with_moved_files_and_with_changes_that_are_accepted(
+    tiny: Path, tmp_path: Path, rows: list[dict[str, str]]
+) -> None:
+    """The same records from memory are the same; a rate that is asked for is taken, told, and then the run's own."""
+    settings, watcher = tiny_settings(tiny, num_rounds=1, local_steps=1), Watcher()
+    fk.simulate(settings, tmp_path / "run")
+    moved = settings | {"data": rows, "model": str(shutil.copytree(tiny / "model", tmp_path / "moved")), "num_rounds": 2}
+    result = fk.simulate(moved, tmp_path / "run", watcher)
+    assert result.ledger.digest() == fk.simulate(settings | {"num_rounds": 2}, tmp_path / "whole").ledger.digest()
+    assert not any("from here on" in note for note in watcher.notes)
+    changed = settings | {"num_rounds": 3, "lr": 0.02}
+    with pytest.raises(ConfigError, match=r"^--lr is 0.02, it was 0.01 when round 2 of"):
+        fk.simulate(changed, tmp_path / "run")
+    other = fk.simulate(changed, tmp_path / "run", watcher, accept_changes=True)
+    assert "from here on --lr is 0.02, it was 0.01" in watcher.notes
+    assert other.ledger.digest() != fk.simulate(settings | {"num_rounds": 3}, tmp_path / "whole").ledger.digest()
+    assert fk.simulate(changed | {"num_rounds": 4}, tmp_path / "run").ledger.round == 4

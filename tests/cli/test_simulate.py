@@ -207,14 +207,50 @@ def test_resuming_on_a_full_disk_is_one_line(fedkseed: CommandLine, copied: Path
 # --- Resuming what cannot be resumed ---
 
 
-@pytest.mark.parametrize(
-    "flag", [("--lr", 1), ("--seed", 8), ("--run", "elsewhere"), ("--config", "x.toml"), ("--noise", "gaussian")]
-)
-def test_resume_takes_no_other_setting(fedkseed: CommandLine, copied: Path, flag: tuple[str, object]) -> None:
+@pytest.mark.parametrize("flag", [("--lr", 1), ("--seed", 8), ("--noise", "gaussian"), ("--num-clients", 5)])
+def test_resume_takes_no_other_setting_unasked(fedkseed: CommandLine, copied: Path, flag: tuple[str, object]) -> None:
     before = contents(copied)
     result = fedkseed("simulate", "--resume", copied, *flag)
-    assert_one_line(result, 2, f"{flag[0]} can't be given with --resume", "only --num-rounds can")
+    assert_one_line(result, 2, f"{flag[0]} is {flag[1]}", f"when round 3 of {copied} was made", "or add --accept-changes")
     assert contents(copied) == before
+
+
+@pytest.mark.parametrize("flag", [("--run", "elsewhere"), ("--config", "x.toml")])
+def test_resume_takes_no_other_folder(fedkseed: CommandLine, copied: Path, flag: tuple[str, object]) -> None:
+    assert_one_line(fedkseed("simulate", "--resume", copied, *flag), 2, f"{flag[0]} can't be given with --resume")
+
+
+def test_changes_are_accepted_of_a_resume_only(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--run", tmp_path / "run", "--accept-changes")
+    assert_one_line(result, 2, "--accept-changes is of --resume, which is missing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_moved_model_and_moved_data_are_named_and_checked(
+    fedkseed: CommandLine, tiny: Path, other_model: Path, copied: Path, tmp_path: Path
+) -> None:
+    """Under their new names the run ends as it would have; others in their places are refused, and nothing is changed."""
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace(str(tiny), str(tmp_path / "gone")))
+    assert_one_line(fedkseed("simulate", "--resume", copied), 2, "--model is ", "if it was moved, add --model NEW")
+    new = ["--model", shutil.copytree(tiny / "model", tmp_path / "model")]
+    assert_one_line(fedkseed("simulate", "--resume", copied, *new), 2, "--data is ", "if it was moved, add --data NEW")
+    data = Path(shutil.copy(tiny / "records.jsonl", tmp_path / "moved.jsonl"))
+    lines = data.read_text().splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(["{}", *lines[1:]]).replace("{}", lines[1]))
+    more = ["simulate", "--resume", copied, "--num-rounds", 4]
+    before = contents(copied) | {".lock": b""}
+    result = fedkseed(*more, *new, "--data", other)
+    assert_one_line(result, 2, "the clients' records are others (digest", f"when round 3 of {copied} was made")
+    result = fedkseed(*more, "--model", other_model, "--data", data)
+    assert result.stderr.startswith("fedkseed: ledger.safetensors is of another base model than"), result
+    assert contents(copied) | {".lock": b""} == before
+    assert fedkseed(*more, *new, "--data", data).code == 0
+    whole = tmp_path / "whole"
+    assert fedkseed("simulate", *flags(tiny_settings(tiny, num_rounds=4)), "--run", whole).code == 0
+    assert (copied / "ledger.safetensors").read_bytes() == (whole / "ledger.safetensors").read_bytes()
+    assert str(tmp_path / "moved.jsonl") in config.read_text()
 
 
 def test_resume_of_no_run_is_one_line(fedkseed: CommandLine, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,20 +30,29 @@ class TunedTensors:
         base: fingerprint of the base model, before anything was attached to it.
         round: number of rounds that have gone in.
         tensors: by name, float32.
+        made_with: what a run's checkpoint says of its settings and records (`fedkseed.runs.provenance`); no part of the
+            digest.
     """
 
     algorithm: str
     base: str
     round: int
     tensors: Tensors
+    made_with: Mapping[str, Any] | None = None
+
+    def stamped(self, made_with: Mapping[str, Any] | None) -> TunedTensors:
+        """The same with what it was made with."""
+        return replace(self, made_with=made_with)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the file's bytes."""
-        return hashlib.sha256(self.encode()).hexdigest()
+        """SHA-256 (hex) of the file's bytes, but for what it was made with."""
+        return hashlib.sha256(self.stamped(None).encode()).hexdigest()
 
     def encode(self) -> bytes:
         """The bytes of the file; the same for equal content."""
-        about = {"format": FORMAT, "algorithm": self.algorithm, "base": self.base, "round": self.round}
+        about: dict[str, Any] = {"format": FORMAT, "algorithm": self.algorithm, "base": self.base, "round": self.round}
+        if self.made_with is not None:
+            about["made_with"] = dict(self.made_with)
         metadata = {METADATA: json.dumps(about, sort_keys=True, separators=(",", ":"))}
         data: bytes = save({name: self.tensors[name] for name in sorted(self.tensors)}, metadata=metadata)
         return data
@@ -74,7 +85,9 @@ class TunedTensors:
                 tensors: dict[str, torch.Tensor] = load(file.read())
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}")
-            return cls(str(about["algorithm"]), str(about["base"]), int(about["round"]), tensors)
+            if not isinstance(made_with := about.get("made_with"), dict | None):
+                raise ValueError("made_with is no table")
+            return cls(str(about["algorithm"]), str(about["base"]), int(about["round"]), tensors, made_with)
         except OSError as error:
             raise RunError(f"{path}: cannot read the run's tensors ({error.strerror}); restore them from a copy") from error
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from fedkseed.runs.simulation import Simulation
 
 
-def simulate(run: Path | None, resume: Path | None, config: Path | None, log: list[str] | None, **flags: str | None) -> None:
+def simulate(
+    run: Path | None,
+    resume: Path | None,
+    accept_changes: bool,
+    config: Path | None,
+    log: list[str] | None,
+    **flags: str | None,
+) -> None:
     """Federated tuning on this machine: every client simulated in turn, with real messages.
 
     Settings come from flags, else from the --config file (TOML; the same words with underscores), else from defaults.
@@ -32,8 +39,10 @@ def simulate(run: Path | None, resume: Path | None, config: Path | None, log: li
     given = {name: value for name, value in flags.items() if value is not None}
     trackers = check_trackers(log or ())
     if resume is not None:
-        _resume(resume, run, config, given, trackers)
+        _resume(resume, run, config, given, trackers, accept_changes)
         return
+    if accept_changes:
+        raise ConfigError("--accept-changes is of --resume, which is missing; leave it out, or say which run to go on with")
     chosen = {**(read_settings_file(config) if config else {}), **given}
     # checked before the rate is looked for, which takes long
     settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
@@ -76,24 +85,43 @@ def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
     return {"lr": found.lr} if keep_eps or eps is None else {"lr": found.lr, "eps": eps}
 
 
-def _resume(resume: Path, run: Path | None, config: Path | None, given: dict[str, str], log: Sequence[str]) -> None:
+def _resume(
+    resume: Path, run: Path | None, config: Path | None, given: dict[str, str], log: Sequence[str], accept_changes: bool
+) -> None:
     from fedkseed.cli.display import watching
     from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.provenance import check_same
     from fedkseed.runs.records import prepare
 
-    others = [flag(name) for name in given if name != "num_rounds"]
-    others += [name for name, value in (("--run", run), ("--config", config)) if value is not None]
-    if others:
-        raise ConfigError(f"{others[0]} can't be given with --resume, which keeps the run's settings; only --num-rounds can")
+    for name, value in (("--run", run), ("--config", config)):
+        if value is not None:
+            raise ConfigError(f"{name} can't be given with --resume, which goes on in the run's folder with its settings")
     folder = RunFolder.open(resume)
-    settings = build({**folder.simulation.model_dump(), **given})
+    settings = _moved(folder, given)
+    check_same(folder, folder.load_checkpoint(), settings, None, accept_changes)  # what takes no reading of records
     with watching(settings) as observer:
         with _interruptible():
             records = prepare(settings, observer)
-        with folder.held():  # before the checkpoint is read: nobody moves it on meanwhile
-            if given:
-                folder.write_config(settings)
-            train(folder, records, observer, _go_on(resume), log=log)
+        train(folder, records, observer, _go_on(resume), log=log, config=settings, accept_changes=accept_changes)
+
+
+def _moved(folder: RunFolder, given: dict[str, str]) -> SimulationConfig:
+    """A run's settings with what is given beside them; says how to go on where a file that they name has been moved.
+
+    Raises:
+        ConfigError: a setting is out of its range, or names a file that is not there.
+    """
+    stored = folder.simulation.model_dump()
+    model = Path(stored["model"])
+    if "model" not in given and model.is_absolute() and not model.is_dir():
+        raise ConfigError(f"--model is {str(model)!r}: there is no such folder any more; if it was moved, add --model NEW")
+    try:
+        return build({**stored, **given})
+    except ConfigError as error:
+        for name in ("data", "eval_data", "template"):
+            if name not in given and str(error).startswith(f"{flag(name)} is "):
+                raise ConfigError(f"{error}; if it was moved, add {flag(name)} NEW") from error
+        raise
 
 
 def _go_on(folder: Path) -> str:
@@ -117,6 +145,8 @@ def train(
     resume: str,
     before: Callable[[Simulation], None] = lambda simulation: None,
     log: Sequence[str] = (),
+    config: SimulationConfig | None = None,
+    accept_changes: bool = False,
 ) -> Simulation:
     """Load the model and do the rounds that are left; Ctrl-C says what is safe and how to go on.
 
@@ -127,6 +157,7 @@ def train(
         resume: the command that goes on with the run.
         before: called with the simulation before its first round.
         log: trackers; see `fedkseed.runs.trackers`.
+        config, accept_changes: see `Simulation`.
 
     Raises:
         FedKSeedError: see `Simulation`.
@@ -134,9 +165,10 @@ def train(
     from fedkseed.runs.simulation import Simulation
 
     try:
-        simulation = Simulation(folder, records, observer, log=log)
-        before(simulation)
-        checkpoint = simulation.train()
+        with folder.held():  # before the checkpoint is read: nobody moves it on meanwhile
+            simulation = Simulation(folder, records, observer, log=log, config=config, accept_changes=accept_changes)
+            before(simulation)
+            checkpoint = simulation.train()
     except KeyboardInterrupt:
         saved = folder.load_checkpoint()
         where = f"round {saved.round} is safe" if saved else "no round was done yet"
@@ -186,6 +218,10 @@ def _give_signature(command: Any, options: dict[str, tuple[Any, Any]]) -> None:
 RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
     "run": (Annotated[Path | None, typer.Option(help="folder of the run [default: runs/, named by the time]")], None),
     "resume": (Annotated[Path | None, typer.Option(help="go on with the run in this folder")], None),
+    "accept_changes": (
+        Annotated[bool, typer.Option("--accept-changes", help="go on although the run had other settings or records")],
+        False,
+    ),
     "log": (
         Annotated[
             list[str] | None,

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation.config import FederationConfig, Limits
@@ -72,8 +72,17 @@ class Checkpoint(Protocol):
         """How many rounds have gone in."""
         ...
 
+    @property
+    def made_with(self) -> Mapping[str, Any] | None:
+        """What it says of the settings and records that it was made with, if anything."""
+        ...
+
+    def stamped(self, made_with: Mapping[str, Any] | None) -> Self:
+        """The same with what it was made with."""
+        ...
+
     def digest(self) -> str:
-        """Equal digests mean equal checkpoints."""
+        """Equal digests mean equal checkpoints, whatever they were made with."""
         ...
 
     def save(self, path: str | Path) -> None:

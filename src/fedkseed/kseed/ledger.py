@@ -77,6 +77,8 @@ class Ledger:
         pages: of a run of changes all its pages; pool and coefficients are then those of the last one, which is open.
         state: what such a run needs to go on, columns by name: the open page's numbers before coding and the optimiser's
             state; None in the published form.
+        made_with: what a run's checkpoint says of its settings and records (`fedkseed.runs.provenance`); no part of the
+            digest, and None in the published form.
 
     Raises:
         InvalidValueError: the coefficients are not K numbers of that precision, or not those of the history; or the round is
@@ -91,6 +93,7 @@ class Ledger:
     history: History | None
     pages: tuple[Page, ...] = ()
     state: Mapping[str, NDArray[np.float64]] | None = None
+    made_with: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if type(self.round) is not int or self.round < 0:
@@ -148,7 +151,11 @@ class Ledger:
 
     def published(self) -> Ledger:
         """The same model without what only the run needs: 8 to 16 KB for K = 4096."""
-        return replace(self, history=None, state=None)
+        return replace(self, history=None, state=None, made_with=None)
+
+    def stamped(self, made_with: Mapping[str, Any] | None) -> Ledger:
+        """The same with what it was made with."""
+        return replace(self, made_with=made_with)
 
     @property
     def is_checkpoint(self) -> bool:
@@ -164,9 +171,9 @@ class Ledger:
         return cls(page.pool, base, wire, round, page.coefficients(), None, tuple(pages), state)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of everything the ledger holds; equal digests mean equal ledgers."""
+        """SHA-256 (hex) of everything the ledger holds but what it was made with; equal digests mean equal ledgers."""
         metadata, tensors = self._content()
-        digest = hashlib.sha256(metadata.encode())
+        digest = hashlib.sha256(_canonical(metadata).encode())
         for name in sorted(tensors):
             digest.update(f"\n{name} {tensors[name].dtype.str} {tensors[name].shape}\n".encode())
             digest.update(tensors[name].tobytes())
@@ -175,7 +182,9 @@ class Ledger:
     def encode(self) -> bytes:
         """The bytes of the ledger's file; the same for equal ledgers."""
         metadata, tensors = self._content()
-        data: bytes = save_tensors(tensors, metadata={METADATA: metadata})
+        if self.made_with is not None:
+            metadata["made_with"] = dict(self.made_with)
+        data: bytes = save_tensors(tensors, metadata={METADATA: _canonical(metadata)})
         return data
 
     def save(self, path: str | Path) -> None:
@@ -231,11 +240,14 @@ class Ledger:
                 "use the fedkseed that wrote it"
             )
         try:
-            return cls._from_content(metadata, tensors) if found == FORMAT else cls._from_pages(metadata, tensors)
+            ledger = cls._from_content(metadata, tensors) if found == FORMAT else cls._from_pages(metadata, tensors)
+            if not isinstance(made_with := metadata.get("made_with"), dict | None):
+                raise ValueError("made_with is no table")
+            return ledger.stamped(made_with)
         except (KeyError, TypeError, ValueError, FedKSeedError) as error:
             raise LedgerError(f"ledger is damaged ({error!s:.200}); restore it from a copy") from error
 
-    def _content(self) -> tuple[str, dict[str, NDArray[Any]]]:
+    def _content(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         metadata: dict[str, Any] = {
             "format": FORMAT,
             "pool": {"key": f"{self.pool.key:016x}", "size": self.pool.size, "family": self.pool.family},
@@ -254,7 +266,7 @@ class Ledger:
             packed = pack(self.coefficients, self.precision)
             metadata["exponent"] = packed.exponent
             tensors["coefficients"] = np.frombuffer(packed.numbers, DTYPES[self.precision])
-        return json.dumps(metadata, sort_keys=True, separators=(",", ":")), tensors
+        return metadata, tensors
 
     def _add_pages(self, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
         """What format 2 has beside or in place of format 1's content."""
@@ -312,6 +324,10 @@ class Ledger:
         if not np.isfinite(sums).all() or sums.min() < 0 or history.grad_counts.min() < 0:
             raise ValueError("a seed's sum or number of gradients is negative or not finite")
         return cls(pool, base, precision, _round(metadata), rounded(history.accumulators, precision), history)
+
+
+def _canonical(metadata: dict[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, separators=(",", ":"))
 
 
 def _base(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> BaseIdentity:

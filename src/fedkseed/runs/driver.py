@@ -154,7 +154,7 @@ class Driver:
         }
         # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
         self.run.append_metrics(event)
-        self.server.checkpoint.save(self.run.checkpoint_path)
+        self.run.save_checkpoint(self.server.checkpoint)
         self._tell(event)
         return event
 

@@ -42,10 +42,12 @@ class RunFolder:
         path: where it is.
         config: the settings: a `SimulationConfig` where the clients were simulated.
         driver: what the driver of the rounds noted beside them; empty for `fedkseed simulate`.
+        made_with: what the checkpoints that are saved here say of their settings and records.
     """
 
     def __init__(self, path: Path, config: RunConfig, driver: Mapping[str, Any] | None = None) -> None:
         self.path, self.config, self.driver = path, config, dict(driver or {})
+        self.made_with: Mapping[str, Any] | None = None
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunFolder:
@@ -157,8 +159,29 @@ class RunFolder:
         return Ledger.load(self.ledger_path) if self.ledger_path.exists() else None
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """Where the run is, whichever its algorithm; None before the first round is done."""
-        return kind_of(self.config.facts).load(self.checkpoint_path) if self.checkpoint_path.exists() else None
+        """Where the run is, whichever its algorithm; None before the first round is done.
+
+        Raises:
+            RunFolderError: the folder holds the checkpoint of another kind of algorithm.
+            FedKSeedError: it cannot be read.
+        """
+        if self.checkpoint_path.exists():
+            return kind_of(self.config.facts).load(self.checkpoint_path)
+        for file in {kind.file for kind in KINDS.values()}:
+            if (self.path / file).exists():
+                raise RunFolderError(
+                    f"{self.path} holds {file}, which --algorithm {self.config.algorithm} does not make; go on with the run's "
+                    "own settings, or choose another --run"
+                )
+        return None
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint.
+
+        Raises:
+            FedKSeedError: it cannot be written; the old one is as it was.
+        """
+        checkpoint.stamped(self.made_with).save(self.checkpoint_path)
 
     def recorded(self) -> Metrics:
         """What `metrics.jsonl` holds, and what of it is damaged."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.errors import ConfigError, RunError
+from fedkseed.errors import RunError
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.envelope import Request
@@ -18,10 +18,11 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
 from fedkseed.runs.algorithms import kind_of
 from fedkseed.runs.driver import Driver
-from fedkseed.runs.folder import CONFIG, RunFolder, new_folder, settings_of
+from fedkseed.runs.folder import CONFIG, RunFolder, new_folder
 from fedkseed.runs.inputs import separate
 from fedkseed.runs.memory import peak_memory
 from fedkseed.runs.observer import Nobody, Observer, Probe
+from fedkseed.runs.provenance import check_same, made_with
 from fedkseed.runs.records import Records, prepare
 from fedkseed.runs.settings import AUTO, SimulationConfig, build, settings_given
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch
@@ -41,8 +42,11 @@ class Simulation:
         observer: who watches.
         model: the loaded base model, in place of the one that the settings name; it is tuned in place.
         log: trackers that get all numbers too; see `fedkseed.runs.trackers`.
+        config: settings to go on with in place of the folder's, which they replace once it is known that they can be used.
+        accept_changes: go on although the run was made with other settings or records.
 
     Raises:
+        ConfigError: the run was made with other settings or records; see `check_same`.
         FedKSeedError: the model or the checkpoint cannot be used.
     """
 
@@ -53,8 +57,12 @@ class Simulation:
         observer: Observer,
         model: PreTrainedModel | None = None,
         log: Sequence[str] = (),
+        config: SimulationConfig | None = None,
+        accept_changes: bool = False,
     ) -> None:
-        config = run.config
+        config = config or run.simulation
+        checkpoint = run.load_checkpoint()
+        changes = check_same(run, checkpoint, config, records, accept_changes)
         self.run, self.config, self.observer = run, config, observer
         self._records, self._watch = records, Stopwatch()
         if model is None:
@@ -62,9 +70,16 @@ class Simulation:
         model.train(False)
         d, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
         observer.note(f"model: {config.model}, {d:,} parameters in {dtype}")
-        federation = kind_of(config.facts).federate(config, model, run.load_checkpoint(), records, self._watch)
+        federation = kind_of(config.facts).federate(config, model, checkpoint, records, self._watch)
         self.model, self.server, self.clients = federation.model, federation.server, federation.clients
         self.restore = federation.restore
+        if config != run.config:
+            run.write_config(config)
+        run.made_with = made_with(config, records)
+        for change in changes:
+            observer.note(f"from here on {change}")
+        if changes and checkpoint is not None:  # else the next resume would refuse what was accepted now
+            run.save_checkpoint(checkpoint)
         self._driver = Driver(run, self.server, observer, log=log)
 
     def train(self) -> Checkpoint:
@@ -130,6 +145,7 @@ def simulate(
     run: str | Path | None = None,
     observer: Observer | None = None,
     log: Sequence[str] = (),
+    accept_changes: bool = False,
 ) -> Result:
     """Tune a model by a federation of simulated clients; what `fedkseed simulate` does (docs/python.md).
 
@@ -141,10 +157,11 @@ def simulate(
         run: the run's folder; one that holds a run with these settings is gone on with. None makes one under `runs/`.
         observer: who watches: None for nobody, `fedkseed.Progress()` for a bar.
         log: where the numbers go beside the folder: `tensorboard`, `trackio`, `wandb`.
+        accept_changes: go on with a run although it was made with other settings or records.
 
     Raises:
-        ConfigError: a setting is unknown, missing or out of its range; or the folder's run has others; or a tracker is not
-            installed.
+        ConfigError: a setting is unknown, missing or out of its range; or the folder's run has others, or other records; or a
+            tracker is not installed.
         FedKSeedError: the data, the model or the folder cannot be used.
     """
     named, inputs = separate(settings_given(settings))
@@ -156,31 +173,16 @@ def simulate(
         if isinstance(found, Calibration):
             named.setdefault("eps", found.eps)
     config = build(named)
-    folder = open_or_create(new_folder(Path("runs")) if run is None else Path(run), config)
+    path = new_folder(Path("runs")) if run is None else Path(run)
+    if (path / CONFIG).exists():
+        folder = RunFolder.open(path)
+        config = config.model_copy(update={"num_rounds": max(config.num_rounds, folder.config.num_rounds)})
+        check_same(folder, folder.load_checkpoint(), config, None, accept_changes)  # what takes no reading of records
+    else:
+        folder = RunFolder.create(path, config)
     with folder.held():
-        simulation = Simulation(folder, prepare(config, watch, inputs), watch, inputs.model, trackers)
+        records = prepare(config, watch, inputs)
+        simulation = Simulation(folder, records, watch, inputs.model, trackers, config, accept_changes)
         checkpoint = simulation.train()
         simulation.restore()
     return Result(folder.path, checkpoint, folder.recorded().losses)
-
-
-def open_or_create(path: Path, config: SimulationConfig) -> RunFolder:
-    """A new run's folder, or that of the run with these settings (but for more rounds) that lies there.
-
-    Raises:
-        ConfigError: it holds a run with others.
-        RunError: it cannot be read or written.
-    """
-    if not (path / CONFIG).exists():
-        return RunFolder.create(path, config)
-    folder = RunFolder.open(path)
-    before, now = settings_of(folder.config), settings_of(config)
-    for name in sorted((before.keys() | now.keys()) - {"num_rounds"}):
-        if before.get(name) != now.get(name):
-            raise ConfigError(
-                f"{name} is {now.get(name)!r}, the run in {path} was started with {before.get(name)!r}; "
-                "give its own settings to go on with it, or another folder"
-            )
-    if config.num_rounds > folder.config.num_rounds:
-        folder.write_config(config)
-    return folder
