@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_other_settings_are_refused(sites: Path, tmp_path: Path) -> None:
     started(config, federation(sites, config))
     with pytest.raises(ConfigError, match=r"run-config lr is 0\.02, the run in .* was started with 0\.01"):
         build_strategy(read_config({**config, "lr": 0.02}))
+
+
+def test_a_moved_model_is_taken_and_another_runs_ledger_is_not(sites: Path, tmp_path: Path, expected: Ledger) -> None:
+    config = run_config(sites, tmp_path / "run", num_rounds=2)
+    started(config, federation(sites, config))
+    moved = run_config(sites, tmp_path / "run", model=str(shutil.copytree(sites / "model", tmp_path / "moved")))
+    assert started(moved, federation(sites, moved)).digest() == expected.digest()
+    other = run_config(sites, tmp_path / "other", num_rounds=1, lr=0.02)
+    started(other, federation(sites, other))
+    shutil.copy(tmp_path / "other" / "ledger.safetensors", tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"^--lr is 0\.01, it was 0\.02 when round 1 of .*; go on with the run's own settings, or"
+    ):
+        build_strategy(read_config(moved))
 
 
 def test_another_base_model_is_refused(sites: Path, other_model: Path, tmp_path: Path) -> None:

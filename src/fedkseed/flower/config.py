@@ -14,7 +14,9 @@ from fedkseed.data.cache import cache_folder
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
-from fedkseed.runs.folder import CONFIG, RunFolder, read_settings, settings_of
+from fedkseed.runs.folder import CONFIG, RunFolder, settings_of
+from fedkseed.runs.provenance import check_same, made_with
+from fedkseed.runs.records import Records
 from fedkseed.runs.settings import DEALING, RunConfig, SimulationConfig
 from fedkseed.runs.trackers import TRACKERS
 from fedkseed.runs.validation import Words, validated
@@ -22,6 +24,9 @@ from fedkseed.runs.validation import Words, validated
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation")
 CHANGEABLE = ("run", "clients", "num_rounds", "min_clients", "deadline", "eval_every", "eval_limit", "eval_data")
 """What may differ when a run is gone on with: none of it says what a client computes."""
+MOVABLE = {"model", "data", "template"}
+"""Files whose content is known once a round is done."""
+OWN = "go on with the run's own settings, or choose another run folder"
 
 
 class FlowerConfig(RunConfig):
@@ -183,24 +188,35 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
     )
 
 
-def open_run(config: FlowerConfig) -> RunFolder:
-    """The run's folder: made if there is none, else the one to go on with.
+def open_run(config: FlowerConfig, records: Records | None = None) -> RunFolder:
+    """The run's folder, with these settings: the one to go on with if there is one; nothing is written yet.
+
+    Files may have been moved: once a round is done, the base model is known by its fingerprint and the records that are dealt
+    out by their digest.
+
+    Args:
+        config: the settings.
+        records: those that the simulation engine deals out.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
-        RunError: it cannot be read or written.
+        ConfigError: the folder holds a run with other settings or records.
+        FedKSeedError: it cannot be read.
     """
     driver = config.driver()
     if (config.run / CONFIG).exists():
-        before, noted = read_settings(config.run)
-        now, before = settings_of(config) | driver, before | noted
-        for name in sorted((before.keys() | now.keys()) - set(CHANGEABLE)):
+        stored = RunFolder.open(config.run)
+        checkpoint, noted = stored.load_checkpoint(), stored.driver
+        known = set() if checkpoint is None else {"model"} if records is None or checkpoint.made_with is None else MOVABLE
+        now, before = settings_of(config) | driver, settings_of(stored.config) | noted
+        for name in sorted((before.keys() | now.keys()) - {*CHANGEABLE, *known}):
             if config.facts.takes(name) and before.get(name) != now.get(name):
                 raise ConfigError(
                     f"run-config {_kebab(name)} is {now.get(name)!r}, the run in {config.run} was started with "
-                    f"{before.get(name)!r}; go on with the run's own settings, or choose another run folder"
+                    f"{before.get(name)!r}; {OWN}"
                 )
+        if checkpoint is not None and checkpoint.made_with is not None:
+            check_same(stored, checkpoint, config, records, remedy=OWN)
         driver |= {"clients": noted["clients"]} if "clients" in noted else {}
-    run = RunFolder(config.run, config)
-    run.write_config(config, driver)
+    run = RunFolder(config.run, config, driver)
+    run.made_with = made_with(config, records)
     return run

@@ -18,6 +18,8 @@ from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_tokenizer
 from fedkseed.runs.algorithms import check_base
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.records import Records
 from fedkseed.runs.trackers import check_trackers
 
 
@@ -28,7 +30,8 @@ def server_app() -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = read_config(context.run_config)
-        build_strategy(config).start(grid)
+        with RunFolder(config.run, config).held():  # before the folder is read: nobody moves the run on meanwhile
+            build_strategy(config).start(grid)
 
     return app
 
@@ -41,10 +44,11 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     """
     check_trackers(config.trackers, "run-config log")
     log(INFO, "reading data and base model: %s", config.model)
-    config, held_out = _with_records(config)
+    config, dealt, held_out = _with_records(config)
     loaded = load_for(config, training=False)
-    run = open_run(config)
+    run = open_run(config, dealt)
     base = check_base(run.load_ledger(), loaded, config.model)
+    run.write_config(config, run.driver)
     weight_bytes = sum(p.nbytes for p in loaded.model.parameters())
     if held_out is None:
         load_bound.cache_clear()  # only the identity is needed, not the weights
@@ -58,14 +62,16 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     return FedKSeed(run, config, base, weight_bytes, evaluate)
 
 
-def _with_records(config: FlowerConfig) -> tuple[FlowerConfig, tuple[list[EncodedExample], int] | None]:
-    """The settings, with no more clients than the records have where those are dealt out, and what to evaluate on here with
-    what padding holds; None where clients evaluate their own."""
+def _with_records(
+    config: FlowerConfig,
+) -> tuple[FlowerConfig, Records | None, tuple[list[EncodedExample], int] | None]:
+    """The settings, with no more clients than the records have where those are dealt out; these records; and what to evaluate
+    on here with what padding holds, None where clients evaluate their own."""
     if isinstance(config, EngineConfig):
         records = simulated_records(config)
         counted = config.model_copy(update={"num_clients": min(config.num_clients, len(records.clients))})
-        return counted, (records.held_out, records.pad_id)
+        return counted, records, (records.held_out, records.pad_id)
     if config.eval_data is not None:
         examples = drawn(config, read_examples(config, config.eval_data, "evaluation", "test"))
-        return config, (examples, pad_token_id(load_tokenizer(config.model)))
-    return config, None
+        return config, None, (examples, pad_token_id(load_tokenizer(config.model)))
+    return config, None, None

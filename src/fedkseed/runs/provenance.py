@@ -20,6 +20,10 @@ from fedkseed.runs.settings import RunConfig, SimulationConfig, flag
 
 FREE = frozenset({"num_rounds", "eval_every", "eval_limit", "eval_data", "model", "data", "template"})
 """Settings that may change: what is evaluated, how long the run is, and names of what is known by its content."""
+REMEDY = (
+    "go on with the run's own, or add --accept-changes (in Python accept_changes=True) for a run that no longer is that of one "
+    "set of settings"
+)
 
 
 def made_with(config: RunConfig, records: Records | None) -> dict[str, Any]:
@@ -40,7 +44,12 @@ def records_digest(records: Records) -> str:
 
 
 def check_same(
-    run: RunFolder, checkpoint: Checkpoint | None, config: RunConfig, records: Records | None, accept_changes: bool = False
+    run: RunFolder,
+    checkpoint: Checkpoint | None,
+    config: RunConfig,
+    records: Records | None,
+    accept_changes: bool = False,
+    remedy: str = REMEDY,
 ) -> list[str]:
     """Refuse to go on with settings or records that the run was not made with, unless that is asked for.
 
@@ -50,6 +59,7 @@ def check_same(
         config: the settings to go on with.
         records: the clients' records; None for those of clients elsewhere.
         accept_changes: go on with the differences.
+        remedy: what the error says to do.
 
     Returns:
         The differences.
@@ -68,10 +78,7 @@ def check_same(
         (_, text), *others = found.items()
         where = f"round {checkpoint.round} of {run.path} was made" if checkpoint is not None else f"{run.path} was begun"
         more = f" (and {', '.join(name for name, _ in others)} too)" if others else ""
-        raise ConfigError(
-            f"{text} when {where}{more}; go on with the run's own, or add --accept-changes (in Python accept_changes=True) "
-            "for a run that no longer is that of one set of settings"
-        )
+        raise ConfigError(f"{text} when {where}{more}; {remedy}")
     return list(found.values())
 
 
