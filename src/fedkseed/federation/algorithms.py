@@ -80,7 +80,7 @@ class Algorithm:
 
 
 PROBES = ("eps", "noise", "loss_clip")
-SEEDS = (*PROBES, "num_seeds", "wire", "dtype")
+SEEDS = (*PROBES, "num_seeds", "wire", "dtype", "trainable")
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
     "checkpointing",

@@ -32,19 +32,22 @@ from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, bind_loaded, che
 # One model and one data set stay in a process that lives on, as the simulation engine's actors do. A SuperNode starts a
 # process for each message, so that there everything is loaded anew.
 @lru_cache(maxsize=1)
-def load_bound(source: str, dtype: Dtype, device: str, pool: SeedPool, pages: bool, checkpointing: bool = False) -> BoundModel:
+def load_bound(
+    source: str, dtype: Dtype, device: str, pool: SeedPool, trainable: str, pages: bool, checkpointing: bool = False
+) -> BoundModel:
     """Load a base model and bind it; see `bind_loaded`.
 
     Args:
         source, dtype, device: see `load_model`.
         pool: of the run, or of its first page.
+        trainable: which parameters are tuned.
         pages: whether the run has pages; those that others have opened are not for one that has not.
         checkpointing: whether backward passes recompute activations.
 
     Raises:
         FedKSeedError: the model cannot be loaded or used.
     """
-    loaded = bind_loaded(source, load_model(source, dtype, device), pool)
+    loaded = bind_loaded(source, load_model(source, dtype, device), pool, trainable)
     if checkpointing:
         checkpoint_activations(loaded.model)
     return loaded
@@ -53,7 +56,8 @@ def load_bound(source: str, dtype: Dtype, device: str, pool: SeedPool, pages: bo
 def load_for(config: FlowerConfig, *, training: bool) -> BoundModel:
     """The model that a run's settings name, to train it or to evaluate it; see `load_bound`."""
     checkpointing = training and config.checkpointing == "on"
-    return load_bound(config.model, config.dtype, config.device, seed_pool(config), config.facts.has_pages, checkpointing)
+    pool, pages = seed_pool(config), config.facts.has_pages
+    return load_bound(config.model, config.dtype, config.device, pool, config.trainable, pages, checkpointing)
 
 
 @lru_cache(maxsize=1)

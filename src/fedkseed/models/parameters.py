@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
         if entry.parameter.layout != torch.strided:
             raise BindingError(f"{entry.name} is sparse ({entry.parameter.layout}); expected a dense parameter")
     return sorted(found, key=lambda entry: entry.name)
+
+
+def tune_only(model: torch.nn.Module, trainable: str) -> None:
+    """Let exactly those parameters require a gradient that a text names: names, `*` for anything, commas between.
+
+    Args:
+        model: a bare module; a tied parameter goes by any of its names.
+        trainable: such as `*.v_proj.*,model.norm.weight`; `*` is all of them.
+
+    Raises:
+        BindingError: one of the names is no parameter's, or see `named_parameters`; nothing has changed then.
+    """
+    entries, chosen = named_parameters(model), set[str]()
+    for pattern in (part.strip() for part in trainable.split(",")):
+        matching = {entry.name for entry in entries if any(fnmatchcase(alias, pattern) for alias in entry.aliases)}
+        if not matching:
+            raise BindingError(
+                f"trainable is {trainable!r:.80}: none of the model's {len(entries)} parameters is called {pattern!r:.80}; "
+                f"their names are such as {entries[len(entries) // 2].name}, and * stands for anything"
+            )
+        chosen |= matching
+    for entry in entries:
+        entry.parameter.requires_grad_(entry.name in chosen)
 
 
 def _refuse_wrapped(model: torch.nn.Module, names: Iterable[str]) -> None:

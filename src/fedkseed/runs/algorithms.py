@@ -119,7 +119,7 @@ def over_ledger(
     Raises:
         LedgerError: the ledger is of another base model or of other settings.
     """
-    loaded = bind_loaded(config.model, model, seed_pool(config))
+    loaded = bind_loaded(config.model, model, seed_pool(config), config.trainable)
     base = check_base(ledger, loaded, config.model)
     if config.checkpointing == "on":
         checkpoint_activations(model)

@@ -41,6 +41,12 @@ class RunConfig(FederationConfig):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="precision of the weights; auto is the checkpoint's own"
     )
+    trainable: str = Field(
+        "*",
+        min_length=1,
+        description="which tensors are tuned: their names, * for anything, several with commas between, such as "
+        "*.v_proj.*,*norm*; the others keep the base's values",
+    )
     device: str = Field("cpu", description="where the model runs: cpu, cuda, or one GPU of several, such as cuda:1")
 
     @field_validator("model", "template", mode="before")

@@ -23,6 +23,7 @@ from fedkseed.models.binding import Binding, bind
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import base_path
 from fedkseed.models.pages import ClosedPage, Movement
+from fedkseed.models.parameters import tune_only
 from fedkseed.models.projection import Projection
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ class BoundModel:
         return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id, on_progress)
 
 
-def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool) -> BoundModel:
-    """Bind a model as it was loaded, all of its parameters tunable.
+def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool, trainable: str = "*") -> BoundModel:
+    """Bind a model as it was loaded.
 
     On a CPU the base is read again from the model's own files where they allow it; on a GPU it stays in memory, since the
     file would go through the bus at every rebuild.
@@ -99,11 +100,12 @@ def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool) -> B
         source: the folder or hub id that it was loaded from.
         model: as it was loaded.
         pool: of the run.
+        trainable: which parameters are tuned; see `tune_only`.
 
     Raises:
-        FedKSeedError: the model cannot be bound; see `fedkseed.bind`.
+        FedKSeedError: the model cannot be bound; see `fedkseed.bind`; or see `tune_only`.
     """
-    model.requires_grad_(True)
+    tune_only(model, trainable)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     return BoundModel(model, bind(model, pool, base_path(source, model) if on_cpu else None))
 

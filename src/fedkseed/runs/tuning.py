@@ -58,7 +58,7 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
     pooled = [example for examples in records.clients.values() for example in examples]
     model = load_model(config.model, config.dtype, config.device) if given.model is None else copy.deepcopy(given.model)
     model.train(False)
-    bound = bind_loaded(config.model, model, seed_pool(config)).bound
+    bound = bind_loaded(config.model, model, seed_pool(config), config.trainable).bound
     observer.note("calibrating: a few hundred forward passes on batches of the clients' records")
 
     def loss(batch: int) -> float:
