@@ -65,9 +65,10 @@ def tune_only(model: torch.nn.Module, trainable: str) -> None:
     for pattern in (part.strip() for part in trainable.split(",")):
         matching = {entry.name for entry in entries if any(fnmatchcase(alias, pattern) for alias in entry.aliases)}
         if not matching:
+            part_of = sum(pattern.strip("*.") in entry.name for entry in entries)
             raise BindingError(
                 f"trainable is {trainable!r:.80}: none of the model's {len(entries)} parameters is called {pattern!r:.80}; "
-                f"their names are such as {entries[len(entries) // 2].name}, and * stands for anything"
+                f"* stands for anything, and it is part of {part_of} names, which are such as {entries[-1].name}"
             )
         chosen |= matching
     for entry in entries:
