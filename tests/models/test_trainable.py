@@ -56,7 +56,7 @@ def test_a_name_that_is_no_parameters_is_refused_and_changes_nothing(wrong: str)
     pattern = wrong.rpartition(",")[2]
     with pytest.raises(
         BindingError,
-        match=rf"^trainable is '.*': none of the model's 6 parameters is called '{pattern}'".replace("*.w", r"\*.w"),
+        match=rf"^trainable is '.*': none of the model's 7 parameters is called '{pattern}'".replace("*.w", r"\*.w"),
     ):
         tune_only(model, wrong)
     assert tuned(model) == {"mid.bias"}

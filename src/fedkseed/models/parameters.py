@@ -59,20 +59,20 @@ def tune_only(model: torch.nn.Module, trainable: str) -> None:
         trainable: such as `*.v_proj.*,model.norm.weight`; `*` is all of them.
 
     Raises:
-        BindingError: one of the names is no parameter's, or see `named_parameters`; nothing has changed then.
+        BindingError: one of the names is no parameter's; nothing has changed then.
     """
-    entries, chosen = named_parameters(model), set[str]()
+    named, chosen = list(model.named_parameters(remove_duplicate=False)), set[int]()
     for pattern in (part.strip() for part in trainable.split(",")):
-        matching = {entry.name for entry in entries if any(fnmatchcase(alias, pattern) for alias in entry.aliases)}
+        matching = {id(parameter) for name, parameter in named if fnmatchcase(name, pattern)}
         if not matching:
-            part_of = sum(pattern.strip("*.") in entry.name for entry in entries)
+            part_of = sum(pattern.strip("*.") in name for name, _ in named)
             raise BindingError(
-                f"trainable is {trainable!r:.80}: none of the model's {len(entries)} parameters is called {pattern!r:.80}; "
-                f"* stands for anything, and it is part of {part_of} names, which are such as {entries[-1].name}"
+                f"trainable is {trainable!r:.80}: none of the model's {len(named)} parameters is called {pattern!r:.80}; "
+                f"* stands for anything, and it is part of {part_of} names, which are such as {named[-1][0]}"
             )
         chosen |= matching
-    for entry in entries:
-        entry.parameter.requires_grad_(entry.name in chosen)
+    for _, parameter in named:
+        parameter.requires_grad_(id(parameter) in chosen)
 
 
 def _refuse_wrapped(model: torch.nn.Module, names: Iterable[str]) -> None:
