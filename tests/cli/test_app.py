@@ -1,9 +1,12 @@
 """The program itself: quick help, versions, exit codes, usage errors."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
-from tests.support.command_line import FEDKSEED, CommandLine, Result, assert_one_line, shell
+from tests.support.command_line import FEDKSEED, CommandLine, Result, assert_one_line, flags, shell
+from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
 
@@ -47,3 +50,54 @@ def test_a_wrong_command_line_is_a_usage_error(fedkseed: CommandLine, args: list
     assert result.code == 2
     assert "Traceback" not in result.stderr
     assert "Usage: fedkseed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("inspect",), ("evaluate",), ("export", None, "out"), ("report",), ("simulate", "--resume")], ids=lambda c: c[0]
+)
+@pytest.mark.parametrize("there", [False, True], ids=["nothing", "an empty folder"])
+def test_a_run_that_is_missing_is_one_mistake_with_one_exit_code(
+    fedkseed: CommandLine, tmp_path: Path, command: tuple[str | None, ...], there: bool
+) -> None:
+    run = tmp_path / "run\nfedkseed: forged\x1b[2J"
+    if there:
+        run.mkdir()
+    words = [run if word is None else word for word in command]
+    result = fedkseed(*(words if run in words else [*words, run]))
+    assert_one_line(result, 2, r"run\nfedkseed: forged\x1b[2J")
+
+
+def test_the_help_shows_the_ten_settings_that_matter_first() -> None:
+    from typer.main import get_command
+
+    from fedkseed.cli.app import app
+
+    simulate = get_command(app).commands["simulate"]  # type: ignore[attr-defined]
+    groups: dict[str | None, list[str]] = {}
+    for option in simulate.params:
+        groups.setdefault(option.rich_help_panel, []).append(option.opts[0])
+        assert len(option.make_metavar(None)) < 30
+        assert option.help[0].isupper()
+        assert re.search(r"[.)](\\\[default: .*\]| \\\[default: .*\])?$", option.help), option.help
+    assert next(iter(groups)) is None
+    assert len(groups.pop(None)) == 10
+    assert len(groups) >= 5
+    assert all(groups.values())
+
+
+def test_completion_offers_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"COMP_WORDS": "fedkseed simulate --partition d", "COMP_CWORD": "3", "_FEDKSEED_COMPLETE": "complete_bash"}
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    done = shell(FEDKSEED)
+    assert done.stdout.split() == ["dirichlet"], done
+
+
+def test_quiet_and_verbose(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    command = ["simulate", *flags(tiny_settings(tiny, num_rounds=1))]
+    quiet = fedkseed(*command, "--run", tmp_path / "quiet", "-q")
+    assert (quiet.code, quiet.stderr) == (0, "")
+    assert [line.split(":")[0] for line in quiet.stdout.splitlines()] == ["done"]
+    loud = fedkseed(*command, "--run", tmp_path / "loud", "-v")
+    assert "client-" in loud.stdout
+    assert "seconds: " in loud.stdout

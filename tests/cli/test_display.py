@@ -1,7 +1,9 @@
 """What a person sees: plain lines where there is no terminal, a live display on one."""
 
 import io
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def test_a_live_display_shows_round_client_step_and_loss(config: Any, width: int
         display.event(ROUND)
         task = progress.tasks[0]
         assert "round 3/7" in task.description
-        assert "client-3 (2/2)" in task.description
+        assert task.description.endswith("2/2 client-3")
         assert "step 4/4" in task.description
         assert "loss 5.500" in task.description
         assert "held-out 1.2346" in task.description
@@ -128,7 +130,7 @@ def test_a_live_display_shows_round_client_step_and_loss(config: Any, width: int
     assert "a note" in text
     if width == 200:
         assert "round 2/7: held-out loss 1.2346" in text
-        assert "round 3/7  client-3 (1/2)  step 1/4  loss 2.500" in text
+        assert "round 3/7  step 1/4  loss 2.500  held-out 1.2346  1/2 client-3" in text
 
 
 def test_the_bar_counts_the_steps_of_all_rounds(config: Any) -> None:
@@ -167,7 +169,7 @@ def test_on_a_terminal_the_display_is_live(config: Any, tmp_path: Path, monkeypa
     from fedkseed.cli import display
 
     console, out = terminal()
-    monkeypatch.setattr(display, "Console", lambda: console)
+    monkeypatch.setattr(display, "new_console", lambda: console)
     with display.watching(config) as observer:
         assert isinstance(observer, display.LiveDisplay)
         observer.note("a note with [brackets]")
@@ -189,3 +191,94 @@ def test_a_live_display_survives_odd_numbers(config: Any) -> None:
             progress.refresh()
         display.event(EVALUATION | {"eval_loss": float("nan")})
     assert "held-out loss nan" in plain_text(out)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_clock_is_whole_however_long_a_name_is(config: Any, width: int) -> None:
+    from fedkseed.cli.display import LiveDisplay, live
+
+    console, out = terminal(width)
+    with live(console) as bars:
+        display = LiveDisplay(config, bars)
+        for step in range(4):
+            display.probe(Probe(3, "a-client-with-a-long-name-" * 8, 1, 2, step, 4, 2.5))
+            bars.refresh()
+        display.progress("tokenising training records", 1, 4)
+        bars.refresh()
+    lines = [line for line in re.split("[\r\n]", plain_text(out)) if "round 3/7" in line]
+    assert lines
+    assert all(re.search(r"\d:\d\d:\d\d( \(\d+:\d\d:\d\d left\)|, \d:\d\d:\d\d left)?$", line.rstrip()) for line in lines)
+    assert all(len(line) <= width for line in lines)
+
+
+@pytest.mark.parametrize(
+    "name", ["[/]", "[link=http://evil]x[/link]", "a\x1b[2Jb", "a\nround 9/9: forged", "\u202egro", "\udc80"]
+)
+def test_a_name_is_text_whatever_it_holds(config: Any, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from fedkseed.cli.console import say, show_table
+    from fedkseed.cli.display import LiveDisplay, live, looking_on
+
+    console, out = terminal(100)
+    with live(console) as bars:
+        display = LiveDisplay(config, bars)
+        display.probe(Probe(3, name, 1, 2, 0, 4, 2.5))
+        display.progress(name, 1, 4)
+        bars.refresh()
+        display.note(f"reply of {name} refused: {name}")
+    shown = plain_text(out)
+    with looking_on() as observer:
+        observer.note(name)
+    say(name)
+    show_table(("name", name), [(name, name)])
+    printed = capsys.readouterr().out
+    for text in (shown, printed):
+        assert "\x1b[2J" not in text
+        assert not any(line.strip().startswith("round 9/9") for line in text.splitlines())
+        assert not set(text) & set("\u202e\udc80")
+    if name.startswith("["):
+        assert f"reply of {name} refused: {name}" in shown
+        assert printed.splitlines()[0] == name
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_lines_break_between_words_only(width: int) -> None:
+    from fedkseed.cli.console import say
+
+    console, out = terminal(width)
+    text = (
+        "training records: 13,942 used, 319 dropped, 1,204 cut (88,211 tokens) in /some/folder/"
+        + "deep/" * 20
+        + " then 12,345,678"
+    )
+    say(text, console)
+    lines = plain_text(out).splitlines()
+    assert len(lines) > 2
+    assert [word for line in lines for word in line.split()] == text.split()
+    assert all(len(line) <= width or "/deep/" in line for line in lines)
+
+
+def test_columns_without_room_come_in_further_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedkseed.cli import console as module
+
+    header = ["method", *(f"measure {i}" for i in range(9))]
+    rows = [["a method", *(f"1.2345 ± 0.00{i}" for i in range(9))], ["b | [/]", *["-"] * 9]]
+    for width, tables in ((80, 2), (200, 1)):
+        console, out = terminal(width)
+        monkeypatch.setattr(module, "new_console", lambda console=console: console)
+        module.show_table(header, rows)
+        text = plain_text(out)
+        assert sum("method" in line and "measure" in line for line in text.splitlines()) >= tables
+        assert all(len(line) <= width for line in text.splitlines())
+        assert all(f"1.2345 ± 0.00{i}" in text for i in range(9))
+        assert "b | [/]" in text
+
+
+@pytest.mark.parametrize("word", ["plain", "two words", "it's", "$HOME", "a\nb", "\x1b[2J", "ü", "\udcff"])
+def test_a_command_can_be_pasted(word: str) -> None:
+    from fedkseed.cli.console import shell_word
+    from fedkseed.text import visible
+
+    quoted = shell_word(word)
+    assert visible(quoted) == quoted
+    said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
+    assert said == os.fsencode(word)

@@ -33,7 +33,7 @@ def test_inspect_takes_a_path_as_it_is(fedkseed: CommandLine, finished: Path, tm
 
 
 def test_inspect_of_something_else_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    assert_one_line(fedkseed("inspect", tmp_path / "none"), 1, "cannot read the ledger", "No such file")
-    assert_one_line(fedkseed("inspect", tmp_path), 1, "cannot read the ledger")
+    assert_one_line(fedkseed("inspect", tmp_path / "none"), 2, "nothing is there")
+    assert_one_line(fedkseed("inspect", tmp_path), 2, "holds no ledger.safetensors")
     assert_one_line(fedkseed("inspect", tiny / "records.jsonl"), 1, "not a ledger, or damaged")
     assert_one_line(fedkseed("inspect", tiny / "model" / "model.safetensors"), 1, "not a ledger, or damaged")

@@ -1,6 +1,7 @@
 """`fedkseed simulate` as a user meets it: exit codes, one line on stderr, nothing lost."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -333,4 +334,6 @@ def test_an_interrupt_while_reading_data_exits_130_with_a_line(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "fedkseed: interrupted\n"
+    said, command = capsys.readouterr().err.splitlines()
+    assert said == "fedkseed: interrupted; no run was begun yet. Go on with:"
+    assert shlex.split(command) == sys.argv

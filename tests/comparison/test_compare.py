@@ -202,7 +202,7 @@ def finished(fork_server: None, tiny: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("compared")
     comparison, notes = read_comparison(written(folder, content(tiny))), []
     rows = carry_out(comparison, folder / "out", 1, app, notes.append)
-    return Finished(comparison, folder / "out", rows, notes, write_report(comparison, rows, folder / "out"))
+    return Finished(comparison, folder / "out", rows, notes, write_report(comparison, rows, folder / "out").markdown())
 
 
 @pytest.fixture
@@ -476,7 +476,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_an_error_and_no_result(finished: F
 def test_failed_runs_are_told_and_left_out(finished: Finished, copied: Path) -> None:
     (run_folder(copied, SLUGS[0], 1) / "failed.txt").write_text("no reply was usable\n")
     rows = carry_out(finished.comparison, copied, 1, NOTHING, lambda _: None)
-    table = write_report(finished.comparison, rows, copied)
+    table = write_report(finished.comparison, rows, copied).markdown()
     left = counted(run_folder(copied, SLUGS[0], 2), NAMES[0])
     method = numbers(copied)["methods"][0]
     assert method["failed"] == 1
@@ -489,7 +489,7 @@ def test_a_method_whose_runs_all_failed_has_no_numbers(finished: Finished, copie
     for seed in SEEDS:
         (run_folder(copied, SLUGS[0], seed) / "failed.txt").write_text("no reply was usable\n")
     rows = carry_out(finished.comparison, copied, 1, NOTHING, lambda _: None)
-    table = write_report(finished.comparison, rows, copied)
+    table = write_report(finished.comparison, rows, copied).markdown()
     (line,) = [line for line in table.splitlines() if line.startswith("| FedAvg")]
     assert [cell.strip() for cell in line.split("|")][3] == "\N{EN DASH}"
     assert numbers(copied)["methods"][0]["at_equal_examples"] == []

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
+from fedkseed.cli.console import say, show_table
 from fedkseed.cli.display import Lines
-from fedkseed.comparison import carry_out, read_comparison, write_report
+from fedkseed.comparison import HEADER, carry_out, read_comparison, write_report
 
 
 def compare(file: Path, output: Path | None, jobs: int, app: Callable[[], None]) -> None:
@@ -17,7 +16,11 @@ def compare(file: Path, output: Path | None, jobs: int, app: Callable[[], None])
     """
     comparison = read_comparison(file)
     folder = output or Path("comparisons") / file.stem
-    notes = Lines(Console())
-    rows = carry_out(comparison, folder, jobs, app, notes.note)
-    notes.note("\n" + write_report(comparison, rows, folder))
-    notes.note(f"{folder}: table.md, comparison.json and the curves as PNG files")
+    rows = carry_out(comparison, folder, jobs, app, Lines().note)
+    report = write_report(comparison, rows, folder)
+    say()
+    show_table(HEADER, report.rows)
+    say()
+    for note in report.notes:
+        say(note)
+    say(f"{folder}: table.md, comparison.json and the curves as PNG files")

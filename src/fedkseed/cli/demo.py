@@ -6,12 +6,12 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from fedkseed.cli.console import say, say_command, show_table
 from fedkseed.cli.display import watching
+from fedkseed.cli.interrupts import interruptible, with_run
 from fedkseed.data import Example, encode, read_examples
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.errors import RunError
@@ -20,6 +20,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_tokenizer
 from fedkseed.report import report
 from fedkseed.runs.folder import RunFolder, new_folder
+from fedkseed.runs.observer import Observer
 from fedkseed.runs.records import prepare
 from fedkseed.runs.settings import SimulationConfig, build
 from fedkseed.runs.simulation import Simulation
@@ -41,6 +42,11 @@ def demo(run: Path | None, seed: int) -> None:
     """
     folder = run or new_folder(Path("runs"), "demo-")
     RunFolder.check_free(folder)
+    with interruptible(with_run(folder, ("fedkseed", "simulate", "--resume", folder))):
+        _carry_out(folder, seed)
+
+
+def _carry_out(folder: Path, seed: int) -> None:
     config, records = _write_data(folder, seed)
     begin = time.perf_counter()
     with watching(config) as observer:
@@ -49,20 +55,23 @@ def demo(run: Path | None, seed: int) -> None:
         )
         kept = RunFolder.create(folder, config)
         simulation = Simulation(kept, prepare(config, observer), observer)
-        before = _answers(simulation, records)
+        before = _answers(simulation, records, observer)
         simulation.train()
         simulation.restore()
-        after = _answers(simulation, records)
+        after = _answers(simulation, records, observer)
     seconds = time.perf_counter() - begin
     page = report(folder)
     _show(simulation, kept.ledger_path, records, before, after)
-    print(f"\n{seconds:.0f} seconds. Charts and everything else about the run: {page}")
-    print(
-        f"\nGo on:\n"
-        f"  fedkseed evaluate {folder} --answers 20\n"
-        f"  fedkseed export {folder} tuned-model\n"
-        f"  fedkseed simulate --model YOUR-MODEL --data YOUR.jsonl --lr auto --run runs/first\n"
+    say()
+    say(f"{seconds:.0f} seconds. Charts and everything else about the run: {page}")
+    say()
+    say("Go on:")
+    say_command(("fedkseed", "evaluate", folder, "--answers", 20))
+    say_command(("fedkseed", "export", folder, "tuned-model"))
+    say_command(
+        ["fedkseed", "simulate", "--model", "YOUR-MODEL", "--data", "YOUR.jsonl", "--lr", "auto", "--run", "runs/first"]
     )
+    say()
 
 
 def _write_data(folder: Path, seed: int) -> tuple[SimulationConfig, list[Example]]:
@@ -84,10 +93,11 @@ def _lines(examples: Iterable[Example]) -> str:
     return "".join(json.dumps(asdict(example)) + "\n" for example in examples)
 
 
-def _answers(simulation: Simulation, records: list[Example]) -> list[str]:
+def _answers(simulation: Simulation, records: list[Example], observer: Observer) -> list[str]:
     tokenizer = load_tokenizer(simulation.config.model)
     prompts = encode(records, tokenizer, simulation.config.max_length).examples
-    return generate(simulation.model, tokenizer, prompts, batch_size=64, max_new_tokens=MAX_ANSWER)
+    heard = partial(observer.progress, "answering held-out records")
+    return generate(simulation.model, tokenizer, prompts, 64, MAX_ANSWER, heard)
 
 
 def _show(simulation: Simulation, ledger: Path, records: list[Example], before: list[str], after: list[str]) -> None:
@@ -97,24 +107,25 @@ def _show(simulation: Simulation, ledger: Path, records: list[Example], before: 
     weights = 2 * events[0]["weight_bytes"]
     references = [record.output for record in records]
     unseen = [i for i, record in enumerate(records) if record.category not in _trained(simulation)]
-    table = Table("", "before", "after", box=None, pad_edge=False)
     change = 100 * (losses[-1] / losses[0] - 1)
-    table.add_row("held-out loss", f"{losses[0]:.4f}", f"{losses[-1]:.4f} ({change:+.1f} %)")
+    rows: list[tuple[str, ...]] = [("held-out loss", f"{losses[0]:.4f}", f"{losses[-1]:.4f} ({change:+.1f} %)")]
     for name, places in (("exact answers", range(len(records))), ("of the kind that no client has", unseen)):
         shares = [exact_match([answers[i] for i in places], [references[i] for i in places]) for answers in (before, after)]
-        table.add_row(name, *(f"{100 * share:.0f} %" for share in shares))
-    console = Console(soft_wrap=True)
-    console.print(table)
+        rows.append((name, *(f"{100 * share:.0f} %" for share in shares)))
+    show_table(("", "before", "after"), rows)
     improved = [i for i in range(len(records)) if after[i].strip() == references[i] != before[i].strip()]
     for i in improved[:1]:
         asked = " ".join(filter(None, (records[i].instruction, records[i].input)))
-        print(f"\nasked     {asked}\nbefore    {before[i].strip()}\nafter     {after[i].strip()}")
+        say()
+        for name, text in (("asked", asked), ("before", before[i].strip()), ("after", after[i].strip())):
+            say(f"{name:<10}{text}")
     mean = sum(traffic) / len(traffic)
-    print(
-        f"\nbytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}; "
-        f"sending the weights both ways: {weights:,})\n"
-        f"the tuned model as a published ledger: {len(Ledger.load(ledger).published().encode()):,} bytes"
+    say()
+    say(
+        f"bytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}; "
+        f"sending the weights both ways: {weights:,})"
     )
+    say(f"the tuned model as a published ledger: {len(Ledger.load(ledger).published().encode()):,} bytes")
 
 
 def _trained(simulation: Simulation) -> set[str]:

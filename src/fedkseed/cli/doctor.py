@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+from fedkseed.cli.console import say
 from fedkseed.errors import BackendError, RunError
 from fedkseed.noise import get_backend
 from fedkseed.noise.backend import MODULES
@@ -33,21 +34,21 @@ def doctor() -> None:
         RunError: a backend computes other bits.
     """
     packages = ("fedkseed", "torch", "transformers", "numpy", "numba", "safetensors")
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    print(", ".join(f"{package} {version(package)}" for package in packages))
+    say(f"python {platform.python_version()} on {platform.platform()}")
+    say(", ".join(f"{package} {version(package)}" for package in packages))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"threads: {torch.get_num_threads()}; CUDA devices: {', '.join(gpus) or 'none'}")
+    say(f"threads: {torch.get_num_threads()}; CUDA devices: {', '.join(gpus) or 'none'}")
     wrong = []
     for name in MODULES:
         try:
             get_backend(name)
         except BackendError as error:
-            print(f"noise backend {name}: not here ({error})")
+            say(f"noise backend {name}: not here ({error})")
             continue
         for family, expected in EXPECTED.items():
             right = noise_digest(family, name) == expected
-            print(f"noise backend {name}, {family}: {'bits are right' if right else 'BITS ARE WRONG'}")
+            say(f"noise backend {name}, {family}: {'bits are right' if right else 'BITS ARE WRONG'}")
             wrong += [] if right else [f"{name}/{family}"]
     if wrong:
         raise RunError(f"{', '.join(wrong)} compute other bits than every other machine; do not train here, report it")
-    print("all is well")
+    say("all is well")

@@ -8,11 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from fedkseed.cli.display import Lines
+from fedkseed.cli.console import say, show_table
+from fedkseed.cli.display import looking_on
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import AllScores, Scores
 from fedkseed.federation import Checkpoint
@@ -37,29 +34,27 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
     """
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no such folder; give a file in a folder that exists")
-    found = measure(run, ledger, choices, Lines(Console()))
+    with looking_on() as observer:
+        found = measure(run, ledger, choices, observer)
     _show(found.base, found.tuned, found.tuning.round, by_category)
     if output is not None:
         _write(output, found.base, found.tuned, found.tuning)
 
 
 def _show(base: AllScores, tuned: AllScores, rounds: int, by_category: bool) -> None:
-    console, after = Console(soft_wrap=True), f"after {rounds} rounds"
-    table = Table("", "base", after, box=None, pad_edge=False)
-    for (name, value), new_value in zip(_rows(base.overall).items(), _rows(tuned.overall).values(), strict=True):
-        table.add_row(name, value, new_value)
-    console.print(table)
+    after, now = f"after {rounds} rounds", _rows(tuned.overall)
+    show_table(("", "base", after), [(name, value, now[name]) for name, value in _rows(base.overall).items()])
     if not by_category:
         return
     answered = base.overall.num_answers > 0
-    columns = ["category", "records", "loss: base", after, *(["Rouge-L: base", after] if answered else [])]
-    table = Table(*columns, box=None, pad_edge=False)
-    for name, before in base.categories.items():
-        now = tuned.categories[name]
-        rouge = [_percent(scores.rouge_l) for scores in (before, now)] if answered else []
-        table.add_row(escape(name), f"{before.num_examples:,}", f"{before.loss:.4f}", f"{now.loss:.4f}", *rouge)
-    print()
-    console.print(table)
+    header = ["category", "records", "loss: base", after, *(["Rouge-L: base", after] if answered else [])]
+    rows = []
+    for name, scores in base.categories.items():
+        both = (scores, tuned.categories[name])
+        rouge = [_percent(one.rouge_l) for one in both] if answered else []
+        rows.append([name, f"{scores.num_examples:,}", *(f"{one.loss:.4f}" for one in both), *rouge])
+    say()
+    show_table(header, rows)
 
 
 def _rows(scores: Scores) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedkseed.baselines import TunedTensors, adapter, restore
+from fedkseed.cli.console import complain, say
+from fedkseed.cli.display import Lines, waiting
 from fedkseed.errors import ConfigError, InvalidValueError, RunFolderError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import TENSORS, checkpoint_path
@@ -39,7 +40,7 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         raise RunFolderError(f"{output} exists; give an output that does not")
     if ledger_only and isinstance(tuning, Ledger):
         tuning.published().save(output)
-        print(f"{output}: {output.stat().st_size:,} bytes, {tuning.round} rounds, K = {tuning.pool.size}")
+        say(f"{output}: {output.stat().st_size:,} bytes, {tuning.round} rounds, K = {tuning.pool.size}")
         return
     from fedkseed.models.loading import load_tokenizer, save_model
     from fedkseed.report.model_card import About, licence_of, model_card
@@ -54,17 +55,19 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
             raise ConfigError(f"--model is missing and {folder} has no {CONFIG} that names the base model; give --model")
         model = record.config.model
     if record is not None and record.damage:
-        print(f"fedkseed: {record.damage}; the card is without it", file=sys.stderr)
-    tokenizer = load_tokenizer(model)
+        complain(f"{record.damage}; the card is without it")
     config, losses = _known(record, tuning)
-    tuned = _tuned(tuning, model, config, dtype)
+    with waiting(Lines().note, f"loading {model} and adding {tuning.round} rounds to it"):
+        tokenizer = load_tokenizer(model)
+        tuned = _tuned(tuning, model, config, dtype)
     prompt = _taught(tokenizer, tuned, config) if config else None
     card = model_card(public_name(model), tuning, About(config, losses, licence_of(model), prompt))
     attached = config is not None and config.facts.needs_peft
     # or else peft asks the hub whether the vocabulary has grown
-    save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if attached else {}))
+    with waiting(Lines().note, f"writing {output}"):
+        save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if attached else {}))
     what = "an adapter for" if attached else f"{sum(p.numel() for p in tuned.parameters()):,} parameters,"
-    print(f"{output}: {what} {model} after {tuning.round} rounds")
+    say(f"{output}: {what} {model} after {tuning.round} rounds")
 
 
 def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, dtype: Dtype) -> Any:
@@ -93,7 +96,7 @@ def _taught(tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig) -
     try:
         template = config.prompts()
     except InvalidValueError as error:  # a file that is not there any more
-        print(f"fedkseed: {error}; the export is without its prompt template", file=sys.stderr)
+        complain(f"{error}; the export is without its prompt template")
         return None
     prompt = Prompt(Path(config.template).name, *template.text(tokenizer))
     jinja = template.chat_template(tokenizer)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fedkseed.baselines import TunedTensors
+from fedkseed.cli.console import say
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import TENSORS, checkpoint_path
 
@@ -58,4 +59,4 @@ def _inspect_tensors(file: Path) -> None:
 
 def _show(rows: dict[str, str]) -> None:
     for name, value in rows.items():
-        print(f"{name:<14}{value}")
+        say(f"{name:<14}{value}")

@@ -1,8 +1,8 @@
 """`fedkseed report`: a page about a run."""
 
-import sys
 from pathlib import Path
 
+from fedkseed.cli.console import complain, say
 from fedkseed.report import report
 from fedkseed.report.reading import read
 
@@ -15,5 +15,5 @@ def report_command(run: Path) -> None:
     """
     page = report(run)
     if damage := read(run).damage:
-        print(f"fedkseed: {damage}; it is left out", file=sys.stderr)
-    print(f"report: {page}")
+        complain(f"{damage}; it is left out")
+    say(f"report: {page}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import shlex
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 
+from fedkseed.cli.console import say, shell_word
+from fedkseed.cli.display import LOADING, Lines, looking_on, waiting, watching
+from fedkseed.cli.interrupts import again, interruptible, with_run
+from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.errors import ConfigError
-from fedkseed.runs.settings import AUTO, SimulationConfig, build, flag, flags, read_settings_file
+from fedkseed.federation import FederationConfig
+from fedkseed.federation.algorithms import SOME_TAKE
+from fedkseed.runs.settings import AUTO, RunConfig, SimulationConfig, build, flag, flags, read_settings_file
 from fedkseed.runs.trackers import TRACKERS, check_trackers
 
 if TYPE_CHECKING:
@@ -30,9 +34,11 @@ def simulate(
     accept_changes: bool,
     config: Path | None,
     log: list[str] | None,
+    quiet: bool = False,
+    verbose: bool = False,
     **flags: str | None,
 ) -> None:
-    """Federated tuning on this machine: every client simulated in turn, with real messages.
+    """Tune a model by a federation on this machine: every client is simulated in turn, with real messages.
 
     Settings come from flags, else from the --config file (TOML; the same words with underscores), else from defaults.
     """
@@ -46,40 +52,40 @@ def simulate(
     chosen = {**(read_settings_file(config) if config else {}), **given}
     # checked before the rate is looked for, which takes long
     settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
-    from fedkseed.cli.display import watching
-    from fedkseed.runs.folder import RunFolder, new_folder
-    from fedkseed.runs.records import prepare
+    with interruptible("no run was begun yet"):
+        with waiting(Lines().note, LOADING):
+            from fedkseed.runs.folder import RunFolder, new_folder
+            from fedkseed.runs.records import prepare
 
-    folder = run or new_folder(Path("runs"))
-    RunFolder.check_free(folder)
-    if chosen.get("lr") == AUTO:
-        settings = build(chosen | _calibrated(settings, keep_eps="eps" in chosen))
-    with watching(settings) as observer:
-        with _interruptible():
+        folder = run or new_folder(Path("runs"))
+        RunFolder.check_free(folder)
+        if chosen.get("lr") == AUTO:
+            settings = build(chosen | _calibrated(settings, keep_eps="eps" in chosen))
+        with watching(settings) as observer:
             records = prepare(settings, observer)
-        train(RunFolder.create(folder, settings), records, observer, _go_on(folder), log=trackers)
+            train(RunFolder.create(folder, settings), records, observer, _go_on(folder), log=trackers)
 
 
-def tune(config: Path | None, **flags: str | None) -> None:
+def tune(config: Path | None, quiet: bool = False, verbose: bool = False, **flags: str | None) -> None:
     """Find a workable --lr (and --eps, of two-point algorithms) for a model and data, and say why these.
 
     The settings are those of simulate, whose `--lr auto` takes what this finds. The batch size matters most.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     settings = build({**(read_settings_file(config) if config else {}), **given, "lr": 1.0})
-    found = _calibrated(settings, keep_eps=False)
-    print("\ntake: " + " ".join(f"{flag(name)} {value:g}" for name, value in found.items()))
+    with interruptible("tune changes nothing and keeps nothing"):
+        found = _calibrated(settings, keep_eps=False)
+    say()
+    say("take: " + " ".join(f"{flag(name)} {value:g}" for name, value in found.items()))
 
 
 def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
-    from rich.console import Console
+    with waiting(Lines().note, LOADING):
+        from fedkseed.cli.tune import show
+        from fedkseed.runs.tuning import find
 
-    from fedkseed.cli.display import PlainDisplay
-    from fedkseed.cli.tune import show
-    from fedkseed.runs.tuning import find
-
-    with _interruptible():
-        found = find(settings, PlainDisplay(settings, Console()))
+    with looking_on() as observer:
+        found = find(settings, observer)
     show(found)
     eps = getattr(found, "eps", None)
     return {"lr": found.lr} if keep_eps or eps is None else {"lr": found.lr, "eps": eps}
@@ -88,10 +94,10 @@ def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
 def _resume(
     resume: Path, run: Path | None, config: Path | None, given: dict[str, str], log: Sequence[str], accept_changes: bool
 ) -> None:
-    from fedkseed.cli.display import watching
-    from fedkseed.runs.folder import RunFolder
-    from fedkseed.runs.provenance import check_same
-    from fedkseed.runs.records import prepare
+    with waiting(Lines().note, LOADING):
+        from fedkseed.runs.folder import RunFolder
+        from fedkseed.runs.provenance import check_same
+        from fedkseed.runs.records import prepare
 
     for name, value in (("--run", run), ("--config", config)):
         if value is not None:
@@ -99,9 +105,8 @@ def _resume(
     folder = RunFolder.open(resume)
     settings = _moved(folder, given)
     check_same(folder, folder.load_checkpoint(), settings, None, accept_changes)  # what takes no reading of records
-    with watching(settings) as observer:
-        with _interruptible():
-            records = prepare(settings, observer)
+    with interruptible(with_run(resume, again())), watching(settings) as observer:
+        records = prepare(settings, observer)
         train(folder, records, observer, _go_on(resume), log=log, config=settings, accept_changes=accept_changes)
 
 
@@ -124,25 +129,15 @@ def _moved(folder: RunFolder, given: dict[str, str]) -> SimulationConfig:
         raise
 
 
-def _go_on(folder: Path) -> str:
-    return f"fedkseed simulate --resume {folder}"
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Before there is a run to go on with, Ctrl-C needs but one word."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("fedkseed: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
+def _go_on(folder: Path) -> list[str]:
+    return ["fedkseed", "simulate", "--resume", str(folder)]
 
 
 def train(
     folder: RunFolder,
     records: Records,
     observer: Observer,
-    resume: str,
+    resume: Sequence[str],
     before: Callable[[Simulation], None] = lambda simulation: None,
     log: Sequence[str] = (),
     config: SimulationConfig | None = None,
@@ -154,7 +149,7 @@ def train(
         folder: the run.
         records: its data.
         observer: who watches.
-        resume: the command that goes on with the run.
+        resume: the command that goes on with the run, in words.
         before: called with the simulation before its first round.
         log: trackers; see `fedkseed.runs.trackers`.
         config, accept_changes: see `Simulation`.
@@ -162,50 +157,90 @@ def train(
     Raises:
         FedKSeedError: see `Simulation`.
     """
-    from fedkseed.runs.simulation import Simulation
+    with interruptible(with_run(folder.path, resume)), folder.held():  # before the checkpoint is read: nobody moves it on
+        with waiting(observer.note, f"loading {folder.config.model}"):
+            from fedkseed.runs.simulation import Simulation
 
-    try:
-        with folder.held():  # before the checkpoint is read: nobody moves it on meanwhile
             simulation = Simulation(folder, records, observer, log=log, config=config, accept_changes=accept_changes)
-            before(simulation)
-            checkpoint = simulation.train()
-    except KeyboardInterrupt:
-        saved = folder.load_checkpoint()
-        where = f"round {saved.round} is safe" if saved else "no round was done yet"
-        observer.note(f"interrupted; {where}. Go on with: {resume}")
-        raise typer.Exit(130) from None
+        before(simulation)
+        checkpoint = simulation.train()
     file = folder.checkpoint_path
-    observer.note(f"done: {file}, {file.stat().st_size:,} bytes, digest {checkpoint.digest()}")
+    say(f"done: {file}, {file.stat().st_size:,} bytes, digest {checkpoint.digest()}")
     return simulation
 
 
 def command_line(config: SimulationConfig) -> str:
     """The `fedkseed simulate` command with these settings; those at their defaults are left out."""
-    return shlex.join(["fedkseed", "simulate", *flags(config)])
+    return " ".join(map(shell_word, ["fedkseed", "simulate", *flags(config)]))
+
+
+FIRST = (
+    "model", "data", "algorithm", "lr", "num_rounds", "num_clients", "fraction_train", "local_steps", "batch_size",
+)  # fmt: skip
+"""The settings that matter first, which the help shows first, with --run."""
+RUN, ROUNDS, EVALUATION, RECORDS, SOME = (
+    "The run",
+    "Rounds and steps",
+    "Model, prompts and evaluation",
+    "Records and clients",
+    "What only some algorithms take",
+)
+"""Groups of settings in the help."""
+WIDEST_CHOICES = 23
+"""Characters of choices that stand beside a flag; longer ones are in its description."""
+
+
+def _panel(name: str) -> str | None:
+    """The group of a setting in the help: by where it is defined, and by who takes it; None is the first one."""
+    if name in FIRST:
+        return None
+    if name in SOME_TAKE:
+        return SOME
+    return ROUNDS if name in FederationConfig.model_fields else EVALUATION if name in RunConfig.model_fields else RECORDS
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    """What a setting that is one of several names may be."""
+    for kind in [field.annotation, *get_args(field.annotation)]:
+        if get_origin(kind) is Literal:
+            return [str(choice) for choice in get_args(kind)]
+    return []
 
 
 def _metavar(field: FieldInfo) -> str:
     """What a flag's value looks like: the choices, or the kind of value."""
+    if choices := _choices(field):
+        beside = "|".join(choices)
+        return beside if len(beside) <= WIDEST_CHOICES else "NAME"
     kinds = [field.annotation, *get_args(field.annotation)]
     for kind in kinds:
         kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-        if get_origin(kind) is Literal:
-            return "|".join(get_args(kind))
         if kind in (int, float, str, Path):
             return {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}[kind]
     return "VALUE"
 
 
+def _complete(choices: list[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for the beginning of a choice."""
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def _option(name: str, field: FieldInfo) -> tuple[Any, Any]:
+    default = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
+    option = typer.Option(
+        flag(name),
+        help=escape(f"{field.description}{default}"),
+        metavar=_metavar(field),
+        rich_help_panel=_panel(name),
+        autocompletion=_complete(_choices(field)),
+    )
+    return Annotated[str | None, option], None
+
+
 def _settings_options(leave_out: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """One optional text parameter for every setting: pydantic reads and checks the text."""
-    options: dict[str, tuple[Any, Any]] = {}
-    for name, field in SimulationConfig.model_fields.items():
-        default = "" if field.is_required() or field.default is None else f" [default: {field.default}]"
-        note = f"{field.description}{default}"
-        if name not in leave_out:
-            options[name] = (Annotated[str | None, typer.Option(flag(name), help=note, metavar=_metavar(field))], None)
-    options["config"] = (Annotated[Path | None, typer.Option(help="TOML file with settings")], None)
-    return options
+    """One optional text parameter for every setting, the first ones first: pydantic reads and checks the text."""
+    fields = SimulationConfig.model_fields
+    return {name: _option(name, fields[name]) for name in dict.fromkeys([*FIRST, *fields]) if name not in leave_out}
 
 
 def _give_signature(command: Any, options: dict[str, tuple[Any, Any]]) -> None:
@@ -215,11 +250,22 @@ def _give_signature(command: Any, options: dict[str, tuple[Any, Any]]) -> None:
     command.__annotations__ = {name: a for name, (a, _) in options.items()}
 
 
-RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "run": (Annotated[Path | None, typer.Option(help="folder of the run [default: runs/, named by the time]")], None),
-    "resume": (Annotated[Path | None, typer.Option(help="go on with the run in this folder")], None),
+RUN_OPTION: dict[str, tuple[Any, Any]] = {
+    "run": (
+        Annotated[Path | None, typer.Option(help="Folder of the run; without one it is under runs/, named by the time.")],
+        None,
+    ),
+}
+CONFIG_OPTION: dict[str, tuple[Any, Any]] = {
+    "config": (Annotated[Path | None, typer.Option(help="TOML file with settings.", rich_help_panel=RUN)], None),
+}
+RESUME_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "resume": (Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", rich_help_panel=RUN)], None),
     "accept_changes": (
-        Annotated[bool, typer.Option("--accept-changes", help="go on although the run had other settings or records")],
+        Annotated[
+            bool,
+            typer.Option("--accept-changes", help="Go on although the run had other settings or records.", rich_help_panel=RUN),
+        ],
         False,
     ),
     "log": (
@@ -228,12 +274,18 @@ RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
             typer.Option(
                 "--log",
                 metavar="|".join(TRACKERS),
-                help="send all numbers there too; may be given several times. "
-                + "; ".join(f"{name}: {row.where}" for name, row in TRACKERS.items()),
+                help=escape(
+                    "Send all numbers there too; may be given several times. "
+                    + "; ".join(f"{name}: {row.where}" for name, row in TRACKERS.items())
+                    + "."
+                ),
+                autocompletion=_complete(list(TRACKERS)),
+                rich_help_panel=RUN,
             ),
         ],
         None,
     ),
 }
-_give_signature(simulate, {**_settings_options(), **RUN_OPTIONS})
-_give_signature(tune, _settings_options(leave_out=("lr", "eps")))
+LOUDNESS: dict[str, tuple[Any, Any]] = {"quiet": (Quiet, False), "verbose": (Verbose, False)}
+_give_signature(simulate, {**RUN_OPTION, **RESUME_OPTIONS, **CONFIG_OPTION, **_settings_options(), **LOUDNESS})
+_give_signature(tune, {**CONFIG_OPTION, **_settings_options(leave_out=("lr", "eps")), **LOUDNESS})

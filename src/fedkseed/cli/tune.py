@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
+from fedkseed.cli.console import say, show_table
 from fedkseed.kseed.calibration import Calibration
 from fedkseed.runs.rates import Rate
 
@@ -19,29 +17,29 @@ def show(found: Calibration | Rate) -> None:
 
 def _show_rates(found: Rate) -> None:
     best = min(found.attempts, key=lambda attempt: attempt.after)
-    table = Table("lr", "loss after 3 rounds", box=None, pad_edge=False)
-    table.add_row("base", f"{found.before:.4f}")
+    rows = [("base", f"{found.before:.4f}", "")]
     for attempt in found.attempts:
-        note = "  <- the best; a third of it is taken, for the rounds to come" if attempt is best else ""
-        table.add_row(f"{attempt.lr:.3g}", f"{attempt.after:.4f}{note}")
-    Console(soft_wrap=True).print(table)
-    print(f"\n{found.num_steps} local steps")
+        note = "<- the best; a third of it is taken, for the rounds to come" if attempt is best else ""
+        rows.append((f"{attempt.lr:.3g}", f"{attempt.after:.4f}", note))
+    show_table(("lr", "loss after 3 rounds", ""), rows)
+    say()
+    say(f"{found.num_steps} local steps")
 
 
 def _show_calibration(found: Calibration) -> None:
-    console = Console(soft_wrap=True)
-    table = Table("eps", "slopes differ from those at its neighbours by", box=None, pad_edge=False)
-    for agreement in found.agreements:
-        chosen = "  <- taken" if agreement.eps == found.eps else ""
-        table.add_row(f"{agreement.eps:g}", f"{100 * agreement.disagreement:.2g} %{chosen}")
-    console.print(table)
-    print(
-        f"\nslope along a direction: {found.slope:.3g}, of which other batches share {100 * found.shared:.0f} %; "
-        f"curvature: {found.curvature:.3g}\n"
-        f"so the best first step is at {found.best_first_step:.2g} (share / curvature); a quarter of it was tried:\n"
+    rows = [
+        (f"{one.eps:g}", f"{100 * one.disagreement:.2g} %", "<- taken" if one.eps == found.eps else "")
+        for one in found.agreements
+    ]
+    show_table(("eps", "slopes differ from those at its neighbours by", ""), rows)
+    say()
+    say(
+        f"slope along a direction: {found.slope:.3g}, of which other batches share {100 * found.shared:.0f} %; "
+        f"curvature: {found.curvature:.3g}"
     )
-    table = Table("lr", "loss of 8 batches before", "after 40 steps", box=None, pad_edge=False)
-    for trial in found.trials:
-        table.add_row(f"{trial.lr:.3g}", f"{trial.before:.4f}", f"{trial.after:.4f}")
-    console.print(table)
-    print(f"\n{found.num_forward_passes} forward passes")
+    say(f"so the best first step is at {found.best_first_step:.2g} (share / curvature); a quarter of it was tried:")
+    say()
+    trials = [(f"{trial.lr:.3g}", f"{trial.before:.4f}", f"{trial.after:.4f}") for trial in found.trials]
+    show_table(("lr", "loss of 8 batches before", "after 40 steps"), trials)
+    say()
+    say(f"{found.num_forward_passes} forward passes")

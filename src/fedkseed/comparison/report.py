@@ -18,6 +18,7 @@ from fedkseed.report import units
 from fedkseed.report.drawing import Curve, curves, render
 from fedkseed.report.reading import RunRecord, read
 from fedkseed.report.summary import traffic
+from fedkseed.text import visible
 
 TABLE, NUMBERS = "table.md", "comparison.json"
 
@@ -186,11 +187,29 @@ class Result:
         }
 
 
-def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> str:
+@dataclass(frozen=True)
+class Report:
+    """What a comparison came to, for a person.
+
+    Attributes:
+        rows: the cells under `HEADER`, the base model's first.
+        notes: what they mean, a line each.
+    """
+
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+    def markdown(self) -> str:
+        """The table and the notes below it."""
+        lines = [HEADER, ["---"] * len(HEADER), *([_cell(text) for text in row] for row in self.rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(self.notes) + "\n"
+
+
+def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> Report:
     """Write `table.md`, `comparison.json` and the curves into a folder.
 
     Returns:
-        The table.
+        What `table.md` holds.
 
     Raises:
         RunError: the folder cannot be written.
@@ -203,18 +222,18 @@ def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> s
     equal = Equal(min(m.points[-1].examples for m in every), min(m.points[-1].passes for m in every))
     base = _mean([m.base_loss for m in every if m.base_loss is not None])
     base_rouge = _mean([m.base_rouge_l for m in every if m.base_rouge_l is not None])
-    text = _markdown(comparison, results, (base, base_rouge), equal)
+    report = _report(comparison, results, (base, base_rouge), equal)
     numbers = [result.numbers(equal) for result in results]
     summary = {"equal_examples": equal.examples, "equal_passes": equal.passes, "base": _json(base), "methods": numbers}
     pictures = _pictures({result.row.entry.name: result.runs for result in results})
     try:
-        write_atomically(output / TABLE, text.encode())
+        write_atomically(output / TABLE, report.markdown().encode())
         write_atomically(output / NUMBERS, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
         for name, png in pictures.items():
             write_atomically(output / f"{name}.png", png)
     except OSError as error:
         raise RunError(f"{output}: cannot write the report ({error.strerror}); make room, then compare again") from error
-    return text
+    return report
 
 
 def _has_points(trial: Trial) -> bool:
@@ -242,12 +261,17 @@ def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _markdown(comparison: Comparison, results: Sequence[Result], base: tuple[float, float], equal: Equal) -> str:
+def _cell(text: str) -> str:
+    """A cell of a Markdown table, whatever a method is called."""
+    return visible(text).replace("|", "\\|")
+
+
+def _report(comparison: Comparison, results: Sequence[Result], base: tuple[float, float], equal: Equal) -> Report:
     nothing = units.NONE
     loss = spread([base[0]]) if math.isfinite(base[0]) else nothing
     rouge = f"{100 * base[1]:.2f}" if math.isfinite(base[1]) else nothing
     first = ("base model", nothing, loss, nothing, nothing, nothing, rouge, *[nothing] * 4)
-    lines = [HEADER, ["---"] * len(HEADER), first, *(result.cells(equal) for result in results)]
+    table = (first, *(result.cells(equal) for result in results))
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
@@ -267,7 +291,7 @@ def _markdown(comparison: Comparison, results: Sequence[Result], base: tuple[flo
         rows = [result.row for result in results]
         if edges := [row.entry.name for row in rows if row.lr in (min(row.entry.lr), max(row.entry.lr))]:
             notes.append(f"At an end of its grid, so that a wider one may do better: {', '.join(edges)}.")
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(notes) + "\n"
+    return Report(table, tuple(map(visible, notes)))
 
 
 AXES: dict[str, tuple[str, Callable[[Point], float], bool]] = {

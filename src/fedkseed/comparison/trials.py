@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fedkseed.comparison.plan import Comparison, Entry
@@ -18,9 +19,12 @@ from fedkseed.files import write_atomically
 from fedkseed.runs.folder import CONFIG, RunFolder
 from fedkseed.runs.metrics import Metrics
 from fedkseed.runs.settings import SimulationConfig, flags
+from fedkseed.text import visible
 
 NO_REPLIES = 75
 """The exit code by which a process of ours says that no reply could be used any more."""
+FIRST_SECONDS, QUIET_SECONDS = 3, 10
+"""After so long a run that is going on says how far it is: for the first time, and after that."""
 FAILED, SCORES = "failed.txt", "scores.json"
 """What a run's folder holds if the run ended without an end, and what `fedkseed evaluate` made of it."""
 PRELOADED = [
@@ -137,6 +141,7 @@ class _Runner:
 
     def __init__(self, jobs: int, command: Callable[[], None], note: Callable[[str], None]) -> None:
         self._jobs, self._command, self._note = jobs, command, note
+        self._running: list[BaseProcess] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
 
@@ -156,7 +161,7 @@ class _Runner:
 
         def one(trial: Trial) -> None:
             what = ["evaluate", str(trial.folder), "--answers", str(answers), "--output", str(trial.folder / SCORES)]
-            code, last = self._process(what, trial.log)
+            code, last = self._process(trial, what)
             if code:
                 raise RunError(f"{trial.name} could not be scored: {last}; see {trial.log}")
             self._note(f"{trial.name}: scored")
@@ -166,7 +171,7 @@ class _Runner:
     def _run(self, trial: Trial) -> None:
         begun = (trial.folder / CONFIG).exists()
         chosen = ["--resume", str(trial.folder)] if begun else [*flags(trial.config), "--run", str(trial.folder)]
-        code, last = self._process(["simulate", *chosen], trial.log)
+        code, last = self._process(trial, ["simulate", *chosen])
         if code == NO_REPLIES:  # no reply was usable any more: a result, and a bad one
             write_atomically(trial.folder / FAILED, f"{last}\n".encode())
             self._note(f"{trial.name}: failed: {last}")
@@ -180,17 +185,30 @@ class _Runner:
         try:
             for _ in pool.map(work, trials):
                 pass
+        except KeyboardInterrupt:
+            for process in self._running:  # their last checkpoints are whole, whenever they end
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _process(self, arguments: list[str], log: Path) -> tuple[int, str]:
+    def _process(self, trial: Trial, arguments: list[str]) -> tuple[int, str]:
         """Run a command of ours; its exit code and the last line that it wrote to its log."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        process = self._context.Process(target=_call, args=(self._command, arguments, log))
+        trial.log.parent.mkdir(parents=True, exist_ok=True)
+        process = self._context.Process(target=_call, args=(self._command, arguments, trial.log))
         process.start()
-        process.join()
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        return process.exitcode or 0, lines[-1] if lines else ""
+        self._running.append(process)
+        process.join(FIRST_SECONDS)
+        while process.is_alive():
+            self._note(f"{trial.name}: {_last_line(trial.log)}")
+            process.join(QUIET_SECONDS)
+        self._running.remove(process)
+        return process.exitcode or 0, _last_line(trial.log)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return lines[-1] if lines else "begins"
 
 
 def _call(command: Callable[[], None], arguments: list[str], log: Path) -> None:
@@ -201,7 +219,7 @@ def _call(command: Callable[[], None], arguments: list[str], log: Path) -> None:
     try:
         command()
     except FedKSeedError as error:
-        print(f"fedkseed: {error}", file=sys.stderr, flush=True)
+        print(f"fedkseed: {visible(error)}", file=sys.stderr, flush=True)
         sys.exit(NO_REPLIES if isinstance(error, TooFewRepliesError) else error.exit_code)
 
 

@@ -26,60 +26,74 @@ class FederationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     algorithm: AlgorithmName = Field(
-        "fedkseed", description="; ".join(f"{row.name}: {row.about}" for row in ALGORITHMS.values())
+        "fedkseed", description="One of: " + "; ".join(f"{row.name} ({row.about})" for row in ALGORITHMS.values()) + "."
     )
-    num_rounds: Count = Field(40, description="rounds of federated training")
-    fraction_train: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="m: fraction of the clients in a round")
-    local_steps: Annotated[int, Field(ge=1, le=65535)] = Field(200, description="tau: two-point steps of a client in a round")
+    num_rounds: Count = Field(40, description="Rounds of federated training.")
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.05, description="Fraction of the clients that take part in a round (m)."
+    )
+    local_steps: Annotated[int, Field(ge=1, le=65535)] = Field(200, description="Steps that a client takes in a round (tau).")
     local_unit: Literal["steps", "epochs"] = Field(
-        "steps", description="what --local-steps counts: steps, or passes over a client's own records"
+        "steps", description="What --local-steps counts: steps, or passes over a client's own records."
     )
-    batch_size: Annotated[int, Field(ge=1, le=65535)] = Field(1, description="records per step")
-    lr: Step = Field(description="learning rate; auto finds one (published with 1.3B and 3B parameters: 3e-7)")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate over the rounds")
-    eps: Step = Field(5e-4, description="half the distance of the two probes of a step")
-    num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="K: number of candidate seeds")
+    batch_size: Annotated[int, Field(ge=1, le=65535)] = Field(1, description="Records in a step's batch.")
+    lr: Step = Field(
+        description="Learning rate; auto finds one, as fedkseed tune does (published with 1.3B and 3B parameters: 3e-7)."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How the learning rate goes over the rounds."
+    )
+    eps: Step = Field(5e-4, description="Half the distance of the two probes of a two-point step.")
+    num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="Number of candidate seeds (K).")
     noise: FamilyName = Field(
-        "hadamard", description="perturbations: " + ", ".join(f"{row.name} ({row.about})" for row in FAMILIES.values())
+        "hadamard", description="Perturbations: " + ", ".join(f"{row.name} ({row.about})" for row in FAMILIES.values()) + "."
     )
     weighting: Literal["examples", "equal"] = Field(
-        "examples", description="a client's weight: its number of records, or equal"
+        "examples", description="A client's weight in a round: by its number of records, or equal."
     )
-    loss_clip: Positive | None = Field(None, description="drop a step whose two losses differ by more than this")
+    loss_clip: Positive | None = Field(None, description="Drop a step whose two losses differ by more than this.")
     importance_clip: Positive = Field(
-        1000.0, description="fedkseed-pro: a gradient counts in its seed's importance as if it were no larger"
+        1000.0, description="Of fedkseed-pro: a gradient counts in its seed's importance as if it were no larger than this."
     )
     importance_start: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="fedkseed-pro: the first entry of every seed's history"
+        0.0, description="Of fedkseed-pro: the first entry of every seed's history."
     )
-    lora_rank: Count = Field(8, description="fedit, fedit-sgd: rank of the adapters")
-    lora_alpha: Positive = Field(16.0, description="fedit, fedit-sgd: the adapters count alpha / rank times")
+    lora_rank: Count = Field(8, description="Of fedit and fedit-sgd: rank of the adapters.")
+    lora_alpha: Positive = Field(16.0, description="Of fedit and fedit-sgd: the adapters count alpha / rank times.")
     num_virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(
-        20, description="fedprompt, fedptuning: length of the soft prompt"
+        20, description="Of fedprompt and fedptuning: length of the soft prompt in tokens."
     )
-    min_replies: Count = Field(1, description="a round with fewer accepted replies is repeated, three times at most")
+    min_replies: Count = Field(1, description="A round with fewer accepted replies is repeated, three times at most.")
     wire: Literal["float16", "float32", "int8", "int4", "int2", "sign"] = Field(
-        "float16", description="precision of the numbers that travel; fewer than 16 bits only for fedkseed-grad"
+        "float16",
+        description="Precision of what travels: float16 or float32; int8, int4, int2 or sign only with fedkseed-grad.",
     )
     rounds_per_page: Annotated[int, Field(ge=0)] = Field(
-        0, description="fedkseed-grad: fresh directions every so many rounds; 0 keeps those of the first round"
+        0, description="Of fedkseed-grad: fresh directions every so many rounds; 0 keeps those of the first round."
     )
     basis: Literal["table", "coefficients"] = Field(
-        "table", description="fedkseed-grad: which K numbers are sent and stepped on: what moves each weight, or the seeds' own"
+        "table",
+        description="Of fedkseed-grad: which K numbers are sent and stepped on: what moves each weight, or the seeds' own.",
     )
     movement: Literal["absolute", "proportional"] = Field(
-        "absolute", description="fedkseed-grad: weights move by a page's sum, or by the weight times it"
+        "absolute", description="Of fedkseed-grad: weights move by a page's sum, or by the weight times it."
     )
-    local_optimizer: OptimizerName = Field("sgd", description="fedkseed-grad: of a client's steps on the K numbers")
-    server_optimizer: OptimizerName = Field("sgd", description="fedkseed-grad: of the server on the clients' mean change")
-    server_lr: Step = Field(1.0, description="fedkseed-grad: the server's rate; with adam and sign how far a number moves")
+    local_optimizer: OptimizerName = Field(
+        "sgd", description="Of fedkseed-grad: the optimiser of a client's steps on the K numbers."
+    )
+    server_optimizer: OptimizerName = Field(
+        "sgd", description="Of fedkseed-grad: the server's optimiser on the clients' mean change."
+    )
+    server_lr: Step = Field(
+        1.0, description="Of fedkseed-grad: the server's rate; with adam and sign it is how far a number moves."
+    )
     two_point_clients: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="fedkseed-grad: share of the clients that cannot backpropagate and answer with scalars"
+        0.0, description="Of fedkseed-grad: share of the clients that cannot backpropagate and answer with scalars."
     )
     checkpointing: Literal["off", "on"] = Field(
-        "off", description="recompute activations in the backward pass: less memory, more time"
+        "off", description="Recompute activations in the backward pass: less memory, more time."
     )
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="seed of everything random in the run")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="Seed of everything random in the run.")
 
     @field_validator("*", mode="before")
     @classmethod

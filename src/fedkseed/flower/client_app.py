@@ -8,10 +8,10 @@ from logging import ERROR
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.supercore import log
 
 from fedkseed.errors import FedKSeedError
 from fedkseed.flower.envelope import unwrap, wrap
+from fedkseed.flower.log import log
 from fedkseed.flower.participant import Participant
 from fedkseed.flower.roll import HELLO
 

@@ -8,10 +8,9 @@ from logging import WARNING
 from pathlib import Path
 from urllib.parse import quote
 
-from flwr.supercore import log
-
 from fedkseed.errors import LedgerError
 from fedkseed.files import write_atomically
+from fedkseed.flower.log import log
 from fedkseed.kseed.change_messages import ChangeRequest
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page

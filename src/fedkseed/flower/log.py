@@ -1,4 +1,4 @@
-"""Who watches a run on Flower: its log."""
+"""Flower's log, in visible text; and who watches a run on Flower: that log."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Callable
 from logging import INFO, WARNING
 from typing import Any
 
-from flwr.supercore import log
+from flwr.supercore import log as flowers_log
 
 from fedkseed.flower.exchange import NOTE_SECONDS
+from fedkseed.runs.observer import WARNING as WARNS
 from fedkseed.runs.observer import Nobody
+from fedkseed.text import visible
+
+
+def log(level: int, text: str, *values: object) -> None:
+    """A line in Flower's log, whatever control characters the values hold."""
+    flowers_log(level, "%s", visible(text % values if values else text))
 
 
 class Log(Nobody):
@@ -27,7 +34,8 @@ class Log(Nobody):
 
     def note(self, text: str) -> None:
         """See `Observer`."""
-        log(self._level, "%s", text)
+        level = WARNING if text.startswith(WARNS) else self._level
+        log(level, "%s", text.removeprefix(WARNS))
 
     def progress(self, activity: str, done: int, total: int) -> None:
         """See `Observer`; a line now and then."""

@@ -9,14 +9,12 @@ from functools import lru_cache, partial
 from logging import DEBUG, INFO
 from typing import Any, Literal
 
-from flwr.supercore import log
-
 from fedkseed.data import EncodedExample, encode, pad_token_id, read_source
 from fedkseed.errors import ConfigError, ProtocolError
 from fedkseed.flower.config import EngineConfig, FlowerConfig, node_settings
 from fedkseed.flower.envelope import Evaluation, Hello, Lacking
 from fedkseed.flower.kept import KeptPages
-from fedkseed.flower.log import Log
+from fedkseed.flower.log import Log, log
 from fedkseed.kseed.change_client import ChangeClient, patched
 from fedkseed.kseed.change_messages import ChangeRequest
 from fedkseed.kseed.ledger import Ledger

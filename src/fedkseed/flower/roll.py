@@ -10,11 +10,11 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore import log
 
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.flower.envelope import Hello, unwrap, wrap
 from fedkseed.flower.exchange import Exchange
+from fedkseed.flower.log import log
 
 HELLO = "query.hello"
 HELLO_SECONDS = 3600.0

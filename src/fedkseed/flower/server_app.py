@@ -7,12 +7,11 @@ from logging import INFO
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore import log
 
 from fedkseed.data import EncodedExample, pad_token_id
 from fedkseed.evaluation import EvalLoss
 from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run, read_config
-from fedkseed.flower.log import Log
+from fedkseed.flower.log import Log, log
 from fedkseed.flower.participant import drawn, load_bound, load_for, read_examples, simulated_records
 from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger

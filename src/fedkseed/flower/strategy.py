@@ -12,7 +12,6 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.supercore import log
 
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.evaluation import EvalLoss
@@ -20,7 +19,7 @@ from fedkseed.federation import Limits, Outcome, count_steps
 from fedkseed.flower.config import EngineConfig, FlowerConfig
 from fedkseed.flower.envelope import Evaluation, Hello, Lacking, unwrap, wrap
 from fedkseed.flower.exchange import NOTE_SECONDS, POLL_SECONDS, Exchange
-from fedkseed.flower.log import Log
+from fedkseed.flower.log import Log, log
 from fedkseed.flower.roll import Member, Roll
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.identity import BaseIdentity

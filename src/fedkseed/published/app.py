@@ -14,6 +14,7 @@ import typer
 from fedkseed.errors import ConfigError, FedKSeedError
 from fedkseed.published.flags import PUBLISHED, parser
 from fedkseed.runs.settings import SimulationConfig
+from fedkseed.text import visible
 
 if TYPE_CHECKING:
     from fedkseed.evaluation import Scores
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(parser().parse_args(arguments))
     except FedKSeedError as error:
         text = re.sub(r"--[a-z][a-z-]*", lambda match: PUBLISHED.get(match[0], match[0]), str(error))
-        print(f"main.py: {text}", file=sys.stderr)
+        print(f"main.py: {visible(text)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.Exit as done:  # after Ctrl-C has said what is safe
         sys.exit(done.exit_code)
@@ -88,7 +89,7 @@ def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Re
         for line in describe(estimate(simulation, len(records.held_out)), folder.config.noise, folder.config.num_rounds):
             observer.note(line)
 
-    simulation = train(folder, records, observer, f"python main.py --resume {folder.path}", say_costs)
+    simulation = train(folder, records, observer, ["python", "main.py", "--resume", str(folder.path)], say_costs)
     simulation.restore()
     tokenizer = load_tokenizer(folder.config.model)
     scores = _final_scores(simulation, records, tokenizer, answered=args.eval_metric == "rouge", observer=observer)

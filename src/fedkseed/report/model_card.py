@@ -15,6 +15,7 @@ from fedkseed.data import is_hub_id, public_names
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.settings import IN_MEMORY, RunConfig, SimulationConfig
+from fedkseed.text import visible
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
 BY_SCALARS = """A causal language model, tuned by federated learning without backpropagation: for each local step a client sends
@@ -98,11 +99,11 @@ def model_card(base: str, tuning: Ledger | TunedTensors, about: About | None = N
         tuning: what was added to the base.
         about: what else is known.
     """
-    known = about or About()
+    base, known = visible(base), about or About()
     facts = known.config.facts if known.config else None
     attached = facts.attaches if facts else None
     rows = {"base model": f"`{base}`, fingerprint `{_fingerprint(tuning)}`", **_rows(tuning, known)}
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {visible(value)} |" for name, value in rows.items())
     loading = LOADING_AN_ADAPTER.format(base=json.dumps(base, ensure_ascii=False)) if attached else LOADING
     again = "`fedkseed.apply(base_model, ledger)` gives these weights again. " if isinstance(tuning, Ledger) else ""
     return f"""\

@@ -15,6 +15,7 @@ from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.settings import RunConfig
+from fedkseed.text import visible
 
 MAX_ROWS = 200
 """Rows of a table of clients or reasons; the rest is counted."""
@@ -33,12 +34,12 @@ Text = str | Html
 
 
 def _html(text: Text) -> str:
-    return text.text if isinstance(text, Html) else escape(text)
+    return text.text if isinstance(text, Html) else escape(visible(text))
 
 
 def _tag(name: str, content: Text | Iterable[Text], **attributes: str) -> Html:
     parts = [content] if isinstance(content, (str, Html)) else content
-    opening = "".join(f' {key.strip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    opening = "".join(f' {key.strip("_").replace("_", "-")}="{escape(visible(value))}"' for key, value in attributes.items())
     return Html(f"<{name}{opening}>{''.join(map(_html, parts))}</{name}>")
 
 
@@ -56,7 +57,7 @@ def page(path: Path, record: RunRecord, charts: Sequence[Chart], pictures: Mappi
     ]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fedkseed report: {escape(name)}</title><style>\n{_style()}</style>"
+        f"<title>fedkseed report: {escape(visible(name))}</title><style>\n{_style()}</style>"
     )
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{chr(10).join(map(_html, body))}\n</body></html>\n'
 
@@ -166,7 +167,7 @@ def _charts(charts: Sequence[Chart], pictures: Mapping[str, str]) -> list[Html]:
     figures = []
     for chart in charts:
         if chart.name in pictures:
-            label = f'<svg role="img" aria-label="{escape(chart.alt)}"'
+            label = f'<svg role="img" aria-label="{escape(visible(chart.alt))}"'
             content = [Html(pictures[chart.name].replace("<svg", label, 1)), _tag("figcaption", chart.caption)]
         else:
             content = [_tag("p", chart.caption, class_="empty")]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from fedkseed.baselines import TensorClient, TensorServer, TunedTensors, attach, fingerprint, parameters_of
-from fedkseed.errors import LedgerError, RunError
+from fedkseed.errors import LedgerError, RunError, RunFolderError
 from fedkseed.federation import Checkpoint, Limits, Rounds
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.federation.envelope import Request
@@ -191,8 +191,16 @@ def roles_of(algorithm: Algorithm) -> Roles:
 
 
 def checkpoint_path(path: Path) -> Path:
-    """The checkpoint's file: in a run's folder whichever is there (a ledger, if none is yet); else the path itself."""
+    """The checkpoint's file: in a run's folder whichever is there; else the path itself.
+
+    Raises:
+        RunFolderError: there is none.
+    """
     if not path.is_dir():
+        if not path.exists():
+            raise RunFolderError(f"{path}: nothing is there; give a run's folder or a ledger file")
         return path
     kept = [path / kind.file for kind in KINDS.values() if (path / kind.file).exists()]
-    return kept[-1] if kept else path / LEDGER
+    if not kept:
+        raise RunFolderError(f"{path} holds no {LEDGER}; give the folder of a run that has done a round, or a ledger file")
+    return kept[-1]

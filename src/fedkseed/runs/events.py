@@ -1,12 +1,15 @@
 """The lines of `metrics.jsonl`, whoever drives the rounds, and the same for a person; the driver adds bytes and seconds."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedkseed.evaluation import EvalLoss
-from fedkseed.federation import Contribution, Outcome
-from fedkseed.federation.rounds import CHANGE_NORM, PROJECTED_GRAD_RMS
+from fedkseed.federation.rounds import CHANGE_NORM, PROJECTED_GRAD_RMS, Contribution, Outcome
+
+if TYPE_CHECKING:  # torch comes with it, and who shows events need not wait for that
+    from fedkseed.evaluation import EvalLoss
 
 
 def round_event(outcome: Outcome, lr: float) -> dict[str, Any]:
@@ -65,3 +68,17 @@ def summary(event: dict[str, Any], num_rounds: int) -> str:
         f"{place}: loss {loss} at {event['num_replies']} clients, {event['bytes_down']:,.0f} bytes down and "
         f"{event['bytes_up']:,.0f} up each, {event['seconds']:.1f} s{dropped}{refused}"
     )
+
+
+def details(event: dict[str, Any]) -> list[str]:
+    """What else an event says, for those who asked for everything."""
+    lines = [
+        f"  {client}: weight {one['weight']:.3f}, loss " + ("-" if one["loss"] is None else f"{one['loss']:.4f}")
+        for client, one in event.get("clients", {}).items()
+        if "weight" in one
+    ]
+    if event.get("seconds_by"):
+        lines.append("  seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in event["seconds_by"].items()))
+    if event.get("peak_bytes"):
+        lines.append(f"  memory at most: {event['peak_bytes'] / 1e6:,.0f} MB")
+    return lines

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+WARNING = "warning: "
+"""How a note begins that nobody should miss."""
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -47,11 +50,11 @@ class Observer(Protocol):
     """Who watches a run: the live display, plain lines, or nobody."""
 
     def note(self, text: str) -> None:
-        """One line about what is being done or was found."""
+        """One line about what is being done or was found; a warning begins with `WARNING`."""
         ...
 
     def progress(self, activity: str, done: int, total: int) -> None:
-        """So much of something that may take long, beside the training, is done."""
+        """So much of something that may take long, beside the training, is done; a total of 0 is not known."""
         ...
 
     def probe(self, probe: Probe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedkseed.runs.observer import Nobody, Probe
+from fedkseed.text import visible
 
 
 class Progress(Nobody):
@@ -21,11 +22,11 @@ class Progress(Nobody):
         """See `Observer`."""
         from tqdm.auto import tqdm
 
-        tqdm.write(text)
+        tqdm.write(visible(text))
 
     def probe(self, probe: Probe) -> None:
         """See `Observer`."""
-        self._show(f"{probe.client}, step {probe.step + 1} of {probe.steps}")
+        self._show(f"{visible(probe.client)}, step {probe.step + 1} of {probe.steps}")
 
     def event(self, event: dict[str, Any]) -> None:
         """See `Observer`."""

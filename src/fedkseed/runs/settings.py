@@ -18,36 +18,36 @@ from fedkseed.runs.validation import Words, validated
 class RunConfig(FederationConfig):
     """What every run is told, wherever its clients are."""
 
-    model: str = Field(description="base model: a Hugging Face model folder or hub id")
+    model: str = Field(description="Base model: a Hugging Face model folder or hub id.")
     columns: str | None = Field(
         None,
-        description="what the fields are called in the data, such as instruction=question,output=answer,client=site; "
-        "output=text alone learns texts as a whole",
+        description="What the fields are called in the data, such as instruction=question,output=answer,client=site; "
+        "output=text alone learns texts as a whole.",
     )
     eval_data: str | None = Field(
-        None, description="held-out records (default: the test tasks of Natural Instructions, else a seeded 5 % of --data)"
+        None, description="Held-out records (default: test tasks of Natural Instructions, else a seeded 5 % of --data)."
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="longest record in tokens; longer ones are cut")
-    template: str = Field("plain", description=f"prompt template: {', '.join(TEMPLATES)} (the tokenizer's own), or a TOML file")
+    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Longest record in tokens; longer ones are cut.")
+    template: str = Field("plain", description=f"Prompt template: {', '.join(TEMPLATES)} (the tokenizer's), or a TOML file.")
     template_arguments: str | None = Field(
-        None, description="what the tokenizer's chat template takes beside the messages, such as enable_thinking=false"
+        None, description="What the tokenizer's chat template takes beside the messages, such as enable_thinking=false."
     )
     refused_turns: Literal["stop", "fold", "drop"] = Field(
         "stop",
-        description="a conversation that the chat template refuses: stop; fold its system turns into the user's; or drop it",
+        description="Of conversations that the chat template refuses: stop; fold its system turns into the user's; or drop it.",
     )
-    eval_every: Count = Field(1, description="evaluate every so many rounds, and after the last")
-    eval_limit: Count | None = Field(None, description="evaluate on a seeded draw of so many held-out records")
+    eval_every: Count = Field(1, description="Evaluate every so many rounds, and after the last.")
+    eval_limit: Count | None = Field(None, description="Evaluate on a seeded draw of so many held-out records.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "float32", description="precision of the weights; auto is the checkpoint's own"
+        "float32", description="Precision of the weights: float32, float16, bfloat16, or auto, the checkpoint's own."
     )
     trainable: str = Field(
         "*",
         min_length=1,
-        description="which tensors are tuned: their names, * for anything, several with commas between, such as "
-        "*.v_proj.*,*norm*; the others keep the base's values",
+        description="Which tensors are tuned: their names, * for anything, several with commas between, such as "
+        "*.v_proj.*,*norm*; the others keep the base's values.",
     )
-    device: str = Field("cpu", description="where the model runs: cpu, cuda, or one GPU of several, such as cuda:1")
+    device: str = Field("cpu", description="Where the model runs: cpu, cuda, or one GPU of several, such as cuda:1.")
 
     @field_validator("model", "template", mode="before")
     @classmethod
@@ -131,22 +131,26 @@ class SimulationConfig(RunConfig):
 
     data: str | None = Field(
         None,
-        description="training records: jsonl, JSON, CSV, parquet or Arrow files (several with commas between, a glob, a "
+        description="Training records: jsonl, JSON, CSV, parquet or Arrow files (several with commas between, a glob, a "
         "folder) with instruction, input/context, output/response, category (or chat messages); a Natural Instructions "
-        "folder; a dataset's hub id",
+        "folder; a dataset's hub id.",
     )
-    subsample: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="use a seeded fraction of the training records")
-    held_out_category: str | None = Field(None, description="hold out the records of this category, which no client gets")
-    num_clients: Count = Field(200, description="N: number of clients that the records are dealt out to")
+    subsample: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Use a seeded fraction of the training records.")
+    held_out_category: str | None = Field(None, description="Hold out the records of this category, which no client gets.")
+    num_clients: Count = Field(200, description="Number of clients that the records are dealt out to (N).")
     partition: Literal["iid", "dirichlet", "client"] = Field(
         "dirichlet",
-        description="how records are dealt out; client: by the records' own client field (the task, in Natural "
-        "Instructions), whatever --num-clients",
+        description="How records are dealt out; client: by the records' own client field (the task, in Natural "
+        "Instructions), whatever --num-clients.",
     )
-    alpha: Positive = Field(0.5, description="of the Dirichlet partition over categories: small is unlike, large is alike")
-    min_partition_size: Count = Field(1, description="records that each client of a Dirichlet partition gets at least")
+    alpha: Positive = Field(
+        0.5, description="Of the Dirichlet partition over categories: small makes clients unlike, large alike."
+    )
+    min_partition_size: Count = Field(1, description="Records that each client of a Dirichlet partition gets at least.")
     responses: Literal["own", "shuffled"] = Field(
-        "own", description="shuffled is the control: each training record gets another one's response of its category"
+        "own",
+        description="Whose responses train: shuffled is the control, in which each training record gets another one's "
+        "response of its category.",
     )
 
     @field_validator("data", mode="before")

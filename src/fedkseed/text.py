@@ -1,0 +1,36 @@
+"""Text that others wrote, made fit for a line that a person reads."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+
+JOINERS = "\u200c\u200d"
+"""Format characters that scripts and emoji need inside words."""
+
+
+def visible(text: object) -> str:
+    """A text as one line that shows what is in it: nothing in it moves a cursor, ends the line or turns its direction.
+
+    Control and format characters, line separators and lone surrogates become escapes such as `\\n` and `\\x1b`; whatever goes
+    to a terminal, a log, a page or a card passes through here.
+
+    Args:
+        text: whatever can be a text: a client's name or reason, a file's name, an error.
+    """
+    return "".join(_escaped(character) for character in str(text))
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in JOINERS:
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+class VisibleFormatter(logging.Formatter):
+    """Records of a log, each a line of visible text, whatever its arguments hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's message, then a traceback if there is one, whose lines are kept."""
+        message = visible(record.getMessage())
+        return f"{message}\n{self.formatException(record.exc_info)}" if record.exc_info else message
