@@ -5,14 +5,14 @@ checkpoint, those of the published ledger, and the weights that are rebuilt from
 seed is. The answers are in vectors/golden_digests.json; `python -m tests.test_golden` writes them anew, which is right only
 where a format or an algorithm is meant to change.
 
-A run is real from its files to its messages, but for one seam: `exact_loss` in place of the model's. It and all
-settings are chosen so that every operation is exact or rounded once, whatever the machine, the number of threads and the
-libraries for vectors and matrices:
+A run is real from its files to its messages, but for two seams: `exact_loss` in place of the model's, and `SignSteps` in
+place of torch's Adam, whose bits differ between processors even in a first step. They and all settings are chosen so
+that every operation is exact or rounded once, whatever the machine, the number of threads and the libraries for vectors
+and matrices:
 
 - the model's weights and an adapter's first tensors are given in few bits, since torch's random numbers are not the same
   on all machines;
 - a learning rate of SGD is a power of two, so that a fused multiply-add gives what a multiplication and an addition do;
-- Adam takes one step in a round: from the second on, its averages depend on whether the machine fuses;
 - folded gradients are binary32 numbers of one order of magnitude, so that float64 adds some thousands of them up exactly,
   in whatever order; with gaussian noise they would be products of 48 bits, so that no run of fedkseed-grad has it, and none
   has Adam on K numbers, whose corrections are powers that libraries round differently;
@@ -36,6 +36,7 @@ from flwr.app import Message
 from safetensors.torch import load_file, save_file
 
 from fedkseed.baselines import Parameters, TunedTensors, attach, fingerprint
+from fedkseed.baselines import client as baseline_client
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.flower.envelope import unwrap
 from fedkseed.kseed.ledger import Ledger
@@ -64,7 +65,7 @@ COMMON = {
 }
 SEEDED = {"eps": 0.01, "num_seeds": 24}
 PRO = {"algorithm": "fedkseed-pro", "importance_start": 1.5, "importance_clip": 1.5}
-SGD, ADAM = {"lr": 0.25}, {"lr": 0.01, "local_steps": 1}
+SGD, ADAM = {"lr": 0.25}, {"lr": 0.01}
 LORA = {"lora_rank": 4, "lora_alpha": 12.0}
 
 
@@ -144,6 +145,19 @@ def exact_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     value = round(math.fsum(number * number for number in numbers) * 2**16) / 2**20
     along = torch.stack([(x * x).sum() / 16 for x in away]).sum()
     return torch.tensor(value, dtype=torch.float64) + (along - along.detach())  # of this sum only the gradient counts
+
+
+class SignSteps(torch.optim.Optimizer):
+    """What Adam's first step is but for its epsilon: the learning rate against the gradient's sign."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad.sign()
 
 
 def golden_model(folder: Path) -> Path:
@@ -229,8 +243,9 @@ def sha256(*parts: bytes) -> str:
 
 
 def exact(patch: pytest.MonkeyPatch) -> None:
-    """The seam."""
+    """The seams."""
     patch.setattr(module_of_mean_loss, "mean_loss", exact_loss)
+    patch.setitem(baseline_client.OPTIMIZERS, "adam", SignSteps)
 
 
 def run_settings(files: Path, name: str, **changes: Any) -> dict[str, Any]:

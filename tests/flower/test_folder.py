@@ -27,6 +27,7 @@ from fedkseed.report.page import page
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import RunConfig, SimulationConfig
 
+RECORDS = {name: 12 + 3 * i for i, name in enumerate(SITES)}
 DEALT = ("data", "num_clients", "partition", "alpha", "min_partition_size", "subsample", "responses", "held_out_category")
 
 
@@ -75,7 +76,7 @@ def settings_in(run: Path) -> dict[str, Any]:
 
 def test_the_config_of_a_run_in_the_field_names_the_clients_it_had_and_no_setting_of_dealing_out(field: Driven) -> None:
     found = settings_in(field.folder)
-    assert found["driver"] == {"clients": list(SITES), "min_clients": 3, "deadline": 2.0, "run": str(field.folder)}
+    assert found["driver"] == {"clients": RECORDS, "min_clients": 3, "deadline": 2.0, "run": str(field.folder)}
     assert not found.keys() & set(DEALT)
     run = RunFolder.open(field.folder)
     assert type(run.config) is RunConfig
@@ -85,7 +86,7 @@ def test_the_config_of_a_run_in_the_field_names_the_clients_it_had_and_no_settin
 
 def test_the_config_of_an_engines_run_says_how_its_records_were_dealt_out(dealt: Driven, sites: Path) -> None:
     found = settings_in(dealt.folder)
-    assert found["driver"]["clients"] == list(SITES)
+    assert found["driver"]["clients"] == RECORDS
     assert (found["data"], found["partition"], found["num_clients"]) == (str(sites / "joint.jsonl"), "client", 3)
     assert type(RunFolder.open(dealt.folder).config) is SimulationConfig
 
@@ -94,7 +95,7 @@ def test_a_client_that_came_and_was_never_asked_is_named_too(sites: Path, tmp_pa
     run = on_flower(sites, tmp_path / "run", num_rounds=1, fraction_train=0.4, min_replies=1).folder
     (event,) = [event for event in read_metrics(run) if event["event"] == "round"]
     assert len(event["clients"]) == 1
-    assert settings_in(run)["driver"]["clients"] == list(SITES)
+    assert settings_in(run)["driver"]["clients"] == RECORDS
 
 
 # --- Every command ---
@@ -216,7 +217,7 @@ def test_resume_of_a_run_in_the_field_says_how_to_go_on_and_that_works(
     config = run_config(sites, run, num_rounds=4)
     whole = in_simulation(sites, tmp_path / "whole", num_rounds=4).ledger
     assert started(config, federation(sites, config)).digest() == whole.digest()
-    assert settings_in(run)["driver"]["clients"] == list(SITES)
+    assert settings_in(run)["driver"]["clients"] == RECORDS
 
 
 def test_an_engines_run_goes_on_either_way(fedkseed: CommandLine, dealt: Driven, sites: Path, tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_a_folder_of_before_knows_no_clients_and_settings_that_nobody_heard_and_
     config = run_config(sites, run, num_rounds=4)
     whole = in_simulation(sites, tmp_path / "whole", num_rounds=4).ledger
     assert started(config, federation(sites, config)).digest() == whole.digest()
-    assert settings_in(run)["driver"]["clients"] == list(SITES)
+    assert settings_in(run)["driver"]["clients"] == RECORDS
     assert not settings_in(run).keys() & set(DEALT)
 
 

@@ -28,7 +28,6 @@ from tests.support.flower_sites import CORRUPTIONS, another, simulated
 from tests.support.runs import read_metrics
 
 from fedkseed.errors import ConfigError, LedgerError, RunError
-from fedkseed.federation import Limits
 from fedkseed.flower import exchange
 from fedkseed.flower.config import EngineConfig, node_settings, read_config
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
@@ -157,7 +156,7 @@ def test_a_bad_reply_is_refused_with_node_and_reason_and_the_round_goes_on(
 ) -> None:
     """Each in a round of its own, and all of them leave what a site-b that never answers leaves."""
     made = [make for make, _ in CORRUPTIONS.values()]
-    config = run_config(sites, tmp_path / "run", num_rounds=len(made), eval_every=len(made))
+    config = run_config(sites, tmp_path / "run", num_rounds=len(made), eval_every=len(made), lr=1e-3)
     grid = federation(sites, config)
     grid.answers[102] = lying(grid.answers[102], lambda m, data: made[int(m.metadata.group_id) - 1](m, data))
     ledger = started(config, grid)
@@ -169,14 +168,14 @@ def test_a_bad_reply_is_refused_with_node_and_reason_and_the_round_goes_on(
         assert event["missing"] == [], name
         assert event["num_replies"] == 2, name
         assert len([line for line in lines if line.startswith(f"round {n}: reply of site-b (node 102) refused: ")]) == 1, name
-    silent = run_config(sites, tmp_path / "silent", num_rounds=len(made), eval_every=len(made), deadline=0.05)
+    silent = run_config(sites, tmp_path / "silent", num_rounds=len(made), eval_every=len(made), lr=1e-3, deadline=0.05)
     grid = federation(sites, silent)
     grid.answers[102] = lying(grid.answers[102], lambda message, data: None)
     assert started(silent, grid).digest() == ledger.digest()
 
 
 def test_a_second_reply_counts_for_nothing(sites: Path, tmp_path: Path, expected: Ledger) -> None:
-    """Of two replies to one request the first in the order of bytes is taken: none depends on which came first."""
+    """Of two replies to one request the first counts."""
     config = run_config(sites, tmp_path / "run")
     grid = federation(sites, config)
     grid.answers[102] = lying(grid.answers[102], lambda message, data: [Message(wrap(data), reply_to=message)] * 2)
@@ -195,16 +194,27 @@ def test_a_reply_that_flower_cannot_unpack_takes_no_other_with_it(sites: Path, t
     assert started(config, grid).digest() == without_site_b.digest()
 
 
-def test_too_large_a_share_is_refused(sites: Path, tmp_path: Path) -> None:
+def test_a_client_that_claims_more_records_than_it_came_with_is_refused(sites: Path, tmp_path: Path) -> None:
     config = run_config(sites, tmp_path / "run", num_rounds=1)
-    a_strategy = build_strategy(read_config(config))
-    a_strategy._server.limits = Limits(max_share=0.7)
     grid = federation(sites, config)
     grid.answers[102] = lying(grid.answers[102], lambda m, data: Message(wrap(another(data, num_examples=9999)), reply_to=m))
-    a_strategy.start(grid)
+    started(config, grid)
     (event,) = [event for event in read_metrics(tmp_path / "run") if event["event"] == "round"]
-    assert list(event["refused"]) == ["site-b"]
-    assert "at most 0.7 is accepted" in event["refused"]["site-b"]
+    assert event["refused"] == {"site-b": "num_examples is 9999; this client came with 15"}
+
+
+def test_the_number_of_records_holds_for_the_whole_run(
+    sites: Path, tmp_path: Path, heard: pytest.LogCaptureFixture, expected: Ledger
+) -> None:
+    """Also for a server that was started again."""
+    short = run_config(sites, tmp_path / "run", num_rounds=1)
+    started(short, federation(sites, short))
+    more = run_config(sites, tmp_path / "run", num_rounds=2, min_clients=2)
+    grid = federation(sites, more)
+    grid.answers[102] = node(sites, "site-b", more, data=str(sites / "all.jsonl"))
+    started(more, grid)
+    assert "'site-b' has 60 records, and 15 when the run met it" in heard.text
+    assert [sorted(e["clients"]) for e in read_metrics(tmp_path / "run") if e["event"] == "round"][-1] == ["site-a", "site-c"]
 
 
 # --- Deadline and number of replies ---
@@ -390,6 +400,10 @@ def test_clients_evaluate_their_own_records_and_every_token_weighs_the_same(
         ({"loss": float("nan")}, "must be finite"),
         ({"num_tokens": -1}, "num_tokens"),
         ({"num_tokens": 10**30}, "num_tokens"),
+        ({"num_tokens": 10**6}, "it claims 1000000 response tokens; its hello said "),
+        ({"num_examples": 100}, "it claims 100 records; its hello said 15"),
+        ({"loss": -0.5}, "loss is -0.5; 0 to "),
+        ({"loss": 1e9}, "loss is 1e+09; 0 to "),
         ({"ledger": "0" * 64}, "it is about ledger 0000000000000000"),
     ],
     ids=str,

@@ -12,7 +12,6 @@ from tests.support.changes import BASE, config, honest, numbers_of, play, reply_
 
 import fedkseed as fk
 from fedkseed.errors import LedgerError, ProtocolError
-from fedkseed.federation import Limits
 from fedkseed.kseed.change_client import patched
 from fedkseed.kseed.change_messages import SCALARS, ChangeReply, ChangeRequest
 from fedkseed.kseed.change_server import ChangeServer, combined, new_page
@@ -56,7 +55,7 @@ def test_plan_is_a_function_of_config_and_ledger(wire: str, every: int) -> None:
 
 def test_what_a_request_says() -> None:
     a_server = server(
-        limits=Limits(max_grad=123.0), wire="int4", basis="coefficients", movement="proportional", num_seeds=100,
+        max_grad=123.0, wire="int4", basis="coefficients", movement="proportional", num_seeds=100,
         noise="gaussian", eps=1e-3, batch_size=4, loss_clip=0.5, local_optimizer="adam", rounds_per_page=2, local_steps=5,
         schedule="linear",
     )  # fmt: skip

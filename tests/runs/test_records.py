@@ -209,10 +209,10 @@ def test_a_record_without_a_client_is_refused(tiny: Path) -> None:
 def test_a_name_that_is_no_clients_name_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny, partition="client", columns="client=context", min_replies=1)
     (tmp_path / "bad.jsonl").write_text(
-        "".join(json.dumps({"instruction": "name", "response": "dog", "context": name}) + "\n" for name in ("a\nb", "c", "d"))
+        "".join(json.dumps({"instruction": "name", "response": "dog", "context": name}) + "\n" for name in ("a\x07b", "c", "d"))
     )
     result = fedkseed("simulate", *flags(settings | {"data": tmp_path / "bad.jsonl", "eval_data": tiny / "records.jsonl"}))
-    assert_one_line(result, 2, "bad.jsonl", "client", "1 to 64 bytes of printable text", "a\\nb")
+    assert_one_line(result, 2, "bad.jsonl", "client", "1 to 64 bytes of printable text", "a\\u0007b")
 
 
 # --- Natural Instructions ---

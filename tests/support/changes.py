@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 import fedkseed as fk
-from fedkseed.federation import FederationConfig, Limits, Outcome
+from fedkseed.federation import FederationConfig, Outcome
 from fedkseed.kseed.change_client import ChangeClient
 from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest
 from fedkseed.kseed.change_server import ChangeServer, new_page
@@ -62,8 +62,8 @@ def honest(requests: Iterable[ChangeRequest]) -> list[tuple[str, bytes]]:
     return [(request.client, reply_to(request).encode()) for request in requests]
 
 
-def server(clients: Sequence[str] = ("a", "b", "c"), limits: Limits | None = None, **changes: Any) -> ChangeServer:
-    return ChangeServer(config(**changes), BASE, clients, limits)
+def server(clients: Sequence[str] = ("a", "b", "c"), **changes: Any) -> ChangeServer:
+    return ChangeServer(config(**changes), BASE, clients)
 
 
 def play(a_server: ChangeServer, rounds: int = 1) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, unpack_tensors
 from fedkseed.baselines.parameters import Parameters
 from fedkseed.errors import ProtocolError
-from fedkseed.federation import FederationConfig, Limits
+from fedkseed.federation import FederationConfig
 from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
 from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.models.binding import bind
@@ -114,6 +114,6 @@ class TensorClient:
             heard(step, value)
             return value
 
-        settings = StepSettings(request.lr, config.eps, Limits().max_grad, config.loss_clip, "float32")
+        settings = StepSettings(request.lr, config.eps, config.max_grad, config.loss_clip, "float32")
         steps = local_steps(bound, range(request.steps), loss, settings)
         return Trained(np.delete(steps.losses, steps.dropped).tolist(), len(steps.dropped))

@@ -10,7 +10,7 @@ from fedkseed.baselines.checkpoint import TunedTensors
 from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, tensors_digest, unpack_tensors
 from fedkseed.baselines.parameters import check_tensors
 from fedkseed.errors import ProtocolError, RunError
-from fedkseed.federation import FederationConfig, Limits, Rounds
+from fedkseed.federation import FederationConfig, Rounds
 from fedkseed.randomness import derive
 
 
@@ -20,7 +20,7 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
     Args:
         config: the settings.
         checkpoint: where to go on from.
-        clients, limits, num_examples: see `Rounds`.
+        clients, guess_loss, num_examples: see `Rounds`.
 
     Raises:
         RunError: the checkpoint is of another algorithm, or see `Rounds`.
@@ -31,7 +31,7 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
         config: FederationConfig,
         checkpoint: TunedTensors,
         clients: Sequence[str] | None,
-        limits: Limits | None = None,
+        guess_loss: float | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
         if checkpoint.algorithm != config.algorithm:
@@ -42,7 +42,7 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
         self._checkpoint = checkpoint
         self._shapes = {name: x.shape for name, x in checkpoint.tensors.items()}
         run_id = derive(config.seed, "run", config.algorithm, checkpoint.base).to_bytes(8, "little")
-        super().__init__(config, run_id, clients, limits, num_examples)
+        super().__init__(config, run_id, clients, guess_loss, num_examples)
 
     @property
     def checkpoint(self) -> TunedTensors:
@@ -76,8 +76,8 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
         check_tensors(tensors, self._shapes)
         for name, x in tensors.items():
             largest = x.abs().max().item() if x.numel() else 0.0
-            if largest > self.limits.max_value:
-                raise ProtocolError(f"{name} holds {largest:g}; at most {self.limits.max_value:g} is accepted")
+            if largest > self.config.max_value:
+                raise ProtocolError(f"{name} holds {largest:g}; at most {self.config.max_value:g} is accepted")
         if reply.dropped > request.steps:
             raise ProtocolError(f"{reply.dropped} steps were dropped of {request.steps}; expected no more")
 

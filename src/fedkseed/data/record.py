@@ -91,8 +91,8 @@ class _Fields:
         return told and self._keys.keys().isdisjoint(("instruction", "input"))
 
     def name(self, field: str) -> str:
-        """A category or client; "" where there is none."""
-        return named(self._values[field], self._keys[field], self._where) if field in self._values else ""
+        """A category or client, blanks at its ends or in a row not counting; "" where there is none."""
+        return " ".join(named(self._values[field], self._keys[field], self._where).split()) if field in self._values else ""
 
     def turns(self) -> tuple[Turn, ...]:
         """The conversation that the record holds; empty if it holds none."""

@@ -35,6 +35,15 @@ class EvalLoss:
         return cls(loss, _exp(loss), num_examples, num_tokens)
 
 
+def guess_loss(model: torch.nn.Module) -> float:
+    """The loss of a guess among all tokens, nats a token: what the loss that a client tells is measured by.
+
+    Args:
+        model: a Hugging Face causal LM.
+    """
+    return math.log(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+
+
 def response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     """The summed loss of a batch's response tokens, and how many they are.
 

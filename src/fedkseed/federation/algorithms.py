@@ -79,15 +79,16 @@ class Algorithm:
         return setting in self.settings or setting not in SOME_TAKE
 
 
-PROBES = ("eps", "noise", "loss_clip")
+PROBES = ("eps", "noise", "loss_clip", "max_grad")
 SEEDS = (*PROBES, "num_seeds", "wire", "dtype", "trainable")
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
-    "checkpointing",
+    "checkpointing", "max_value",
 )  # fmt: skip
 IMPORTANCE = ("importance_clip", "importance_start")
-LORA = ("lora_rank", "lora_alpha")
-PROMPT = ("num_virtual_tokens",)
+TENSORS = ("max_value",)
+LORA = (*TENSORS, "lora_rank", "lora_alpha")
+PROMPT = (*TENSORS, "num_virtual_tokens")
 
 ALGORITHMS: dict[str, Algorithm] = {
     row.name: row
@@ -104,10 +105,10 @@ ALGORITHMS: dict[str, Algorithm] = {
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",
             "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES),
         ),
-        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient", usual_lr=0.05),
+        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient", usual_lr=0.05, settings=TENSORS),
         Algorithm(
             "ferret", "Ferret", "all parameters by SGD, whose change is projected afterwards",
-            "tensors", "gradient", projects=True, usual_lr=0.01, settings=("noise", "num_seeds"),
+            "tensors", "gradient", projects=True, usual_lr=0.01, settings=(*TENSORS, "noise", "num_seeds"),
         ),
         Algorithm(
             "fedit", "FedIT", "LoRA by Adam",
@@ -125,7 +126,10 @@ ALGORITHMS: dict[str, Algorithm] = {
             "fedptuning", "FedPTuning", "a soft prompt through an encoder, by Adam",
             "tensors", "gradient", attaches="prompt-encoder", steps="adam", usual_lr=0.01, settings=PROMPT,
         ),
-        Algorithm("fedzo", "FedZO", "all parameters, zeroth-order", "tensors", "two-point", "fresh", settings=PROBES),
+        Algorithm(
+            "fedzo", "FedZO", "all parameters, zeroth-order",
+            "tensors", "two-point", "fresh", settings=(*PROBES, *TENSORS),
+        ),
     )
 }  # fmt: skip
 """All of them, by name."""

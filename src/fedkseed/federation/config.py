@@ -63,6 +63,16 @@ class FederationConfig(BaseModel):
     num_virtual_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(
         20, description="Of fedprompt and fedptuning: length of the soft prompt in tokens."
     )
+    max_grad: Annotated[float, Field(gt=0, le=60000)] = Field(
+        1e4, description="A projected gradient above this is dropped by the client and refused by the server."
+    )
+    max_value: Positive = Field(
+        1e4, description="A reply with a larger number is refused, where replies are changes or tensors."
+    )
+    max_examples: Count = Field(10_000_000, description="A client that claims more records is refused.")
+    max_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Largest weight of one reply in a round; a half where none is given, of one or two replies no limit."
+    )
     min_replies: Count = Field(1, description="A round with fewer accepted replies is repeated, three times at most.")
     wire: Literal["float16", "float32", "int8", "int4", "int2", "sign"] = Field(
         "float16",
@@ -145,21 +155,3 @@ class FederationConfig(BaseModel):
     def cohort_size(self, num_clients: int) -> int:
         """How many of the clients take part in a round: max(1, int(m N))."""
         return max(1, int(self.fraction_train * num_clients))
-
-
-class Limits(BaseModel):
-    """What a reply must keep to, whoever sent it.
-
-    Attributes:
-        max_grad: largest magnitude of a projected gradient.
-        max_examples: largest number of records that a client may claim.
-        max_share: largest weight of one reply in a round.
-        max_value: largest magnitude in a tensor of a baseline.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_grad: Annotated[float, Field(gt=0, le=60000)] = 1e4
-    max_examples: Count = 10_000_000
-    max_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_value: Positive = 1e4

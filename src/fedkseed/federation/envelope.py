@@ -6,6 +6,7 @@ Decoding builds integers, floats, strings and bytes, nothing else; whatever is n
 from __future__ import annotations
 
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, fields
@@ -22,6 +23,8 @@ MAX_FIELDS = 64
 MAX_STEPS = 65535
 MAX_NAME_BYTES = 64
 RUN_ID_BYTES, DIGEST_BYTES = 8, 32
+LOOKALIKES = {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"}
+"""Alphabets that share the shapes of letters, by the first word of a letter's Unicode name."""
 
 
 def pack_fields(kind: str, values: list[Any]) -> bytes:
@@ -49,6 +52,7 @@ def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int)
         raise ProtocolError(f"message has {len(data)} bytes; at most {max_bytes} are accepted")
     try:
         values = msgpack.unpackb(data, raw=False, use_list=True, max_array_len=MAX_FIELDS, max_map_len=0, max_ext_len=0)
+        packed = msgpack.packb(values, use_bin_type=True)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise ProtocolError(f"message is not msgpack ({type(error).__name__}); expected the bytes of a {what}") from error
     if not isinstance(values, list) or len(values) < 2 or values[0] != kind:
@@ -57,6 +61,8 @@ def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int)
         raise ProtocolError(f"protocol version is {shown(values[1])}; this is version {VERSION}: update the older side")
     if len(values) != count + 2:
         raise ProtocolError(f"{what} has {len(values)} fields; expected {count + 2}")
+    if packed != bytes(data):  # two texts of one message would have two digests
+        raise ProtocolError(f"{what} is not packed in the shortest form of each field")
     return values[2:]
 
 
@@ -104,14 +110,29 @@ def check_positive(name: str, value: Any) -> None:
         raise ProtocolError(f"{name} is {value!r}; expected a positive number")
 
 
+def check_loss(loss: float, most: float) -> None:
+    """Refuse the loss of tokens that is negative or above `most`."""
+    if not 0 <= loss <= most:
+        raise ProtocolError(f"loss is {loss:g}; 0 to {most:.4g} are accepted")
+
+
 def check_name(name: Any) -> None:
-    """Refuse a client's name that is not 1 to 64 bytes of printable UTF-8.
+    """Refuse a client's name that is not 1 to 64 bytes of printable UTF-8, or that a person may take for another one.
 
     Raises:
-        ProtocolError: it is not.
+        ProtocolError: it is not; or it has blanks at an end or in a row, has another normal form (NFKC), or mixes alphabets
+            whose letters look alike.
     """
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.encode(errors="replace")) <= MAX_NAME_BYTES:
         raise ProtocolError(f"client name is {shown(name)}; expected 1 to {MAX_NAME_BYTES} bytes of printable text")
+    if name != " ".join(name.split()) or name != unicodedata.normalize("NFKC", name):
+        raise ProtocolError(
+            f"client name is {shown(name)}, which reads as {' '.join(unicodedata.normalize('NFKC', name).split())!r}; "
+            "expected no blanks at its ends or in a row, and the usual form of each letter"
+        )
+    mixed = sorted({unicodedata.name(letter, "?").split()[0] for letter in name if letter.isalpha()} & LOOKALIKES)
+    if len(mixed) > 1:
+        raise ProtocolError(f"client name {shown(name)} mixes {' and '.join(mixed)} letters, which look alike; use one")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from fedkseed.errors import ProtocolError, RunError
-from fedkseed.federation.config import FederationConfig, Limits
-from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_name
+from fedkseed.federation.config import FederationConfig
+from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_loss, check_name
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.randomness import generator
 
 MAX_ATTEMPTS = 3
 PROJECTED_GRAD_RMS, CHANGE_NORM = "projected_grad_rms", "change_norm"
 """What replies send, by size: the root mean square of a client's scalars, the length of its change of K coefficients."""
+MOST_GUESSES = 10_000
+"""A mean loss of training is at most so many times that of a guess; a run that diverges makes it large by itself."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,10 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         config: the settings.
         run_id: 8 bytes, the same for all messages of the run.
         clients: the stable names of all clients; `admit` changes them between rounds; None if nobody is here yet.
-        limits: what a reply must keep to.
-        num_examples: how many records each client has, by its name; needed where `local_unit` is epochs.
+        guess_loss: the loss of a guess; a mean loss below 0 or above 10,000 times this is refused; None: any finite
+            one will do.
+        num_examples: how many records each client has, by its name, which its replies must say too; needed where `local_unit`
+            is epochs.
 
     Raises:
         RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
@@ -115,11 +119,13 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         config: FederationConfig,
         run_id: bytes,
         clients: Sequence[str] | None,
-        limits: Limits | None = None,
+        guess_loss: float | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, self.run_id, self.limits = config, run_id, limits or Limits()
+        self.config, self.run_id, self._guess_loss = config, run_id, guess_loss
         self._attempt = 0
+        self._failed: set[str] = set()
+        self._num_examples: Mapping[str, int] = {}
         self.forward_only: frozenset[str] | None = None
         self._pending: dict[str, RequestT] = {}
         self.clients: tuple[str, ...] = ()
@@ -177,8 +183,9 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
                 f"a round asks {cohort_size} of {len(clients)} clients, too few for min_replies = {self.config.min_replies}; "
                 "raise --fraction-train or --num-clients, or lower --min-replies"
             )
-        self.steps = {name: count_steps(self.config, (num_examples or {}).get(name), name) for name in clients}
-        self.clients, self.cohort_size = tuple(sorted(clients)), cohort_size
+        known = dict(num_examples or {})
+        self.steps = {name: count_steps(self.config, known.get(name), name) for name in clients}
+        self.clients, self.cohort_size, self._num_examples = tuple(sorted(clients)), cohort_size, known
         self.forward_only = None if forward_only is None else frozenset(forward_only)
 
     @property
@@ -188,6 +195,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
 
     def plan(self) -> tuple[RequestT, ...]:
         """The requests of the next round, or of the next attempt at it, sorted by client.
+
+        Another attempt asks none whose reply the ones before lacked, as long as enough others are there.
 
         Raises:
             RunError: all rounds are done, or the last attempt at this one has failed.
@@ -200,7 +209,9 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             raise RunError(f"round {self.checkpoint.round + 1} failed {MAX_ATTEMPTS} times; see the refusals, then resume")
         server_round = self.checkpoint.round + 1
         draw = generator(self.config.seed, server_round, self._attempt, "cohort")
-        cohort = sorted(draw.choice(self.clients, self.cohort_size, replace=False).tolist())
+        others = [name for name in self.clients if name not in self._failed]
+        asked = others if len(others) >= self.config.min_replies else self.clients
+        cohort = sorted(draw.choice(asked, min(self.cohort_size, len(asked)), replace=False).tolist())
         lr = learning_rate(self.config.schedule, self.config.lr, server_round - 1, self.config.num_rounds)
         self._pending = dict(self._requests(server_round, self._attempt, cohort, lr))
         return tuple(self._pending.values())
@@ -213,7 +224,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         """Close the round with the replies that came, as (sender, bytes) in any order, or ask for another attempt.
 
         Nothing that a client sends raises: a reply that is malformed, is not an answer to this round's request, or
-        breaks a limit is refused, and the rest goes on without it.
+        breaks a limit is refused, and the rest goes on without it. Of a sender's replies the first good one counts.
 
         Raises:
             RunError: no round is planned.
@@ -223,23 +234,25 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         accepted: dict[str, ReplyT] = {}
         refusals: list[Refusal] = []
         answered: set[str] = set()
-        for sender, data in sorted(replies):
+        for sender, data in sorted(replies, key=lambda reply: reply[0]):
             answered.add(sender)
             try:
+                reply = self._checked(sender, data)
                 if sender in accepted:
                     raise ProtocolError("a second reply to one request")
-                accepted[sender] = self._checked(sender, data)
+                accepted[sender] = reply
             except ProtocolError as error:
                 refusals.append(Refusal(sender, str(error)))
-        weights = self._weights(accepted, refusals)
+        weights = self._weights(accepted)
         server_round = self.checkpoint.round + 1
         missing = tuple(sorted(set(self._pending) - answered))
         if len(weights) < self.config.min_replies:
             self._attempt += 1
+            self._failed |= self._pending.keys() - accepted.keys()
             status: Literal["closed", "repeat", "failed"] = "failed" if self._attempt >= MAX_ATTEMPTS else "repeat"
         else:
             self._close({name: accepted[name] for name in weights}, weights)
-            self._attempt, status = 0, "closed"
+            self._attempt, self._failed, status = 0, set(), "closed"
         contributions = tuple(self._contribution(accepted[name], weights[name]) for name in weights)
         self._pending = {}
         return Outcome(server_round, status, contributions, tuple(refusals), missing)
@@ -253,8 +266,13 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             if found != expected:
                 shown = [value.hex()[:16] if isinstance(value, bytes) else value for value in (found, expected)]
                 raise ProtocolError(f"reply to another request: {name} is {shown[0]!r}, expected {shown[1]!r}")
-        if reply.num_examples > self.limits.max_examples:
-            raise ProtocolError(f"num_examples is {reply.num_examples}; at most {self.limits.max_examples} are accepted")
+        known = self._num_examples.get(sender, reply.num_examples)
+        if reply.num_examples != known:
+            raise ProtocolError(f"num_examples is {reply.num_examples}; this client came with {known}")
+        if reply.num_examples > self.config.max_examples:
+            raise ProtocolError(f"num_examples is {reply.num_examples}; at most {self.config.max_examples} are accepted")
+        if self._guess_loss is not None:
+            check_loss(reply.loss or 0.0, MOST_GUESSES * self._guess_loss)
         self._check(request, reply)
         return reply
 
@@ -270,18 +288,33 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             self._sizes(request, reply),
         )
 
-    def _weights(self, accepted: dict[str, ReplyT], refusals: list[Refusal]) -> dict[str, float]:
-        """p_i by client, in the order of the names; replies with too large a share are refused, the largest first."""
-        sizes = {name: accepted[name].num_examples if self.config.weighting == "examples" else 1 for name in sorted(accepted)}
-        while sizes:
-            total, largest = sum(sizes.values()), max(sizes, key=lambda name: sizes[name])
-            if sizes[largest] <= self.limits.max_share * total:
-                return {name: size / total for name, size in sizes.items()}
-            share = sizes.pop(largest) / total
-            refusals.append(
-                Refusal(largest, f"its share of the round is {share:.3f}; at most {self.limits.max_share} is accepted")
-            )
+    def _weights(self, accepted: Mapping[str, ReplyT]) -> dict[str, float]:
+        """p_i by client, in the order of the names."""
+        by_examples = self.config.weighting == "examples"
+        return shares(
+            {name: accepted[name].num_examples if by_examples else 1 for name in sorted(accepted)}, self.config.max_share
+        )
+
+
+def shares(sizes: Mapping[str, int], max_share: float | None) -> dict[str, float]:
+    """What each of some weighs, in proportion to its size and no more than `max_share`; together 1.
+
+    What the largest would have beyond their share goes to the others in proportion. An equal share is always allowed.
+
+    Args:
+        sizes: positive, by name.
+        max_share: None: a half, and of one or two no limit.
+    """
+    if not sizes:
         return {}
+    limit = max(0.5, 2 / len(sizes)) if max_share is None else max(max_share, 1 / len(sizes))
+    held, free, rest = set(), 1.0, sum(sizes.values())
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if free * sizes[name] / rest <= limit:
+            break
+        held.add(name)
+        free, rest = free - limit, rest - sizes[name]
+    return {name: limit if name in held else free * size / rest for name, size in sizes.items()}
 
 
 def count_steps(config: FederationConfig, num_examples: int | None, client: str) -> int:

@@ -73,6 +73,7 @@ class Hello(_Small):
         base: fingerprint of its base weights.
         num_examples: records to train on.
         num_eval_examples: records to evaluate on.
+        num_eval_tokens: their response tokens, the most that an evaluation may claim.
         backpropagation: whether it can backpropagate; only algorithms whose clients should ask.
     """
 
@@ -80,6 +81,7 @@ class Hello(_Small):
     base: Digest
     num_examples: Annotated[int, Field(ge=1, le=2**53)]
     num_eval_examples: Annotated[int, Field(ge=0, le=2**53)]
+    num_eval_tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
     backpropagation: bool = True
 
     @field_validator("name")

@@ -128,6 +128,7 @@ class Participant:
             base=self._loaded.identity.fingerprint,
             num_examples=len(self._examples),
             num_eval_examples=len(self._held_out),
+            num_eval_tokens=sum(example.num_targets for example in self._held_out),
             backpropagation=self._backpropagation,
         ).encode()
 

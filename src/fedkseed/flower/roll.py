@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
@@ -19,6 +20,8 @@ from fedkseed.flower.log import log
 HELLO = "query.hello"
 HELLO_SECONDS = 3600.0
 """How long a node may take to load its model for the first time."""
+GREET_AGAIN_SECONDS, MOST_GREET_AGAIN_SECONDS = 5.0, 300.0
+"""How soon a node whose hello was lost is asked again; each time twice as long."""
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 """Errors of Flower's that say nothing about the node: it is asked again."""
 
@@ -35,25 +38,37 @@ class Roll:
     """The clients of a federation, by stable name.
 
     A node is asked once for each time that it starts. It is turned away if its base weights are not the server's, if it
-    gives another name than the one that its key was registered under (`flwr supernode register --name`), or if another node
-    that is online has that name already.
+    gives another name than the one that its key was registered under (`flwr supernode register --name`), if another node
+    that is online has that name already, or if it has another number of records than when the run first met it.
 
     Args:
         base: fingerprint of the server's base weights.
+        num_examples: how many records the clients have that the run has met, by name.
         check: raises an error for a hello that the settings have no use for.
     """
 
-    def __init__(self, grid: Grid, base: str, check: Callable[[Hello], None] = lambda hello: None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        base: str,
+        check: Callable[[Hello], None] = lambda hello: None,
+        num_examples: Mapping[str, int] | None = None,
+    ) -> None:
         self._grid, self._base, self._check = grid, base, check
         self._hellos = Exchange(grid)
         self._asked: dict[int, str] = {}
         self._online: dict[int, NodeInfo] = {}
         self._members: dict[str, Member] = {}
+        self._named: dict[int, str] = {}
+        self._num_examples = dict(num_examples or {})
+        self._lost: dict[int, tuple[float, float]] = {}
 
     def look(self) -> dict[str, Member]:
         """Greet new nodes, let in those that have answered; the clients whose nodes are online."""
         self._online = {info.node_id: info for info in self._grid.get_nodes()}
-        started = {node_id: info.last_activated_at for node_id, info in self._online.items()}
+        now = time.monotonic()
+        waiting = {node_id for node_id, (until, _) in self._lost.items() if now < until}
+        started = {id_: info.last_activated_at for id_, info in self._online.items() if id_ not in waiting}
         new = [node_id for node_id in started if self._asked.get(node_id) != started[node_id]]
         self._asked = started
         self._hellos.drop(lambda message: message.metadata.dst_node_id in self._online)
@@ -62,7 +77,10 @@ class Roll:
             node_id = request.metadata.dst_node_id
             if reply.has_error() and reply.error.code in LOST:
                 self._asked.pop(node_id, None)
+                wait = self._lost.get(node_id, (0.0, GREET_AGAIN_SECONDS))[1]
+                self._lost[node_id] = now + wait, min(2 * wait, MOST_GREET_AGAIN_SECONDS)
                 continue
+            self._lost.pop(node_id, None)
             try:
                 self._admit(node_id, unwrap(reply))
             except (ProtocolError, RunError) as error:
@@ -83,6 +101,14 @@ class Roll:
         other = self._members.get(hello.name)
         if other is not None and other.node_id != node_id and other.node_id in self._online:
             raise ProtocolError(f"{hello.name!r} is at node {other.node_id} already; names must be distinct")
-        self._members = {name: member for name, member in self._members.items() if member.node_id != node_id}
-        self._members[hello.name] = Member(node_id, hello)
+        known = self._num_examples.setdefault(hello.name, hello.num_examples)
+        if hello.num_examples != known:
+            raise ProtocolError(
+                f"{hello.name!r} has {hello.num_examples} records, and {known} when the run met it, by which it weighs; "
+                "give it those records, or another name, or change its number in the run's config.toml"
+            )
+        before = self._named.get(node_id, hello.name)
+        if before != hello.name and before in self._members and self._members[before].node_id == node_id:
+            del self._members[before]  # the name that this node had
+        self._members[hello.name], self._named[node_id] = Member(node_id, hello), hello.name
         log(INFO, "%s is here: node %s, %s examples", hello.name, node_id, hello.num_examples)

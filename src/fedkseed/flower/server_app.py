@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkseed.data import EncodedExample, pad_token_id
-from fedkseed.evaluation import EvalLoss
+from fedkseed.evaluation import EvalLoss, guess_loss
 from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run, read_config
 from fedkseed.flower.log import Log, log
 from fedkseed.flower.participant import drawn, load_bound, load_for, read_examples, simulated_records
@@ -48,17 +48,17 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     run = open_run(config, dealt)
     base = check_base(run.load_ledger(), loaded, config.model)
     run.write_config(config, run.driver)
-    weight_bytes = sum(p.nbytes for p in loaded.model.parameters())
+    weight_bytes, guess = sum(p.nbytes for p in loaded.model.parameters()), guess_loss(loaded.model)
     if held_out is None:
         load_bound.cache_clear()  # only the identity is needed, not the weights
-        return FedKSeed(run, config, base, weight_bytes)
+        return FedKSeed(run, config, base, weight_bytes, guess_loss=guess)
     examples, pad_id = held_out
 
     def evaluate(ledger: Ledger) -> EvalLoss:
         heard = partial(Log().progress, f"evaluating after round {ledger.round}")
         return loaded.evaluate(ledger, examples, pad_id, heard)
 
-    return FedKSeed(run, config, base, weight_bytes, evaluate)
+    return FedKSeed(run, config, base, weight_bytes, evaluate, guess)
 
 
 def _with_records(

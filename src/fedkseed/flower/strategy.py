@@ -15,7 +15,8 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.evaluation import EvalLoss
-from fedkseed.federation import Limits, Outcome, count_steps
+from fedkseed.federation import Outcome, count_steps, shares
+from fedkseed.federation.envelope import check_loss
 from fedkseed.flower.config import EngineConfig, FlowerConfig
 from fedkseed.flower.envelope import Evaluation, Hello, Lacking, unwrap, wrap
 from fedkseed.flower.exchange import NOTE_SECONDS, POLL_SECONDS, Exchange
@@ -29,6 +30,8 @@ from fedkseed.runs.events import summary
 from fedkseed.runs.folder import RunFolder
 
 NAMES_SHOWN = 3
+MOST_GUESSES = 4
+"""An evaluation's loss is at most so many times that of a guess among all tokens."""
 
 
 class FedKSeed(Strategy):
@@ -43,7 +46,7 @@ class FedKSeed(Strategy):
         base: identity of the base weights.
         weight_bytes: their size, to compare with.
         evaluate: the held-out loss of a ledger's model, on the server; None asks the clients that have records for it.
-        limits: what a reply must keep to.
+        guess_loss: the loss of a guess, by which the losses that clients tell are bounded; None: any finite one will do.
 
     Raises:
         LedgerError: the run's ledger cannot be read.
@@ -56,11 +59,11 @@ class FedKSeed(Strategy):
         base: BaseIdentity,
         weight_bytes: int = 0,
         evaluate: Callable[[Ledger], EvalLoss] | None = None,
-        limits: Limits | None = None,
+        guess_loss: float | None = None,
     ) -> None:
         self.run, self.config = run, config
-        self._base, self._weight_bytes, self._evaluate_here = base, weight_bytes, evaluate
-        self._server = roles_of(config.facts).server(config, run.load_ledger() or base, None, limits, None)
+        self._base, self._weight_bytes, self._evaluate_here, self._guess_loss = base, weight_bytes, evaluate, guess_loss
+        self._server = roles_of(config.facts).server(config, run.load_ledger() or base, None, guess_loss, None)
         observer = Log(describe=partial(summary, num_rounds=config.num_rounds))
         self._driver = Driver(run, self._server, observer, self._called, config.trackers)
         self._members: dict[str, Member] = {}
@@ -87,7 +90,7 @@ class FedKSeed(Strategy):
     def start(self, grid: Grid) -> Result:  # type: ignore[override]
         """Do all rounds that are left; see `fedkseed.runs.driver.Driver.drive`."""
         self.summary()
-        roll = Roll(grid, self._base.fingerprint, self._check_hello)
+        roll = Roll(grid, self._base.fingerprint, self._check_hello, self._met())
         self._driver.drive(partial(self._attempt, grid, roll), partial(self._evaluate, grid, roll))
         log(INFO, "done: %s, digest %s", self.run.ledger_path, self.ledger.digest())
         return self._result
@@ -136,7 +139,10 @@ class FedKSeed(Strategy):
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The clients' losses, every response token weighing the same, into `metrics.jsonl`; None if no reply can be used."""
+        """The clients' losses, by their response tokens, into `metrics.jsonl`; None if no reply can be used.
+
+        No client weighs more than `max_share` has it.
+        """
         names = {member.node_id: name for name, member in self._members.items()}
         wanted = self.ledger.published().digest()
         found: dict[str, Evaluation] = {}
@@ -147,15 +153,17 @@ class FedKSeed(Strategy):
                 if evaluation.ledger != wanted:
                     raise ProtocolError(f"it is about ledger {evaluation.ledger[:16]}..., asked was {wanted[:16]}...")
                 if name in names.values():
-                    found[name] = evaluation
+                    self._check_evaluation(self._members[name].hello, evaluation)
+                    found.setdefault(name, evaluation)
             except ProtocolError as error:
                 log(WARNING, "round %s: evaluation of %s refused: %s", server_round, name, error)
         if not found:
             return None
-        tokens = sum(e.num_tokens for e in found.values())
-        loss = sum(found[name].loss * found[name].num_tokens for name in sorted(found)) / tokens
+        weights = shares({name: found[name].num_tokens for name in sorted(found)}, self.config.max_share)
+        loss = sum(weight * found[name].loss for name, weight in weights.items())
+        num_examples, num_tokens = (sum(getattr(e, what) for e in found.values()) for what in ("num_examples", "num_tokens"))
         return self._evaluated(
-            EvalLoss.of(loss, sum(e.num_examples for e in found.values()), tokens),
+            EvalLoss.of(loss, num_examples, num_tokens),
             {name: {"loss": e.loss, "num_tokens": e.num_tokens} for name, e in sorted(found.items())},
         )
 
@@ -234,9 +242,15 @@ class FedKSeed(Strategy):
                 log(INFO, "waiting for clients: %s of %s are here, %.0f s", here, wanted, now - begin)
             time.sleep(POLL_SECONDS)
         self._server.admit(list(self._members), self._sizes(), self._forward_only())
-        known = set(self.run.driver.get("clients", ()))
-        if not self._members.keys() <= known:  # a report wants to know who was here, asked or not
-            self.run.write_config(self.config, {**self.run.driver, "clients": sorted(known | self._members.keys())})
+        met = self._met()
+        if not self._members.keys() <= met.keys():  # who was here, asked or not, and with how many records
+            met = dict(sorted({**self._sizes(), **met}.items()))
+            self.run.write_config(self.config, {**self.run.driver, "clients": met})
+
+    def _met(self) -> dict[str, int]:
+        """The clients that the run has met, and how many records each had."""
+        met = self.run.driver.get("clients", {})
+        return dict(met) if isinstance(met, dict) else {}  # before it had numbers, it was a list
 
     def _sizes(self) -> dict[str, int]:
         return {name: member.hello.num_examples for name, member in self._members.items()}
@@ -246,6 +260,16 @@ class FedKSeed(Strategy):
         if isinstance(self.config, EngineConfig):
             return None
         return [name for name, member in self._members.items() if not member.hello.backpropagation]
+
+    def _check_evaluation(self, hello: Hello, evaluation: Evaluation) -> None:
+        for what, claimed, most in (
+            ("records", evaluation.num_examples, hello.num_eval_examples),
+            ("response tokens", evaluation.num_tokens, hello.num_eval_tokens),
+        ):
+            if claimed > most:
+                raise ProtocolError(f"it claims {claimed} {what}; its hello said {most}")
+        if self._guess_loss is not None:
+            check_loss(evaluation.loss, MOST_GUESSES * self._guess_loss)
 
     def _check_hello(self, hello: Hello) -> None:
         """Whether the run has a use for a client.

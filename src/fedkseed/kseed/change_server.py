@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
-from fedkseed.federation.config import FederationConfig, Limits
+from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.rounds import CHANGE_NORM, Outcome, Rounds
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.kseed.change_client import seeds_of
@@ -19,6 +19,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Basis, Page, gradient_to_basis, is_replaced, pages_digest, to_coefficients
 from fedkseed.kseed.server import scalars_size, seed_pool
+from fedkseed.kseed.steps import largest_grad
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.randomness import derive
 
@@ -36,7 +37,7 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
     Args:
         config: the settings.
         ledger: where to go on from; the identity of the base to start at it.
-        clients, limits, num_examples: see `Rounds`.
+        clients, guess_loss, num_examples: see `Rounds`.
 
     Raises:
         LedgerError: the ledger is of other settings, or a published one.
@@ -48,7 +49,7 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
         config: FederationConfig,
         ledger: Ledger | BaseIdentity,
         clients: Sequence[str] | None,
-        limits: Limits | None = None,
+        guess_loss: float | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self._optimizer = config, OPTIMIZERS[config.server_optimizer]
@@ -77,7 +78,7 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
         self.ledger = self._turned(ledger)  # of a run that goes on beyond what was its last round
         self._seen: dict[str, tuple[int, int]] = {}
         run_id = derive(config.seed, "run", f"{ledger.pages[0].pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
-        super().__init__(config, run_id, clients, limits, num_examples)
+        super().__init__(config, run_id, clients, guess_loss, num_examples)
 
     @property
     def checkpoint(self) -> Ledger:
@@ -138,7 +139,7 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
                 measure="two-point" if client in two_point else "gradient",
                 optimizer=config.local_optimizer,
                 eps=config.eps,
-                max_grad=self.limits.max_grad,
+                max_grad=self.config.max_grad,
                 loss_clip=config.loss_clip,
             )
             for client in cohort
@@ -166,7 +167,7 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
             if reply.numbers.wire != request.wire:
                 raise ProtocolError(f"the change is on wire {reply.numbers.wire}; expected {request.wire}")
             reply.numbers.check("the change", request.size)
-            largest, limit = float(np.abs(reply.numbers.decode(request.size)).max()), self.limits.max_value
+            largest, limit = float(np.abs(reply.numbers.decode(request.size)).max()), self.config.max_value
         elif request.optimizer != "sgd":
             raise ProtocolError(
                 f"scalars came, which --local-optimizer {request.optimizer} cannot weigh against changes; take sgd, "
@@ -176,7 +177,7 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
             raise ProtocolError(f"the scalars are on wire {reply.numbers.wire}; expected float16")
         else:
             scalars = reply.numbers.decode(reply.steps)
-            largest, limit = float(np.abs(scalars).max()), self.limits.max_grad
+            largest, limit = float(np.abs(scalars).max()), largest_grad(self.config)
             if np.any(scalars[list(reply.dropped)] != 0):
                 raise ProtocolError("a dropped step has a projected gradient; expected 0")
         if largest > limit:

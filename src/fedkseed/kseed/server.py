@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
-from fedkseed.federation.config import FederationConfig, Limits
+from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.rounds import PROJECTED_GRAD_RMS, Rounds
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.kseed.ledger import History, Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.optimizer import SGD
 from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.steps import GRAD_EXPONENT, largest_grad
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import derive, generator
@@ -36,7 +37,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
     Args:
         config: the settings.
         ledger: where to go on from; the identity of the base to start at it.
-        clients, limits, num_examples: see `Rounds`.
+        clients, guess_loss, num_examples: see `Rounds`.
 
     Raises:
         LedgerError: the ledger is of another pool or precision than the settings, or is a published one.
@@ -48,7 +49,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
         config: FederationConfig,
         ledger: Ledger | BaseIdentity,
         clients: Sequence[str] | None,
-        limits: Limits | None = None,
+        guess_loss: float | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
         if isinstance(ledger, BaseIdentity):
@@ -63,7 +64,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
             )
         self.ledger = ledger
         run_id = derive(config.seed, "run", f"{ledger.pool.key:016x}", ledger.base.fingerprint).to_bytes(8, "little")
-        super().__init__(config, run_id, clients, limits, num_examples)
+        super().__init__(config, run_id, clients, guess_loss, num_examples)
 
     @property
     def checkpoint(self) -> Ledger:
@@ -92,7 +93,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
                 lr=lr,
                 eps=config.eps,
                 batch_size=config.batch_size,
-                max_grad=self.limits.max_grad,
+                max_grad=self.config.max_grad,
                 loss_clip=config.loss_clip,
             )
             for client in cohort
@@ -107,9 +108,11 @@ class Server(Rounds[TrainRequest, TrainReply]):
             raise ProtocolError(f"{len(grads)} scalars came for {len(request.indices)} steps; expected no more")
         if reply.projected_grads.precision != request.coefficients.precision:
             raise ProtocolError(f"scalars are {reply.projected_grads.precision}; expected {request.coefficients.precision}")
-        largest = float(np.abs(grads).max())
-        if largest > self.limits.max_grad:
-            raise ProtocolError(f"a projected gradient is {largest:g}; at most {self.limits.max_grad:g} is accepted")
+        largest, limit = float(np.abs(grads).max()), largest_grad(self.config)
+        if largest > limit:
+            raise ProtocolError(f"a projected gradient is {largest:g}; at most {limit:g} is accepted")
+        if reply.projected_grads.exponent != GRAD_EXPONENT:
+            raise ProtocolError(f"the scalars' exponent is {reply.projected_grads.exponent}; expected {GRAD_EXPONENT}")
         if np.any(grads[list(reply.dropped)] != 0):
             raise ProtocolError("a dropped step has a projected gradient; expected 0")
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed.federation.config import FederationConfig
 from fedkseed.kseed.rounding import Precision, rounded
 
 GRAD_EXPONENT = 0
@@ -96,6 +97,16 @@ def local_steps(model: Movable, indices: Sequence[int], loss: Callable[[int], fl
 def update(lr: float, grad: np.floating) -> np.float32:
     """How far one step goes along its perturbation: `lr g`, rounded to binary32 once."""
     return np.float32(lr * float(grad))
+
+
+def largest_grad(settings: FederationConfig) -> float:
+    """The largest magnitude of a projected gradient that an honest client sends.
+
+    With `loss_clip` it keeps no step whose losses differ by more, and what it sends is rounded to 11 bits at worst.
+    """
+    if settings.loss_clip is None:
+        return settings.max_grad
+    return min(settings.max_grad, settings.loss_clip / (2 * float(np.float32(settings.eps))) * (1 + 2.0**-10))
 
 
 def _clipped(difference: float, loss_clip: float | None) -> bool:

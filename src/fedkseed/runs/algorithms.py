@@ -15,7 +15,8 @@ import torch
 
 from fedkseed.baselines import TensorClient, TensorServer, TunedTensors, attach, fingerprint, parameters_of
 from fedkseed.errors import LedgerError, RunError, RunFolderError
-from fedkseed.federation import Checkpoint, Limits, Rounds
+from fedkseed.evaluation import guess_loss
+from fedkseed.federation import Checkpoint, Rounds
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.federation.envelope import Request
 from fedkseed.federation.task import Task
@@ -70,13 +71,13 @@ class Roles:
     """Server and client of runs whose model is a ledger, for a simulation and for Flower alike.
 
     Attributes:
-        server: `(settings, ledger or the base's identity, clients or None, limits or None, sizes or None)`.
+        server: `(settings, ledger or the base's identity, clients or None, the loss of a guess or None, sizes or None)`.
         request: reads a request's bytes.
         client: `(name, bound model, the base's identity, task, stopwatch) -> Participant`.
     """
 
     server: Callable[
-        [RunConfig, Ledger | BaseIdentity, Sequence[str] | None, Limits | None, Mapping[str, int] | None], Server | ChangeServer
+        [RunConfig, Ledger | BaseIdentity, Sequence[str] | None, float | None, Mapping[str, int] | None], Server | ChangeServer
     ]
     request: Callable[[bytes], Request]
     client: Callable[[str, Binding, BaseIdentity, TextTask, Stopwatch], Participant]
@@ -123,7 +124,7 @@ def over_ledger(
     base = check_base(ledger, loaded, config.model)
     if config.checkpointing == "on":
         checkpoint_activations(model)
-    server = roles.server(config, ledger or base, list(records.clients), None, records.sizes)
+    server = roles.server(config, ledger or base, list(records.clients), guess_loss(model), records.sizes)
     clients = {
         name: roles.client(name, loaded.bound, base, TextTask(model, examples, records.pad_id, watch), watch)
         for name, examples in records.clients.items()
@@ -157,7 +158,7 @@ def over_tensors(
     attached = attach(model, config)
     parameters = parameters_of(attached, config)
     first = saved or TunedTensors(config.algorithm, base, 0, parameters.read())
-    server = TensorServer(config, first, list(records.clients), num_examples=records.sizes)
+    server = TensorServer(config, first, list(records.clients), guess_loss(model), records.sizes)
     clients = {
         name: TensorClient(name, config, attached, base, TextTask(attached, examples, records.pad_id, watch), parameters)
         for name, examples in records.clients.items()
