@@ -166,7 +166,12 @@ def _whole_numbers(axes: Axes) -> None:
 
 
 def _legend(figure: FigureBase, columns: int) -> None:
-    figure.legend(loc="outside upper left", ncols=columns)
+    """Above the axes, in as many columns as the labels leave room for."""
+    legend = figure.legend(loc="outside upper left", ncols=columns)
+    while columns > 1 and legend.get_window_extent().width > figure.bbox.width:
+        legend.remove()
+        columns -= 1
+        legend = figure.legend(loc="outside upper left", ncols=columns)
 
 
 def _markers(number: int) -> str | None:
