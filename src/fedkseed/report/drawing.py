@@ -165,7 +165,7 @@ def _whole_numbers(axes: Axes) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _legend(figure: FigureBase, columns: int) -> None:
+def _legend(figure: Any, columns: int) -> None:
     """Above the axes, in as many columns as the labels leave room for."""
     legend = figure.legend(loc="outside upper left", ncols=columns)
     while columns > 1 and legend.get_window_extent().width > figure.bbox.width:
