@@ -337,3 +337,11 @@ def test_an_interrupt_while_reading_data_exits_130_with_a_line(
     said, command = capsys.readouterr().err.splitlines()
     assert said == "fedkseed: interrupted; no run was begun yet. Go on with:"
     assert shlex.split(command) == sys.argv
+
+
+@pytest.mark.parametrize("lr", [None, "abc", "-1"])
+def test_a_learning_rate_that_is_missing_or_none_leads_to_auto_and_tune(
+    fedkseed: CommandLine, tiny: Path, lr: str | None
+) -> None:
+    settings = {name: value for name, value in tiny_settings(tiny).items() if name != "lr"} | ({"lr": lr} if lr else {})
+    assert_one_line(fedkseed("simulate", *flags(settings)), 2, "--lr auto", "fedkseed tune", lr or "is missing")

@@ -1,8 +1,8 @@
 """Calibration against losses whose slope and curvature are known, and on a real model; walks that must be cut short."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
-from fedkseed.kseed.calibration import Calibration, calibrate
+from fedkseed.kseed.calibration import EPS_GRID, EPS_VALUES, Calibration, _agreements, _Counted, calibrate
+from fedkseed.runs.resolution import eps_warning, unmoved
 
 SIZE, NUM_SEEDS = 2048, 256
 
@@ -125,3 +126,58 @@ def test_a_bad_setting_is_named_before_anything_is_calibrated(fedkseed: CommandL
     settings = tiny_settings(tiny) | {"lr": "auto", "num_rounds": 0}
     assert_one_line(fedkseed("simulate", *flags(settings), "--run", tmp_path / "run"), 2, "--num-rounds", "'0'")
     assert_one_line(fedkseed("tune", *flags({"model": tiny / "model", "data": "nowhere.jsonl"})), 2, "--data", "nowhere.jsonl")
+
+
+class Line:
+    """A model of one number, whose loss has slope 1 but for an error that depends on how far it is probed."""
+
+    def __init__(self, error: Callable[[float], float]) -> None:
+        self.at, self.error = 0.0, error
+
+    def move(self, indices: Sequence[int], amounts: Sequence[float]) -> None:
+        self.at += sum(amounts)
+
+    def loss(self, batch: int) -> float:
+        return self.at * (1 + self.error(abs(self.at)))
+
+
+@pytest.mark.parametrize(
+    ("error", "least", "most"),
+    [
+        (lambda eps: (eps / 1e-4) ** 2, EPS_VALUES[1], 1e-5),  # curvature: only the smallest are right
+        (lambda eps: 3e-2 / eps, 1e-2, EPS_VALUES[-2]),  # rounding: only the largest are
+        (lambda eps: (eps / 5e-3) ** 2 + 1e-4 / eps, 3e-4, 3e-3),  # the grid as it is
+    ],
+    ids=["below", "above", "inside"],
+)
+def test_an_eps_at_the_end_of_the_grid_makes_it_longer(error: Callable[[float], float], least: float, most: float) -> None:
+    line, heard = Line(error), list[tuple[int, int]]()
+    counted = _Counted(line.loss, lambda done, total: heard.append((done, total)))
+    found = _agreements(cast(Any, line), range(3), counted)
+    best = min(found, key=lambda one: one.disagreement)
+    assert least <= best.eps <= most
+    tried = [one.eps for one in found]
+    assert tried == sorted(tried)
+    assert set(EPS_VALUES[EPS_GRID][1:-1]) <= set(tried)
+    assert (len(tried) > 3) == (most < 3e-4 or least > 3e-3)
+    assert [done for done, _ in heard] == list(range(1, 6 * (len(tried) + 2) + 1))
+    assert all(done <= total for done, total in heard)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_eps_that_half_precision_does_not_resolve_is_a_warning(dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.25)
+    module.to(dtype)
+    spacing = torch.finfo(dtype).eps
+    assert unmoved(module, spacing) == 0
+    assert unmoved(module, spacing / 4) == 1
+    assert eps_warning(module, spacing) is None
+    warning = eps_warning(module, spacing / 4)
+    assert warning is not None
+    assert warning.startswith("warning: --eps")
+    assert "100 % of the weights" in warning
+    assert "--dtype float32" in warning
+    assert eps_warning(module.to(torch.float32), spacing / 4) is None

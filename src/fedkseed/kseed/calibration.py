@@ -24,7 +24,11 @@ from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.client import Model
 from fedkseed.kseed.steps import StepSettings, local_steps, projected_grad
 
-EPS_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+EPS_VALUES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+EPS_GRID = slice(4, 9)
+"""Which of these are tried at first; a best one at an end has further ones tried."""
+GOOD = 0.01
+"""A disagreement at which no further eps is looked for."""
 SAFETY = 4.0
 MIN_SHARE = 0.1
 EPS_DIRECTIONS, DIRECTIONS, TRIAL_STEPS, MAX_TRIALS = 6, 24, 40, 4
@@ -75,7 +79,9 @@ class Calibration:
     num_forward_passes: int
 
 
-def calibrate(model: Model, loss: Callable[[int], float], rng: np.random.Generator) -> Calibration:
+def calibrate(
+    model: Model, loss: Callable[[int], float], rng: np.random.Generator, heard: Callable[[int, int], None] | None = None
+) -> Calibration:
     """Find a learning rate and a probe distance; the model is at its base weights before and afterwards.
 
     Args:
@@ -83,13 +89,14 @@ def calibrate(model: Model, loss: Callable[[int], float], rng: np.random.Generat
         loss: the mean loss at the current weights on the b-th of as many batches as are asked for, drawn from the training
             records; the same b must give the same batch.
         rng: draws the directions.
+        heard: hears how many of the forward passes are done, and how many it will probably take.
 
     Raises:
         InvalidValueError: losses are not finite, or do not change along any direction, or every walk raised them.
     """
     base = np.zeros(model.pool.size, np.float32)
     try:
-        return _calibrated(model, _Counted(loss), rng, base)
+        return _calibrated(model, _Counted(loss, heard or (lambda done, total: None)), rng, base)
     finally:  # also after an error or Ctrl-C
         model.rebuild(base)
 
@@ -97,6 +104,7 @@ def calibrate(model: Model, loss: Callable[[int], float], rng: np.random.Generat
 def _calibrated(model: Model, counted: _Counted, rng: np.random.Generator, base: NDArray[np.float32]) -> Calibration:
     num_seeds = model.pool.size
     directions: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
+    counted.expect(len(directions) * (3 + 2 * OTHERS) + 2 * (TRIAL_BATCHES + TRIAL_STEPS))
     agreements = _agreements(model, directions[:EPS_DIRECTIONS], counted)
     eps = min(agreements, key=lambda a: a.disagreement).eps
     slope, shared, curvature = _measure(model, directions, eps, counted)
@@ -109,7 +117,9 @@ def _calibrated(model: Model, counted: _Counted, rng: np.random.Generator, base:
     trials: list[Trial] = []
     lr = float(f"{best / SAFETY:.2g}")
     while len(trials) < MAX_TRIALS and (not trials or _raised(trials[-1], slope)):
-        lr = lr / 2 if trials else lr
+        if trials:
+            lr /= 2
+            counted.expect(2 * (TRIAL_BATCHES + TRIAL_STEPS))
         model.rebuild(base)
         steps: list[int] = rng.choice(num_seeds, TRIAL_STEPS).tolist()
         trials.append(_walk(model, steps, lr, eps, counted))
@@ -124,26 +134,53 @@ def _calibrated(model: Model, counted: _Counted, rng: np.random.Generator, base:
 class _Counted:
     """A loss that counts its calls and refuses what is not finite."""
 
-    def __init__(self, loss: Callable[[int], float]) -> None:
-        self._loss, self.calls = loss, 0
+    def __init__(self, loss: Callable[[int], float], heard: Callable[[int, int], None]) -> None:
+        self._loss, self._heard, self.calls, self.expected = loss, heard, 0, 0
+
+    def expect(self, calls: int) -> None:
+        """So many more will come."""
+        self.expected += calls
 
     def __call__(self, batch: int) -> float:
         self.calls += 1
+        self._heard(self.calls, max(self.calls, self.expected))
         value = self._loss(batch)
         if not math.isfinite(value):
             raise InvalidValueError(f"the loss of a batch is {value}; expected a finite number, so check the data and --dtype")
         return value
 
 
-def _agreements(model: Model, directions: Sequence[int], loss: Callable[[int], float]) -> tuple[Agreement, ...]:
+def _agreements(model: Model, directions: Sequence[int], loss: _Counted) -> tuple[Agreement, ...]:
     """For each eps of the grid but the outermost: the distance of its slopes to those of both neighbours.
 
-    Rounding makes slopes at a small eps wrong, curvature those at a large one; between them they agree.
+    Rounding makes slopes at a small eps wrong, curvature those at a large one; between them they agree. A grid whose best
+    one is next to an end, and not good yet, is made longer there.
     """
-    slopes = np.array([[_slope(model, index, eps, batch, loss) for batch, index in enumerate(directions)] for eps in EPS_GRID])
-    size = np.sqrt(np.mean(slopes[1:-1] ** 2)) or 1.0
-    steps = np.sqrt(np.mean(np.diff(slopes, axis=0) ** 2, axis=1)) / size
-    return tuple(Agreement(eps, float(max(steps[i], steps[i + 1]))) for i, eps in enumerate(EPS_GRID[1:-1]))
+    tried = list(range(len(EPS_VALUES)))[EPS_GRID]
+    slopes: dict[int, list[float]] = {}
+    while True:
+        for place in tried:
+            if place not in slopes:
+                loss.expect(2 * len(directions))
+                slopes[place] = [_slope(model, index, EPS_VALUES[place], batch, loss) for batch, index in enumerate(directions)]
+        found = _compared([EPS_VALUES[place] for place in tried], np.array([slopes[place] for place in tried]))
+        best = min(range(len(found)), key=lambda i: found[i].disagreement)
+        if found[best].disagreement <= GOOD:
+            return found
+        if best == 0 and tried[0] > 0:
+            tried.insert(0, tried[0] - 1)
+        elif best == len(found) - 1 and tried[-1] < len(EPS_VALUES) - 1:
+            tried.append(tried[-1] + 1)
+        else:
+            return found
+
+
+def _compared(grid: Sequence[float], slopes: NDArray[np.float64]) -> tuple[Agreement, ...]:
+    """Relative to the slopes at the eps that agrees best: the others' are what errors have made of them."""
+    steps = np.sqrt(np.mean(np.diff(slopes, axis=0) ** 2, axis=1))
+    furthest = np.maximum(steps[:-1], steps[1:])
+    size = np.sqrt(np.mean(slopes[1 + int(furthest.argmin())] ** 2)) or 1.0
+    return tuple(Agreement(eps, float(far / size)) for eps, far in zip(grid[1:-1], furthest, strict=True))
 
 
 def _slope(model: Model, index: int, eps: float, batch: int, loss: Callable[[int], float]) -> float:

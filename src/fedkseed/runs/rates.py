@@ -21,7 +21,7 @@ from fedkseed.evaluation import mean_loss
 from fedkseed.models.loading import load_model
 from fedkseed.randomness import generator
 from fedkseed.runs.algorithms import Federation, kind_of
-from fedkseed.runs.observer import Observer
+from fedkseed.runs.observer import WARNING, Observer
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import SimulationConfig
 from fedkseed.runs.task import Stopwatch
@@ -98,7 +98,12 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
         server = federation.server
         while not server.finished:
             requests = server.plan()
-            server.absorb([(r.client, federation.clients[r.client].answer(r.encode())) for r in requests])
+            replies: list[tuple[str, bytes]] = []
+            for request in requests:
+                done = (server.checkpoint.round * len(requests) + len(replies)) * short.local_steps
+                heard = _told(observer, lr, done, TRIAL_ROUNDS * len(requests) * short.local_steps)
+                replies.append((request.client, federation.clients[request.client].answer(request.encode(), heard)))
+            server.absorb(replies)
         federation.restore()
         after = loss(federation)
         observer.note(f"lr {lr:.3g}: loss {after:.4f}")
@@ -113,6 +118,11 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
         raise InvalidValueError(
             f"no rate of {tried} lowers the loss of {before:.4f} in {TRIAL_ROUNDS} rounds; "
             "give a larger --batch-size, or choose --lr by hand"
+        )
+    if best in (attempts[0], attempts[-1]):
+        observer.note(
+            f"{WARNING}the best rate, {best.lr:.3g}, is at the end of what was tried; a further one may do better, so look "
+            "at both sides of it by hand"
         )
     steps = len(attempts) * TRIAL_ROUNDS * len(names) * short.local_steps
     return Rate(float(f"{best.lr * SAFETY:.2g}"), before, tuple(attempts), steps)
@@ -130,6 +140,11 @@ def _search(usual: float, attempt: Callable[[float], Attempt]) -> list[Attempt]:
         else:
             break
     return attempts
+
+
+def _told(observer: Observer, lr: float, before: int, total: int) -> Callable[[int, float], None]:
+    """Tells an observer how many of an attempt's steps are done."""
+    return lambda step, loss: observer.progress(f"trying lr {lr:.3g}", min(before + step + 1, total), total)
 
 
 def _federate(config: SimulationConfig, records: Records, given: Any) -> Federation:

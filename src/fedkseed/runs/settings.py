@@ -214,8 +214,12 @@ def flags(config: RunConfig) -> list[str]:
 
 WORDS = Words(
     value=lambda path: flag(path[0]),
-    missing=lambda name: f"{flag(name)} is missing; give it on the command line or as {name} in the --config file",
+    missing=lambda name: (
+        f"{flag(name)} is missing; give it on the command line or as {name} in the --config file"
+        + (", or take --lr auto, which finds one as fedkseed tune does" if name == "lr" else "")
+    ),
     unknown=lambda name: f"setting {name!r}",
+    advice={"lr": "; give a number, or --lr auto, which finds one as fedkseed tune does"},
 )
 
 

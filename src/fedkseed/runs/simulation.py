@@ -24,6 +24,7 @@ from fedkseed.runs.memory import peak_memory
 from fedkseed.runs.observer import Nobody, Observer, Probe
 from fedkseed.runs.provenance import check_same, made_with
 from fedkseed.runs.records import Records, prepare
+from fedkseed.runs.resolution import eps_warning
 from fedkseed.runs.settings import AUTO, SimulationConfig, build, settings_given
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch
 from fedkseed.runs.trackers import check_trackers
@@ -70,6 +71,8 @@ class Simulation:
         model.train(False)
         d, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
         observer.note(f"model: {config.model}, {d:,} parameters in {dtype}")
+        if config.facts.measures == "two-point" and (warning := eps_warning(model, config.eps)):
+            observer.note(warning)
         federation = kind_of(config.facts).federate(config, model, checkpoint, records, self._watch)
         self.model, self.server, self.clients = federation.model, federation.server, federation.clients
         self.restore = federation.restore

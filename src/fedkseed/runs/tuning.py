@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.observer import Nobody, Observer
 from fedkseed.runs.rates import Rate, find_rate
 from fedkseed.runs.records import prepare
+from fedkseed.runs.resolution import eps_warning
 from fedkseed.runs.settings import SimulationConfig, build, settings_given
 from fedkseed.runs.task import bind_loaded
 
@@ -68,6 +70,10 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
             return mean_loss(model, collate([pooled[i] for i in chosen], records.pad_id, model.device)).item()
 
     try:
-        return calibrate(bound, loss, generator(config.seed, "calibration directions"))
+        heard = partial(observer.progress, "calibrating: forward passes")
+        found = calibrate(bound, loss, generator(config.seed, "calibration directions"), heard)
+        if warning := eps_warning(model, found.eps):
+            observer.note(warning)
+        return found
     finally:  # also where it stopped half way
         bound.rebuild(np.zeros(config.num_seeds, np.float32))

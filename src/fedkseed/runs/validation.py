@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,7 @@ class Words:
         key: how names are spelled in the list of those that do exist.
         contradiction: what stands before the text on settings that contradict each other.
         shown: a wrong value as it was given: flags are texts.
+        advice: what to do about a wrong value, by the setting's name.
     """
 
     value: Callable[[Path], str]
@@ -34,6 +35,7 @@ class Words:
     key: Callable[[str], str] = str
     contradiction: str = ""
     shown: Callable[[Any], str] = lambda value: repr(str(value))
+    advice: Mapping[str, str] = field(default_factory=dict)
 
 
 def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: bool = False) -> M:
@@ -59,7 +61,9 @@ def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: 
             raise ConfigError(words.contradiction + text) from error
         if found["type"] == "missing":
             raise ConfigError(words.missing(path[-1])) from error
+        advice = words.advice.get(path[0], "")
         if found["type"] == "extra_forbidden":
             known = ", ".join(sorted(map(words.key, kind.model_fields)))
             raise ConfigError(f"{words.unknown(path[-1])} is unknown; expected one of: {known}") from error
-        raise ConfigError(f"{words.value(path)} is {words.shown(found['input'])}: {text[0].lower()}{text[1:]}") from error
+        wrong = f"{words.value(path)} is {words.shown(found['input'])}: {text[0].lower()}{text[1:]}"
+        raise ConfigError(wrong + advice) from error
