@@ -45,9 +45,10 @@ def loss(step):
 if mode == "inference":
     [loss(t) for t in range(6)]
 elif mode.startswith("gradient"):
+    model.eval()
     if mode.endswith("checkpointing"):
-        checkpoint_activations(model.eval())
-    bound = fk.bind(model.eval(), fk.SeedPool(1, 65536), base=folder)
+        checkpoint_activations(model)
+    bound = fk.bind(model, fk.SeedPool(1, 65536), base=folder)
     gradient_steps(bound, np.zeros(65536), "table", 3, differentiable, OPTIMIZERS["adam"], 1e-6)
 else:
     bound = fk.bind(model, fk.SeedPool(1, 4096), base=None if mode == "copy" else folder)

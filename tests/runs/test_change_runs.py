@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.support.runs import held_out, read_metrics, simulation
 from tests.support.tiny import tiny_settings
+from transformers import OPTConfig, OPTForCausalLM
 
 import fedkseed as fk
 from fedkseed.errors import ConfigError, LedgerError, ModelError
@@ -71,9 +72,40 @@ def test_checkpointing_changes_no_bit(tiny: Path, tmp_path: Path, movement: str)
     for name, changes in (("off", {}), ("on", {"checkpointing": "on"}), ("other", {"seed": 8})):
         ledger, run = train(tmp_path / name, settings_of(tiny, num_rounds=2, movement=movement, rounds_per_page=1, **changes))
         digests[name] = ledger.digest()
-        recomputing = [m for m in run.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
-        assert bool(recomputing) == (name == "on")
+        assert passes_of_a_layer(run.model) == (2 if name == "on" else 1)
+        assert not any(module.training for module in run.model.modules())
     assert digests["off"] == digests["on"] != digests["other"]
+
+
+def passes_of_a_layer(model: torch.nn.Module) -> int:
+    """How often a forward and a backward pass run what is inside the first layer."""
+    passes: list[int] = []
+    inside = model.get_submodule("model.layers.0.mlp")
+    hook = inside.register_forward_pre_hook(lambda *args: passes.append(1))
+    model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    model.zero_grad()
+    hook.remove()
+    return len(passes)
+
+
+def test_recomputing_drops_nothing_out_at_random() -> None:
+    """Layers that drop activations out by their own flag, as OPT's do; the control is transformers' way, in training mode."""
+    config = OPTConfig(
+        vocab_size=40,
+        hidden_size=16,
+        ffn_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        dropout=0.5,
+    )
+    model = OPTForCausalLM(config).eval()
+    ids = torch.arange(8)[None]
+    plain = model(input_ids=ids, use_cache=False).logits
+    checkpoint_activations(model)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)
+    model.model.decoder.layers[0].training = True
+    assert not torch.equal(model(input_ids=ids, use_cache=False).logits, plain)
 
 
 def test_a_model_that_cannot_recompute_is_refused() -> None:

@@ -31,3 +31,26 @@ def test_the_peak_is_in_bytes_and_grows_by_what_is_allocated() -> None:
     assert 10_000_000 < before < 900_000_000  # a Python with torch; in kilobytes it would be less, with the parent's more
     assert 150_000_000 < holding - before < 300_000_000
     assert after > holding - 20_000_000  # the kernel counts pages by batches
+
+
+def test_what_is_freed_is_given_back() -> None:
+    """Blocks of 20 MiB, which glibc would keep once it has seen one freed; the control is a process that does not ask."""
+    code = (
+        "import sys, torch\n"
+        "from fedkseed.runs.memory import give_back_at_once\n"
+        "if sys.argv[1] == 'asked':\n"
+        "    give_back_at_once()\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "torch.ones(5 << 20)\n"  # once freed, glibc takes such blocks from its heap
+        "before, held = resident(), [torch.ones(5 << 20) for _ in range(4)]\n"
+        "last = torch.ones(1 << 10)\n"  # which keeps the heap from shrinking
+        "del held\n"
+        "print(resident() - before)\n"
+    )
+    kept = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("asked", "unasked")
+    }
+    assert kept["asked"] < 10 << 20
+    assert kept["unasked"] > 40 << 20

@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.checkpoint import checkpoint
 
 from fedkseed.data import EncodedExample, collate
 from fedkseed.errors import ModelError
@@ -25,6 +26,7 @@ from fedkseed.models.loading import base_path
 from fedkseed.models.pages import ClosedPage, Movement
 from fedkseed.models.parameters import tune_only
 from fedkseed.models.projection import Projection
+from fedkseed.runs.memory import give_back_at_once
 
 if TYPE_CHECKING:
     from fedkseed.noise.pool import SeedPool
@@ -142,24 +144,28 @@ class TimedPages(TimedModel):
 
 
 def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Make the backward pass recompute activations, of models that transformers can do that for.
+    """Make the backward pass recompute each layer's activations, and the process give back what it frees.
+
+    Not by transformers' own switch: it recomputes in training mode only, in which some layers drop activations out at random.
 
     Raises:
-        ModelError: it cannot for this architecture.
+        ModelError: it has no layers that transformers knows as such.
     """
-    options = {"use_reentrant": False}
-    try:
-        if hasattr(model, "activation_checkpointing_enable"):  # the old name is deprecated
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-    except (AttributeError, ValueError) as error:
-        raise ModelError(
-            f"--checkpointing on: {type(model).__name__} does not support it ({error!s:.120}); leave it out"
-        ) from error
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True  # transformers recomputes in training mode only; what is inside stays in eval mode
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"--checkpointing on: {type(model).__name__} does not support it (no layers are known); leave it out")
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+    give_back_at_once()
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """What a layer gives, keeping nothing but its inputs for the backward pass; nothing random happens in it."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 class TextTask:
