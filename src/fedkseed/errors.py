@@ -41,6 +41,10 @@ class ModelError(FedKSeedError):
     exit_code = 2
 
 
+class NoBackwardError(ModelError):
+    """A model, or its loss, that cannot be backpropagated through."""
+
+
 class DataError(FedKSeedError, ValueError):
     """A data file that cannot be read, or records that cannot be used."""
 

@@ -21,7 +21,7 @@ from tests.support.changes import (
 )
 
 import fedkseed as fk
-from fedkseed.errors import ProtocolError
+from fedkseed.errors import ModelError, ProtocolError
 from fedkseed.federation import FederationConfig
 from fedkseed.kseed.change_client import ChangeClient, seeds_of
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply
@@ -333,7 +333,7 @@ def test_gradient_steps_by_hand(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("when", [0, 2])
-@pytest.mark.parametrize("error", ["kernel", "memory"])
+@pytest.mark.parametrize("error", ["kernel", "detached"])
 def test_a_model_whose_backward_fails_answers_with_two_points_and_says_so(
     when: int, error: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -342,9 +342,7 @@ def test_a_model_whose_backward_fails_answers_with_two_points_and_says_so(
     def how(count: int, loss: torch.Tensor) -> torch.Tensor:
         if count < when or not loss.requires_grad:
             return loss
-        if error == "memory":
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return NoBackward.apply(loss)  # type: ignore[no-any-return, no-untyped-call]
+        return loss.detach() if error == "detached" else NoBackward.apply(loss)  # type: ignore[no-any-return, no-untyped-call]
 
     with caplog.at_level(logging.WARNING):
         reply, bound = stepped(how, eps=0.01)
@@ -356,11 +354,47 @@ def test_a_model_whose_backward_fails_answers_with_two_points_and_says_so(
     assert all(x.grad is None for x in bound.model.parameters())
 
 
-def test_other_errors_are_not_hidden() -> None:
-    def how(count: int, loss: torch.Tensor) -> torch.Tensor:
-        raise KeyError("a bug")
+class Broken(torch.autograd.Function):
+    """Raises in its backward pass."""
 
-    with pytest.raises(KeyError):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, error: Exception) -> torch.Tensor:
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise ctx.error
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug"), NotImplementedError("a bug")], ids=repr)
+def test_other_errors_are_not_hidden(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the loss itself whatever it is, of its backward pass all but that there is none."""
+
+    def how(count: int, loss: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    def backward(count: int, loss: torch.Tensor) -> torch.Tensor:
+        return Broken.apply(loss, error)  # type: ignore[no-any-return, no-untyped-call]
+
+    with pytest.raises(type(error), match="a bug"):
+        stepped(how)
+    if not isinstance(error, NotImplementedError):
+        with pytest.raises(type(error), match="a bug"):
+            stepped(backward)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_want_of_memory_is_said_with_what_helps(where: str) -> None:
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def how(count: int, loss: torch.Tensor) -> torch.Tensor:
+        if where == "forward":
+            raise error
+        return Broken.apply(loss, error)  # type: ignore[no-any-return, no-untyped-call]
+
+    with pytest.raises(ModelError, match=r"^a: no memory for a gradient \(CUDA out of memory\); --checkpointing on needs less"):
         stepped(how)
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tests.support.messages import NAMES, POSITIVE, SHORT
+from tests.support.messages import EPS, NAMES, POSITIVE, SHORT
 
 from fedkseed.errors import ProtocolError
 from fedkseed.kseed.change_messages import (
@@ -131,7 +131,7 @@ def requests(draw: st.DrawFn) -> ChangeRequest:
         steps=draw(st.integers(1, 65535)),
         measure=draw(st.sampled_from(["gradient", "two-point"])),
         optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
-        eps=draw(POSITIVE),
+        eps=draw(EPS),
         max_grad=draw(POSITIVE.filter(lambda x: x <= 65504)),
         loss_clip=draw(st.none() | POSITIVE),
     )
@@ -392,7 +392,7 @@ OUT_OF_RANGE: list[tuple[type[Message], int, list[Any], str]] = [
     (ChangeRequest, 20, [0, -1, 65536], "number of steps"),
     (ChangeRequest, 21, [-1, 2], "measure"),
     (ChangeRequest, 22, [-1, 4], "optimizer"),
-    (ChangeRequest, 23, [0.0, -1e-9, math.inf, math.nan], "eps"),
+    (ChangeRequest, 23, [0.0, -1e-9, math.inf, math.nan, 9e-38, 1.1e37], "eps"),
     (ChangeRequest, 24, [0.0, -1.0, math.inf, math.nan, 65505.0], "max_grad"),
     (ChangeRequest, 25, [0.0, -1.0, math.inf, math.nan], "loss_clip"),
     (ChangeReply, 2, [b"", bytes(7), bytes(9)], "run_id"),
@@ -436,6 +436,7 @@ DIRECT: list[tuple[Callable[[], Message], str]] = [
     (lambda: replace(request(), size=100, patches=(Patch(1, 0, ()),)), "100 hadamard seeds have no table of as many numbers"),
     (lambda: replace(request(), size=64, patches=(Patch(1, 0, ()),)), "64 hadamard seeds have no table of as many numbers"),
     (lambda: replace(request(), family="gaussian"), "128 gaussian seeds have no table"),
+    (lambda: replace(request(), eps=1e-50), "eps is 1e-50; expected a number from 1e-37 to 1e+37"),
     (lambda: replace(request(), max_grad=65505.0), "max_grad is 65505.0; expected at most 65504"),
     (lambda: replace(request(), client="\ud800"), "client name"),
     (lambda: replace(reply(), kind=2), "kind is 2"),

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tests.support import laws
-from tests.support.messages import NAMES, POSITIVE, SHORT
+from tests.support.messages import EPS, NAMES, POSITIVE, SHORT
 
 from fedkseed.errors import ProtocolError
 from fedkseed.kseed.messages import MAX_BYTES, TrainReply, TrainRequest, coefficients_digest
@@ -125,7 +125,7 @@ def requests(draw: st.DrawFn) -> TrainRequest:
         digest=coefficients_digest(coefficients.unpack()),
         indices=tuple(draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=40))),
         lr=draw(POSITIVE),
-        eps=draw(POSITIVE),
+        eps=draw(EPS),
         batch_size=draw(st.integers(1, 65535)),
         max_grad=draw(POSITIVE.filter(lambda x: x <= 65504)),
         loss_clip=draw(st.none() | POSITIVE),
@@ -414,7 +414,7 @@ OUT_OF_RANGE: list[tuple[type[Message], int, list[Any], str]] = [
     (TrainRequest, 14, [b"", b"\0", b"\0\0\0", bytes(2 * 65536)], "indices|steps"),
     (TrainRequest, 14, [b"\5\0", b"\0\0\xff\xff"], "index"),
     (TrainRequest, 15, [0.0, -0.0, -1.0, math.inf, -math.inf, math.nan], "lr"),
-    (TrainRequest, 16, [0.0, -1e-9, math.inf, math.nan], "eps"),
+    (TrainRequest, 16, [0.0, -1e-9, math.inf, math.nan, 9e-38, 1.1e37], "eps"),
     (TrainRequest, 17, [0, -1, 65536], "batch_size"),
     (TrainRequest, 18, [0.0, -1.0, math.inf, math.nan], "max_grad"),
     (TrainRequest, 19, [0.0, -1.0, math.inf, math.nan], "loss_clip"),
@@ -452,6 +452,7 @@ def test_float32_overflow_behind_the_scale_is_refused() -> None:
 DIRECT: list[tuple[Callable[[], Message], str]] = [
     (lambda: replace(request(), digest=bytes(32)), "digest"),
     (lambda: replace(request(), indices=()), "steps"),
+    (lambda: replace(request(), eps=1e50), "eps is 1e+50; expected a number from 1e-37 to 1e+37"),
     (lambda: replace(request(), indices=(0, 5)), "index"),
     (lambda: replace(request(), indices=(0, -1)), "index"),
     (lambda: replace(request(), pool=SeedPool(1, 6)), "coefficients"),

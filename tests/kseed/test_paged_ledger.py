@@ -135,6 +135,15 @@ def test_a_published_ledger_keeps_to_its_size(size: int, wire: str, pages: tuple
     assert found <= sum(pages) * (coded_bytes(size, wire) + 4) + 60 * len(pages) + 4 * 272 + 600
 
 
+def test_a_page_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    (page,) = some_ledger(pages=(3,)).pages
+    first = page.coefficients()
+    monkeypatch.setattr(Coded, "decode", None)
+    assert page.closed().coefficients is first is page.coefficients()
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 1
+
+
 def test_published_holds_no_state() -> None:
     ledger = some_ledger()
     assert ledger.published().state is None

@@ -21,3 +21,4 @@ NAMES = (
     .filter(is_name)
 )
 POSITIVE = st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False)
+EPS = st.floats(1e-37, 1e37)

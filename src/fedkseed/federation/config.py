@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
+from fedkseed.federation.envelope import LARGEST_STEP, SMALLEST_STEP
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 
 if TYPE_CHECKING:  # which cannot know the tables' names
@@ -15,8 +16,8 @@ else:
 OptimizerName = Literal["sgd", "momentum", "adam", "sign"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Step = Annotated[float, Field(ge=1e-37, le=1e37)]
-"""A learning rate or probe distance: what float32 can tell from 0 and add up."""
+Step = Annotated[float, Field(ge=SMALLEST_STEP, le=LARGEST_STEP)]
+"""A learning rate or probe distance."""
 Count = Annotated[int, Field(ge=1)]
 
 

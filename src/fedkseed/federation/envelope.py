@@ -25,6 +25,8 @@ MAX_NAME_BYTES = 64
 RUN_ID_BYTES, DIGEST_BYTES = 8, 32
 LOOKALIKES = {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"}
 """Alphabets that share the shapes of letters, by the first word of a letter's Unicode name."""
+SMALLEST_STEP, LARGEST_STEP = 1e-37, 1e37
+"""Of a learning rate or probe distance: what float32 can tell from 0 and add up."""
 
 
 def pack_fields(kind: str, values: list[Any]) -> bytes:
@@ -114,6 +116,13 @@ def check_loss(loss: float, most: float) -> None:
     """Refuse the loss of tokens that is negative or above `most`."""
     if not 0 <= loss <= most:
         raise ProtocolError(f"loss is {loss:g}; 0 to {most:.4g} are accepted")
+
+
+def check_eps(eps: Any) -> None:
+    """Refuse a probe distance that no setting may have."""
+    check_positive("eps", eps)
+    if not SMALLEST_STEP <= eps <= LARGEST_STEP:
+        raise ProtocolError(f"eps is {eps!r}; expected a number from {SMALLEST_STEP:g} to {LARGEST_STEP:g}")
 
 
 def check_name(name: Any) -> None:

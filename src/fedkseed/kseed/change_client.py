@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fedkseed.errors import ProtocolError
+from fedkseed.errors import ModelError, NoBackwardError, ProtocolError
 from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest
 from fedkseed.kseed.coding import Coded, encode
@@ -48,6 +48,7 @@ class ChangeClient:
 
         Raises:
             ProtocolError: not a request, or one for another client or base model, or about pages that it lacks.
+            ModelError: there is no memory for a gradient.
         """
         request = ChangeRequest.decode(data)
         check_addressee(request, self.name, self._base)
@@ -59,8 +60,13 @@ class ChangeClient:
         if request.measure == "gradient":
             try:
                 reply = self._by_gradient(request, page, heard)
-            except (RuntimeError, NotImplementedError) as error:  # a kernel without a backward pass, or want of memory
+            except NoBackwardError as error:
                 log.warning("%s cannot backpropagate (%s); it answers with two-point steps", self.name, f"{error!s:.160}")
+            except torch.cuda.OutOfMemoryError as error:
+                raise ModelError(
+                    f"{self.name}: no memory for a gradient ({error!s:.80}); --checkpointing on needs less, so does a smaller "
+                    "--batch-size or --max-length"
+                ) from error
         return (reply or self._by_two_points(request, page, heard)).encode()
 
     def _by_gradient(self, request: ChangeRequest, page: Page, heard: Heard) -> ChangeReply:

@@ -18,6 +18,7 @@ from fedkseed.federation.envelope import (
     Reply,
     Request,
     check_choice,
+    check_eps,
     check_integer,
     check_number,
     check_positive,
@@ -100,8 +101,8 @@ class ChangeRequest(Request):
             check_integer("first part", patch.first, 0, MAX_PARTS)
             for part in patch.parts:
                 part.check("a page's part", self.size)
-        for name in ("eps", "max_grad"):
-            check_positive(name, getattr(self, name))
+        check_eps(self.eps)
+        check_positive("max_grad", self.max_grad)
         if self.max_grad > MAX_FLOAT16:
             raise ProtocolError(f"max_grad is {self.max_grad}; expected at most {MAX_FLOAT16}, which scalars can hold")
         if self.loss_clip is not None:

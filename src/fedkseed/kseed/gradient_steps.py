@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedkseed.errors import NoBackwardError
 from fedkseed.kseed.coding import LARGEST
 from fedkseed.kseed.optimizer import Optimizer
 from fedkseed.kseed.pages import Basis, to_coefficients
@@ -86,6 +87,9 @@ def gradient_steps(
         loss: the loss at the current weights on the batch of step t, 0-dim, to call `backward` on.
         optimizer: what a gradient is turned into; its state begins here.
         lr: learning rate.
+
+    Raises:
+        NoBackwardError: the model cannot be backpropagated through.
     """
     numbers, state = start.copy(), optimizer.start(len(start))
     losses, dropped = np.full(num_steps, math.nan), []
@@ -95,7 +99,7 @@ def gradient_steps(
             value = loss(t)
             losses[t] = value.item()
             if math.isfinite(losses[t]):
-                value.backward()  # type: ignore[no-untyped-call]
+                _backward(value)
         gradient = fold.table() if basis == "table" else fold.numbers()
         if not (math.isfinite(losses[t]) and np.isfinite(gradient).all()):
             dropped.append(t)
@@ -109,3 +113,13 @@ def gradient_steps(
         numbers, state = moved, following
         model.rebuild(to_coefficients(numbers, basis))
     return GradientSteps(numbers - start, tuple(dropped), losses)
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """Backpropagate. What else goes wrong, want of memory or a bug, is none of a model's inability."""
+    if not loss.requires_grad:
+        raise NoBackwardError("its loss does not depend on the parameters by operations that have a gradient")
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except NotImplementedError as error:
+        raise NoBackwardError(str(error)) from error

@@ -21,6 +21,7 @@ from fedkseed.federation.envelope import (
     Reply,
     Request,
     check_choice,
+    check_eps,
     check_integer,
     check_positive,
     pack_fields,
@@ -69,8 +70,8 @@ class TrainRequest(Request):
         check_integer("number of steps", len(self.indices), 1, MAX_STEPS)
         check_integer("largest index", max(self.indices), 0, self.pool.size - 1)
         check_integer("smallest index", min(self.indices), 0, self.pool.size - 1)
-        for name in ("eps", "max_grad"):
-            check_positive(name, getattr(self, name))
+        check_eps(self.eps)
+        check_positive("max_grad", self.max_grad)
         if self.loss_clip is not None:
             check_positive("loss_clip", self.loss_clip)
         if self.coefficients.precision == "float16" and self.max_grad > MAX_FLOAT16:

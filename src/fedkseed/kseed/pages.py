@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -75,8 +76,15 @@ class Page:
         return total
 
     def coefficients(self) -> NDArray[np.float32]:
-        """What a model is rebuilt from, float32[K]."""
-        return to_coefficients(self.numbers(), self.basis)
+        """What a model is rebuilt from, float32[K], not to be written to."""
+        return self._coefficients
+
+    @cached_property
+    def _coefficients(self) -> NDArray[np.float32]:
+        """Decoded once: a closed page is asked for in every round."""
+        coefficients = to_coefficients(self.numbers(), self.basis)
+        coefficients.flags.writeable = False
+        return coefficients
 
     def closed(self) -> ClosedPage:
         """As a binding takes it, once it no longer changes."""
