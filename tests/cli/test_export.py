@@ -195,7 +195,7 @@ def test_export_names_a_wrong_dtype(fedkseed: CommandLine, finished: Path, tmp_p
 
 
 def test_export_of_no_run_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    assert_one_line(fedkseed("export", tmp_path / "none", tmp_path / "out"), 2, "give a run's folder or a ledger file")
+    assert_one_line(fedkseed("export", tmp_path / "none", tmp_path / "out"), 2, "no such run or ledger")
     assert not (tmp_path / "out").exists()
 
 

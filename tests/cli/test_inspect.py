@@ -13,7 +13,7 @@ import fedkseed as fk
 def test_inspect_shows_what_a_ledger_holds(fedkseed: CommandLine, finished: Path, columns: str) -> None:
     ledger = fk.Ledger.load(finished / "ledger.safetensors")
     shown = [fedkseed("inspect", path, env={"COLUMNS": columns}) for path in (finished, finished / "ledger.safetensors")]
-    assert shown[0] == shown[1]
+    assert shown[0].stdout.startswith(shown[1].stdout)  # of the folder it shows more
     assert (shown[0].code, shown[0].stderr) == (0, "")
     for text in (ledger.digest(), ledger.base.fingerprint, f"{ledger.pool.key:#018x}"):
         assert text in shown[0].stdout  # whole, to be compared or copied, however narrow the terminal
@@ -33,7 +33,58 @@ def test_inspect_takes_a_path_as_it_is(fedkseed: CommandLine, finished: Path, tm
 
 
 def test_inspect_of_something_else_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    assert_one_line(fedkseed("inspect", tmp_path / "none"), 2, "nothing is there")
-    assert_one_line(fedkseed("inspect", tmp_path), 2, "holds no ledger.safetensors")
     assert_one_line(fedkseed("inspect", tiny / "records.jsonl"), 1, "not a ledger, or damaged")
     assert_one_line(fedkseed("inspect", tiny / "model" / "model.safetensors"), 1, "not a ledger, or damaged")
+
+
+def test_one_mistake_has_one_exit_code_in_every_command(fedkseed: CommandLine, copied: Path, tmp_path: Path) -> None:
+    """2 where the call can be mended, 1 where the run is damaged."""
+
+    def assert_every(where: Path, code: int, says: str, but: tuple[str, ...] = ()) -> None:
+        commands: dict[str, tuple[object, ...]] = {
+            "inspect": (where,),
+            "evaluate": (where,),
+            "export": (where, tmp_path / "out"),
+            "report": (where,),
+            "simulate": ("--resume", where),
+        }
+        for command in commands.keys() - set(but):
+            assert_one_line(fedkseed(command, *commands[command]), code, says)
+
+    assert_every(tmp_path / "none", 2, str(tmp_path / "none"))
+    assert_every(tmp_path, 2, "holds no run (no config.toml)")
+    (copied / "ledger.safetensors").write_bytes(b"junk")
+    assert_every(copied, 1, "ledger.safetensors: not a ledger, or damaged")
+    (copied / "ledger.safetensors").unlink()
+    assert_every(copied, 2, "has no ledger.safetensors yet: no round is done", but=("report", "simulate"))
+    (copied / "config.toml").write_text("lr = ")
+    assert_every(copied, 1, "config.toml is not TOML")
+    (copied / "config.toml").write_text("lr = 1.0")
+    assert_every(copied, 2, "--model is missing")
+
+
+def test_a_round_of_a_run_can_be_shown_evaluated_exported_and_reported(
+    fedkseed: CommandLine, copied: Path, tmp_path: Path
+) -> None:
+    shown = " ".join(fedkseed("inspect", copied).stdout.split())
+    assert "kept the ledgers of 4 rounds, 0 to 3; --round N shows one" in shown
+    assert "best round 2, held-out loss" in shown
+    assert "rounds 2" in " ".join(fedkseed("inspect", copied, "--round", 2).stdout.split())
+    assert fedkseed("export", copied, tmp_path / "out", "--round", 1, "--ledger-only").code == 0
+    assert (tmp_path / "out").read_bytes() == (copied / "ledgers" / "round-00001.safetensors").read_bytes()
+    assert "after 1 rounds" in fedkseed("evaluate", copied, "--round", 1, "--limit", 1).stdout
+    assert fedkseed("report", copied, "--round", 2).code == 0
+    assert "Round 2 of 3" in (copied / "report" / "index.html").read_text(encoding="utf-8")
+    for command in (["inspect", copied], ["evaluate", copied], ["report", copied], ["export", copied, tmp_path / "other"]):
+        assert_one_line(fedkseed(*command, "--round", 9), 2, "keeps no ledger of round 9; those that it keeps: 0, 1, 2, 3")
+        assert_one_line(fedkseed(*command, "--round", "last"), 2, "--round is 'last'; expected the number of a round, or best")
+
+
+def test_inspect_tells_of_damaged_metrics_in_a_line(fedkseed: CommandLine, copied: Path) -> None:
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write("17\n")
+    result = fedkseed("inspect", copied)
+    assert result.code == 0
+    assert result.stderr.startswith("fedkseed: 1 line of ")
+    assert result.stderr.count("\n") == 1
+    assert "best round" in result.stdout

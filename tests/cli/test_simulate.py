@@ -23,12 +23,13 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, ti
     assert "\x1b" not in result.stdout
     assert "\r" not in result.stdout
     lines = result.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == [
+    assert [line.split(":")[0].split(" is ")[0] for line in lines] == [
         "training records",
         "held-out records",
         "model",
         "round 0/3",
         *[f"round {i}/3" for i in (1, 1, 2, 2, 3, 3)],
+        "the smallest held-out loss",  # it was round 2's
         "done",
     ]
     ledger = fk.Ledger.load(tmp_path / "run" / "ledger.safetensors")
@@ -37,6 +38,7 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, ti
         ".lock",
         "config.toml",
         "ledger.safetensors",
+        "ledgers",
         "metrics.jsonl",
     ]
 

@@ -18,17 +18,20 @@ from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import tiny_settings
 
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.metrics import read_metrics as recorded
 
 KILLED = -signal.SIGKILL
-FILES = [".lock", "config.toml", "ledger.safetensors", "metrics.jsonl"]
+FILES = [".lock", "config.toml", "ledger.safetensors", "ledgers", "metrics.jsonl"]
 
 
 @dataclass(frozen=True)
 class Whole:
-    """An uninterrupted run: its settings, its ledger's bytes, its events without what a clock says."""
+    """An uninterrupted run: its settings, the bytes of its ledger and of those that it kept, its events without what a clock
+    says."""
 
     settings: dict[str, Any]
     ledger: bytes
+    kept: dict[str, bytes]
     events: list[dict[str, Any]]
 
 
@@ -40,7 +43,11 @@ def events(run: Path) -> list[dict[str, Any]]:
 def whole(fedkseed: CommandLine, folder: Path, settings: dict[str, Any]) -> Whole:
     result = fedkseed("simulate", *flags(settings), "--run", folder)
     assert (result.code, result.stderr) == (0, "")
-    return Whole(settings, (folder / "ledger.safetensors").read_bytes(), events(folder))
+    return Whole(settings, (folder / "ledger.safetensors").read_bytes(), kept(folder), events(folder))
+
+
+def kept(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "ledgers").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +58,19 @@ def uninterrupted(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.Te
 
 
 def assert_as_uninterrupted(run: Path, expected: Whole) -> None:
-    """The same ledger, byte for byte, and each event once, in order, with the same numbers."""
+    """The same ledgers, byte for byte, and each event once, in order, with the same numbers."""
     assert (run / "ledger.safetensors").read_bytes() == expected.ledger
+    assert kept(run) == expected.kept
     assert events(run) == expected.events
     assert sorted(path.name for path in run.iterdir()) == FILES
 
 
 def assert_loadable(run: Path, expected: Whole) -> None:
-    """After a kill: what is there is whole. No ledger without its events."""
+    """After a kill: what is there is whole. No ledger without its events, no loss without its ledger."""
+    for server_round in recorded(run / "metrics.jsonl").losses:
+        assert (run / "ledgers" / f"round-{server_round:05}.safetensors").exists()
+    for path in (run / "ledgers").glob("*.safetensors"):
+        assert path.read_bytes() == expected.kept[path.name]
     if (run / "ledger.safetensors").exists():
         rounds = Ledger.load(run / "ledger.safetensors").round
         text = (run / "metrics.jsonl").read_text()
@@ -97,6 +109,7 @@ def test_every_file_is_written_whole_or_by_lines(kill_points: list[str]) -> None
     assert count["rename ledger.safetensors"] == 3
     assert count["rename config.toml"] == 1
     assert count["write metrics.jsonl"] == 3 + 3  # three rounds, three evaluations
+    assert [count[f"rename round-{i:05}.safetensors"] for i in range(4)] == [1, 0, 1, 1]  # the ledgers of the evaluations
     assert count["fsync"] >= 2 * count["rename ledger.safetensors"] + 6
     assert "write ledger.safetensors" not in count  # only ever beside it
     assert "write config.toml" not in count
@@ -110,7 +123,7 @@ def plain(point: str) -> str:
     return re.sub(r"\.[0-9]+-[0-9a-f]+\.tmp$", ".tmp", point)
 
 
-PARTS = 3  # a third of the points every day, of all kinds; the slow part has the others
+PARTS = 4  # a quarter of the points every day, of all kinds; the slow part has the others
 
 
 @pytest.mark.parametrize("part", [0, *[pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS)]])
@@ -144,6 +157,7 @@ def assert_as_pages(run: Path, expected: Whole) -> None:
         return [{k: v for k, v in event.items() if k != "bytes_down"} for event in found]
 
     assert (run / "ledger.safetensors").read_bytes() == expected.ledger
+    assert kept(run) == expected.kept
     assert without(events(run)) == without(expected.events)
     assert sorted(path.name for path in run.iterdir()) == FILES
 
@@ -357,7 +371,7 @@ def test_a_folder_without_a_ledger_starts_at_round_0(
         run = tmp_path / name
         whole(fedkseed, run, uninterrupted.settings)
         for path in run.iterdir():
-            if path.name not in leave:
+            if path.name not in leave and path.is_file():
                 path.unlink()
         go_on(fedkseed, run, uninterrupted)
         assert_as_uninterrupted(run, uninterrupted)
@@ -366,10 +380,11 @@ def test_a_folder_without_a_ledger_starts_at_round_0(
 def test_resuming_a_finished_run_changes_nothing(fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path) -> None:
     run = tmp_path / "run"
     whole(fedkseed, run, uninterrupted.settings)
-    before = {name: (run / name).read_bytes() for name in FILES[1:]}
+    before = {name: (run / name).read_bytes() for name in FILES[1:] if name != "ledgers"}
     for extra in ([], ["--num-rounds", 3]):
         assert fedkseed("simulate", "--resume", run, *extra).code == 0
-        assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != FILES[0]} == before
+        found = {path.name: path.read_bytes() for path in run.iterdir() if path.name not in (FILES[0], "ledgers")}
+        assert (found, kept(run)) == (before, uninterrupted.kept)
 
 
 def test_an_unfinished_line_of_metrics_is_cut(fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path) -> None:

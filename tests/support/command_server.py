@@ -20,7 +20,8 @@ def die():
 
 
 def kill_at(point, run, log):
-    """SIGKILL before the `point`-th write, fsync or rename in folder `run`, or in the midst of a write; `log` names each."""
+    """SIGKILL before the `point`-th write, fsync or rename in folder `run` or one within, or in the midst of a write; `log`
+    names each."""
     done = 0
 
     def passing(name):
@@ -31,7 +32,7 @@ def kill_at(point, run, log):
         return done == point
 
     def inside(path):
-        return os.path.dirname(os.path.abspath(path)) == run
+        return os.path.abspath(path).startswith(run + os.sep)
 
     class Torn:
         def __init__(self, file):

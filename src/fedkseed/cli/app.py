@@ -42,6 +42,10 @@ app = typer.Typer(
 app.command(rich_help_panel=TRAIN)(simulate)
 app.command(rich_help_panel=TRAIN)(tune)
 
+Round = Annotated[
+    str | None,
+    typer.Option("--round", metavar="N|best", help="Take the ledger that the run kept after this round, or after its best."),
+]
 RunOrLedger = Annotated[Path, typer.Argument(help="A run's folder or a ledger file.", metavar="RUN|LEDGER", show_default=False)]
 NOTHING_LOST = "nothing was written, and the run is as it was"
 
@@ -89,6 +93,7 @@ def demo(
 @app.command(rich_help_panel=USE)
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A run's folder or a ledger file.", metavar="RUN|LEDGER")] = None,
+    which: Round = None,
     ledger: Annotated[Path | None, typer.Option(help="Another ledger than the run's, such as a published one.")] = None,
     model: Annotated[str | None, typer.Option(help="The base model (default: the run's own).")] = None,
     data: Annotated[
@@ -114,30 +119,33 @@ def evaluate(
             from fedkseed.cli.evaluate import evaluate as show
             from fedkseed.runs.scoring import Choices
 
-        show(run, ledger, Choices(model, data, columns, template, max_length, limit, answers), by_category, output)
+        show(run, ledger, Choices(model, data, columns, template, max_length, limit, answers, which), by_category, output)
 
 
 @app.command(rich_help_panel=USE)
-def report(run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)], which: Round = None
+) -> None:
     """Write a run's report: one page and its charts."""
     with interruptible("the run is as it was"):
         from fedkseed.cli.report import report_command
 
-        report_command(run)
+        report_command(run, which)
 
 
 @app.command(rich_help_panel=USE)
-def inspect(ledger: RunOrLedger) -> None:
+def inspect(ledger: RunOrLedger, which: Round = None) -> None:
     """Show what a ledger holds: base, pool, rounds, coefficients."""
     from fedkseed.cli.inspect import inspect as show
 
-    show(ledger)
+    show(ledger, which)
 
 
 @app.command(rich_help_panel=USE)
 def export(
     ledger: RunOrLedger,
     output: Annotated[Path, typer.Argument(help="Folder to make; with --ledger-only, file to write.", metavar="OUTPUT")],
+    which: Round = None,
     model: Annotated[str | None, typer.Option(help="The base model (default: the run's own).")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the exported weights: auto, float32, float16 or bfloat16.")] = "auto",
     ledger_only: Annotated[bool, typer.Option("--ledger-only", help="Write the published ledger, 8 to 16 KB.")] = False,
@@ -151,7 +159,7 @@ def export(
 
         if dtype not in get_args(Dtype):
             raise ConfigError(f"--dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")
-        write(ledger, output, model, dtype, ledger_only)  # type: ignore[arg-type]
+        write(ledger, output, model, dtype, ledger_only, which)  # type: ignore[arg-type]
 
 
 @app.command(rich_help_panel=MACHINE)

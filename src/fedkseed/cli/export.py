@@ -10,8 +10,8 @@ from fedkseed.cli.console import complain, say
 from fedkseed.cli.display import Lines, waiting
 from fedkseed.errors import ConfigError, InvalidValueError, RunFolderError
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.algorithms import TENSORS, checkpoint_path
-from fedkseed.runs.folder import CONFIG
+from fedkseed.runs.algorithms import TENSORS
+from fedkseed.runs.folder import CONFIG, tuned_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
-def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_only: bool) -> None:
+def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_only: bool, which: str | None = None) -> None:
     """Write the tuned model with its card, or the published ledger; nothing that exists is overwritten.
+
+    Args:
+        path: a run's folder, or a ledger's file.
+        output: what to write.
+        model: the base model; None for the run's own.
+        dtype: precision of the exported weights.
+        ledger_only: write the published ledger.
+        which: the round whose ledger is taken, or "best"; None for the last.
 
     Raises:
         RunFolderError: the output exists.
@@ -32,7 +40,7 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         RunError: the run's settings or a baseline's tensors are damaged.
         LedgerError: the ledger cannot be read, or the model is not its base.
     """
-    checkpoint = checkpoint_path(path)
+    checkpoint = tuned_file(path, which)
     if ledger_only and checkpoint.name == TENSORS:
         raise ConfigError(f"--ledger-only: {path} is the run of a baseline, which has no ledger; leave it out")
     tuning = TunedTensors.load(checkpoint) if checkpoint.name == TENSORS else Ledger.load(checkpoint)
@@ -49,7 +57,7 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
     folder = path if path.is_dir() else path.parent
     # beside a bare ledger, a config.toml is looked at only for want of a model: it may be anybody's
     wanted = path.is_dir() or model is None or isinstance(tuning, TunedTensors)
-    record = read(folder) if (folder / CONFIG).exists() and wanted else None
+    record = read(folder, which) if (folder / CONFIG).exists() and wanted else None
     if model is None:
         if record is None:
             raise ConfigError(f"--model is missing and {folder} has no {CONFIG} that names the base model; give --model")

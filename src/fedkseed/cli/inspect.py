@@ -5,20 +5,26 @@ from pathlib import Path
 import numpy as np
 
 from fedkseed.baselines import TunedTensors
-from fedkseed.cli.console import say
+from fedkseed.cli.console import complain, say
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.algorithms import TENSORS, checkpoint_path
+from fedkseed.runs.algorithms import TENSORS
+from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
+from fedkseed.runs.metrics import best_round
 
 
-def inspect(path: Path) -> None:
+def inspect(path: Path, which: str | None = None) -> None:
     """Print a ledger's identity and the distribution of its coefficients, or what a baseline's tensors are.
+
+    Args:
+        path: a run's folder, or a ledger's file.
+        which: the round whose ledger is shown, or "best"; None for the last.
 
     Raises:
         FedKSeedError: it cannot be read.
     """
-    file = checkpoint_path(path)
+    file = tuned_file(path, which)
     if file.name == TENSORS:
-        _inspect_tensors(file)
+        _inspect_tensors(path, file)
         return
     ledger = Ledger.load(file)
     a = np.abs(ledger.coefficients)
@@ -40,10 +46,10 @@ def inspect(path: Path) -> None:
     if ledger.history is not None:
         counts = ledger.history.grad_counts
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
-    _show(rows)
+    _show(rows | _of_run(path))
 
 
-def _inspect_tensors(file: Path) -> None:
+def _inspect_tensors(path: Path, file: Path) -> None:
     tuned = TunedTensors.load(file)
     count = sum(x.numel() for x in tuned.tensors.values())
     rows = {
@@ -54,7 +60,22 @@ def _inspect_tensors(file: Path) -> None:
         "base": tuned.base,
         "tensors": f"{len(tuned.tensors)} with {count:,} numbers",
     }
-    _show(rows)
+    _show(rows | _of_run(path))
+
+
+def _of_run(path: Path) -> dict[str, str]:
+    """What a run's folder says beside that: which rounds can be taken, and which was the best; what cannot be read."""
+    if not (path / CONFIG).exists():
+        return {}
+    run = RunFolder.open(path)
+    found, kept, rows = run.recorded(), run.ledgers.rounds, dict[str, str]()
+    if kept:
+        rows["kept"] = f"the ledgers of {len(kept)} rounds, {kept[0]} to {kept[-1]}; --round N shows one"
+    if (best := best_round(found.losses)) is not None:
+        rows["best round"] = f"{best}, held-out loss {found.losses[best]:.4f}"
+    if found.damage:
+        complain(f"{found.damage}; it is left out")
+    return rows
 
 
 def _show(rows: dict[str, str]) -> None:

@@ -14,24 +14,25 @@ __all__ = ["report"]
 FOLDER, PAGE = "report", "index.html"
 
 
-def report(run: Path) -> Path:
+def report(run: Path, which: str | int | None = None) -> Path:
     """Write RUN/report/index.html and its charts as PNG files beside it; an older report is replaced.
 
     The run may be going on, be a single round, or have diverged; its own files are only read.
 
     Args:
         run: a run's folder.
+        which: as it was after a round, or after the "best" one; None for as it is.
 
     Returns:
         The page's path.
 
     Raises:
-        RunFolderError: there is no run.
+        RunFolderError: there is no run, or it keeps no ledger of that round.
         RunError: a file of the run is damaged, or the report cannot be written.
         ConfigError: the run's settings are not valid (any more).
         LedgerError: the run's ledger is damaged or of another version.
     """
-    record = read(run)
+    record = read(run, which)
     shown = charts(record)
     pictures = {chart.name: render(chart.name, chart.title, chart.draw) for chart in shown if chart.draw is not None}
     content = page(run, record, shown, {name: picture.svg for name, picture in pictures.items()})

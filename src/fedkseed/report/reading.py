@@ -108,18 +108,23 @@ def is_finite(loss: float) -> bool:
     return math.isfinite(loss) and abs(loss) < LARGEST_LOSS
 
 
-def read(path: Path) -> RunRecord:
+def read(path: Path, which: str | int | None = None) -> RunRecord:
     """Read a run's folder.
 
+    Args:
+        path: the folder.
+        which: as it was after a round, or "best"; None for as it is.
+
     Raises:
-        RunFolderError: there is no run.
+        RunFolderError: there is no run, or it keeps no ledger of that round.
         ConfigError: its settings are not valid (any more).
         RunError: its settings cannot be read.
         LedgerError: its ledger is damaged or of another version.
     """
     run = RunFolder.open(path)
     # the ledger first: a run that goes on meanwhile can then only add events that are left out below
-    ledger = run.load_ledger()
+    file = run.ledger_path if which is None else run.tuned_file(which)
+    ledger = Ledger.load(file) if file.exists() else None
     found = run.recorded()
     damage, last = found.damage, ledger.round if ledger else math.inf
     evaluations, rounds, sizes = list[Evaluation](), list[Round](), list[int]()
@@ -142,7 +147,7 @@ def read(path: Path) -> RunRecord:
         _ascending(evaluations),
         _ascending(rounds),
         ledger,
-        run.ledger_path.stat().st_size if ledger else 0,
+        file.stat().st_size if ledger else 0,
         sizes[0] if sizes else None,
         damage,
     )

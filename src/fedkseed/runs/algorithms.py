@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from fedkseed.baselines import TensorClient, TensorServer, TunedTensors, attach, fingerprint, parameters_of
-from fedkseed.errors import LedgerError, RunError, RunFolderError
+from fedkseed.errors import LedgerError, RunError
 from fedkseed.evaluation import guess_loss
 from fedkseed.federation import Checkpoint, Rounds
 from fedkseed.federation.algorithms import Algorithm
@@ -189,19 +189,3 @@ def roles_of(algorithm: Algorithm) -> Roles:
     if roles is None:
         raise RunError(f"{algorithm.name} sends {algorithm.sends}; it runs in fedkseed simulate only")
     return roles
-
-
-def checkpoint_path(path: Path) -> Path:
-    """The checkpoint's file: in a run's folder whichever is there; else the path itself.
-
-    Raises:
-        RunFolderError: there is none.
-    """
-    if not path.is_dir():
-        if not path.exists():
-            raise RunFolderError(f"{path}: nothing is there; give a run's folder or a ledger file")
-        return path
-    kept = [path / kind.file for kind in KINDS.values() if (path / kind.file).exists()]
-    if not kept:
-        raise RunFolderError(f"{path} holds no {LEDGER}; give the folder of a run that has done a round, or a ledger file")
-    return kept[-1]

@@ -16,6 +16,7 @@ from fedkseed.federation import Checkpoint, Outcome, Rounds
 from fedkseed.federation.envelope import Request
 from fedkseed.runs.events import evaluation_event, round_event
 from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.metrics import best_round
 from fedkseed.runs.observer import Observer
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.trackers import tracking
@@ -80,6 +81,7 @@ class Driver:
         with self.run.held():
             if damage := self.run.cut_metrics(self.round):
                 self.observer.note(damage)
+            self.run.ledgers.cut(self.round)
             with tracking(self._log, self.run, self.round, self.observer.note) as self._track:
                 return self._drive(attempt, evaluate)
 
@@ -91,6 +93,7 @@ class Driver:
                 pass
             if self._due():
                 evaluate()
+        self._name_best()
         return self.server.checkpoint
 
     def plan(self) -> list[tuple[Request, bytes]]:
@@ -171,6 +174,7 @@ class Driver:
         """
         event = evaluation_event(self.round, result, weight_bytes, seconds) | ({"clients": clients} if clients else {})
         self._warn(result.loss)
+        self.run.ledgers.keep(self.server.checkpoint)  # before the event: what has a loss has a ledger
         self.run.append_metrics(event)
         self._tell(event)
         return event
@@ -188,6 +192,18 @@ class Driver:
             f"Start anew with a lower --lr than {self.config.lr:g}"
             ", or with --lr auto; fedkseed tune explains it"
         )
+
+    def _name_best(self) -> None:
+        """Say so where an earlier round was better than the last."""
+        losses = self.run.recorded().losses
+        best = best_round(losses)
+        if best is None or best == max(losses):
+            return
+        kept = (
+            "--round best takes its ledger" if self.config.facts.has_ledger else "of a baseline only the last tensors are kept"
+        )
+        what = f"after round {best}" if best else "the base model's"
+        self.observer.note(f"the smallest held-out loss is {losses[best]:.4f}, {what}; {kept}")
 
     def _due(self) -> bool:
         return self.round % self.config.eval_every == 0 or self.round == self.config.num_rounds

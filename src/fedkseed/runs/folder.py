@@ -1,6 +1,6 @@
 """A run on disk: `config.toml`, `metrics.jsonl` and a checkpoint, which is `ledger.safetensors` or `tensors.safetensors`.
 
-The last of these plus the config is everything.
+The last of these plus the config is everything. `ledgers/` keeps the ledger of each evaluation, in its published form.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from typing import Any
 
 import tomli_w
 
-from fedkseed.errors import RunError, RunFolderError
+from fedkseed.errors import ConfigError, RunError, RunFolderError
 from fedkseed.federation import Checkpoint
 from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
-from fedkseed.runs.metrics import Metrics, read_metrics
+from fedkseed.runs.ledgers import KeptLedgers
+from fedkseed.runs.metrics import Metrics, best_round, read_metrics
 from fedkseed.runs.settings import DEALING, DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
-CONFIG, METRICS, LOCK = "config.toml", "metrics.jsonl", ".lock"
+CONFIG, METRICS, LOCK, LEDGERS = "config.toml", "metrics.jsonl", ".lock", "ledgers"
+BEST = "best"
+"""In place of a round's number: the one with the smallest held-out loss."""
 
 
 def new_folder(root: Path, prefix: str = "") -> Path:
@@ -183,6 +186,40 @@ class RunFolder:
         """
         checkpoint.stamped(self.made_with).save(self.checkpoint_path)
 
+    @property
+    def ledgers(self) -> KeptLedgers:
+        """The ledgers of its evaluations."""
+        return KeptLedgers(self.path / LEDGERS)
+
+    def tuned_file(self, which: str | int | None = None) -> Path:
+        """The file of the tuned model: the checkpoint, or the ledger of a round.
+
+        Args:
+            which: the round's number, or "best"; None for the checkpoint.
+
+        Raises:
+            ConfigError: it is neither, or the algorithm keeps no ledgers.
+            RunFolderError: no round is done yet, or the ledger of this one is not kept.
+        """
+        if not self.checkpoint_path.exists():
+            raise RunFolderError(f"{self.path} has no {self.checkpoint_path.name} yet: no round is done; --resume it first")
+        if which is None:
+            return self.checkpoint_path
+        if not self.config.facts.has_ledger:
+            raise ConfigError(f"--round: {self.path} is the run of a baseline, which keeps its last tensors only; leave it out")
+        wanted = best_round(self.recorded().losses) if which == BEST else which
+        if wanted is None:
+            raise RunFolderError(f"--round best: {self.path} has no held-out loss that is a number; give a round's number")
+        if not str(wanted).isdecimal():
+            raise ConfigError(f"--round is {str(which)!r}; expected the number of a round, or best")
+        server_round = int(wanted)
+        if (kept := self.ledgers.path(server_round)).exists():
+            return kept
+        if Ledger.load(self.checkpoint_path).round == server_round:  # of a run that was begun when none were kept
+            return self.checkpoint_path
+        rounds = ", ".join(map(str, self.ledgers.rounds)) or "none"
+        raise RunFolderError(f"--round {which}: {self.path} keeps no ledger of round {wanted}; those that it keeps: {rounds}")
+
     def recorded(self) -> Metrics:
         """What `metrics.jsonl` holds, and what of it is damaged."""
         return read_metrics(self.path / METRICS)
@@ -225,6 +262,28 @@ class RunFolder:
 
     def _cannot_write(self, error: OSError) -> RunError:
         return RunError(f"{self.path / METRICS}: cannot write ({error.strerror}); make room, then --resume {self.path}")
+
+
+def tuned_file(path: Path, which: str | int | None = None) -> Path:
+    """The file of a tuned model: of a run's folder see `RunFolder.tuned_file`; else the path itself.
+
+    Raises:
+        RunFolderError: there is nothing, or no run, or see there.
+        ConfigError: a round is asked for of what is no run, or see there.
+        RunError: the run's settings cannot be read.
+    """
+    if (path / CONFIG).exists():
+        return RunFolder.open(path).tuned_file(which)
+    if which is not None:
+        raise ConfigError(f"--round is of a run's folder, which {path} is not; leave it out")
+    if path.is_dir():  # a ledger or tensors that somebody has put there
+        kept = [path / kind.file for kind in KINDS.values() if (path / kind.file).exists()]
+        if kept:
+            return kept[-1]
+        read_settings(path)  # which says what is missing
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such run or ledger; give a run's folder, or a ledger's file")
+    return path
 
 
 def _set_aside(path: Path) -> str:

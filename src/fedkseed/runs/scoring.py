@@ -16,8 +16,7 @@ from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import context_length, context_of, load_model, load_tokenizer
-from fedkseed.runs.algorithms import checkpoint_path
-from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
 from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.observer import Nobody, Observer
 from fedkseed.runs.records import check_room, describe, load_examples, sample
@@ -36,6 +35,7 @@ class Choices:
         max_length: longest record in tokens.
         limit: evaluate on a seeded draw of so many.
         answers: answer a seeded draw of so many of these.
+        round: of the run, take the ledger that it kept after this round, or after the "best" one.
     """
 
     model: str | None = None
@@ -45,6 +45,7 @@ class Choices:
     max_length: int | None = None
     limit: int | None = None
     answers: int = 0
+    round: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,12 @@ def measure(
         raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
     if choices.columns is not None and choices.data is None:
         raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
+    if choices.round is not None and ledger is not None:
+        raise ConfigError("--round is of a run, and --ledger is another ledger than the run's; give one of them")
+    file = tuned_file(where, choices.round)
     config = _run_config(run or where)
     baseline = config if config is not None and not config.facts.has_ledger and ledger is None else None
-    tuning = TunedTensors.load(checkpoint_path(where)) if baseline else Ledger.load(checkpoint_path(where))
+    tuning = TunedTensors.load(file) if baseline else Ledger.load(file)
     source, records = _source(config, choices, where), given.data or _records(config, choices, where)
     tokenizer = given.tokenizer or load_tokenizer(source)
     template = config.prompts(choices.template) if config else get_template(choices.template or "plain")
