@@ -342,6 +342,7 @@ def test_without_log_only_the_run_is_kept(home: Path, tiny: Path) -> None:
         "config.toml",
         "config.yaml",
         "ledger.safetensors",
+        "ledgers",
         "metrics.jsonl",
     }
     assert not (home / "logs").exists()
