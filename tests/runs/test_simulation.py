@@ -193,11 +193,11 @@ def test_the_ledger_on_the_disk_is_the_tuned_model(tiny: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("algorithm", ["fedkseed", "fedkseed-grad"])
-def test_what_is_not_trainable_keeps_the_bits_of_the_base(tiny: Path, tmp_path: Path, algorithm: str) -> None:
+def test_what_is_not_tuned_keeps_the_bits_of_the_base(tiny: Path, tmp_path: Path, algorithm: str) -> None:
     """In the run, in the ledger's names, and in what the published ledger makes of a fresh base."""
     from fedkseed.models.loading import load_model
 
-    settings = tiny_settings(tiny, algorithm=algorithm, num_seeds=128, num_rounds=2, trainable="*.v_proj.*,*norm.weight")
+    settings = tiny_settings(tiny, algorithm=algorithm, num_seeds=128, num_rounds=2, train="*.v_proj.*,*norm.weight")
     ledger, _ = trained(tmp_path / "run", settings)
     before = {name: x.clone() for name, x in load_model(tiny / "model", "float32").named_parameters()}
     frozen = {name for name in before if "v_proj" not in name and "norm" not in name}
@@ -208,7 +208,7 @@ def test_what_is_not_trainable_keeps_the_bits_of_the_base(tiny: Path, tmp_path: 
     fk.apply(model, tmp_path / "published.safetensors")
     assert {name for name, x in model.named_parameters() if torch.equal(x, before[name])} == frozen
 
-    config = build(settings | {"num_rounds": 3, "trainable": "*.v_proj.*"})
+    config = build(settings | {"num_rounds": 3, "train": "*.v_proj.*"})
     with pytest.raises(LedgerError, match=r"norm\.weight is tuned on one side and frozen on the other"):
         Simulation(RunFolder(tmp_path / "run", config), prepare(config, Watcher()), Watcher())
 
@@ -244,7 +244,7 @@ def test_the_same_seed_gives_the_same_ledger_and_another_seed_another(plain: str
         {"partition": "iid"},
         {"alpha": 5.0},
         {"max_length": 13},
-        {"trainable": "*.mlp.*"},
+        {"train": "*.mlp.*"},
     ],
     ids=str,
 )

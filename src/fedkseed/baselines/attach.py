@@ -32,6 +32,8 @@ def require_peft(algorithm: Algorithm) -> None:
 def attach(model: Any, config: FederationConfig) -> Any:
     """Make the parameters that the algorithm tunes the ones that require a gradient, adding them where they are new.
 
+    An algorithm that adds none tunes those that require one already.
+
     LoRA goes where peft puts it for the model's architecture (for Llama the query and value projections). A soft prompt
     starts at the embeddings of tokens drawn from the vocabulary; p-tuning's goes through peft's encoder of two layers.
     New parameters are drawn from the run's seed; torch's own generator is left as it was.
@@ -47,9 +49,9 @@ def attach(model: Any, config: FederationConfig) -> Any:
         ConfigError: the extra is missing.
         ModelError: peft cannot attach to this architecture.
     """
-    model.requires_grad_(not config.facts.needs_peft)
     if not config.facts.needs_peft:
         return model
+    model.requires_grad_(False)
     require_peft(config.facts)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(derive(config.seed, "adapter"))
@@ -65,7 +67,7 @@ def attach(model: Any, config: FederationConfig) -> Any:
 
 
 def restore(model: Any, config: FederationConfig, tuned: TunedTensors) -> Any:
-    """A base model with a baseline's tuned tensors; see `attach`.
+    """A base model, whose parameters that are tuned require a gradient, with a baseline's tuned tensors; see `attach`.
 
     Raises:
         RunError: they are of another base model or algorithm.

@@ -17,9 +17,9 @@ from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.loading import load_tokenizer
 from fedkseed.report import report
 from fedkseed.runs.folder import RunFolder, new_folder
+from fedkseed.runs.learner import Learner, load_learner
 from fedkseed.runs.observer import Observer
 from fedkseed.runs.records import prepare
 from fedkseed.runs.settings import SimulationConfig, build
@@ -54,11 +54,12 @@ def _carry_out(folder: Path, seed: int) -> None:
             "20 clients hold instruction tasks of seven kinds; one kind is held out. Gradients in 4,096 numbers tune all of it."
         )
         kept = RunFolder.create(folder, config)
-        simulation = Simulation(kept, prepare(config, observer), observer)
-        before = _answers(simulation, records, observer)
+        learner = load_learner(config, observer)
+        simulation = Simulation(kept, prepare(config, observer, learner=learner), observer, learner.model)
+        before = _answers(simulation, learner, records, observer)
         simulation.train()
         simulation.restore()
-        after = _answers(simulation, records, observer)
+        after = _answers(simulation, learner, records, observer)
     seconds = time.perf_counter() - begin
     page = report(folder)
     _show(simulation, kept.ledger_path, records, before, after)
@@ -93,11 +94,10 @@ def _lines(examples: Iterable[Example]) -> str:
     return "".join(json.dumps(asdict(example)) + "\n" for example in examples)
 
 
-def _answers(simulation: Simulation, records: list[Example], observer: Observer) -> list[str]:
-    tokenizer = load_tokenizer(simulation.config.model)
-    prompts = encode(records, tokenizer, simulation.config.max_length).examples
+def _answers(simulation: Simulation, learner: Learner, records: list[Example], observer: Observer) -> list[str]:
+    prompts = encode(records, learner.tokenizer, learner.max_length(simulation.config.max_length)).examples
     heard = partial(observer.progress, "answering held-out records")
-    return generate(simulation.model, tokenizer, prompts, 64, MAX_ANSWER, heard)
+    return generate(simulation.model, learner.tokenizer, prompts, 64, MAX_ANSWER, heard)
 
 
 def _show(simulation: Simulation, ledger: Path, records: list[Example], before: list[str], after: list[str]) -> None:

@@ -83,15 +83,23 @@ def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, 
     import torch
 
     from fedkseed.kseed.apply import apply
-    from fedkseed.models.loading import load_model
+    from fedkseed.models.loading import give_stored_dtypes, load_model
+    from fedkseed.runs.learner import learner_of
+    from fedkseed.runs.task import tune_all_but
 
     if isinstance(tuning, Ledger):
-        tuned = load_model(model, dtype, "cpu")
+        # as the run loaded it, so that it is its base; the weights are cast when they are tuned
+        tuned = load_model(model, config.dtype if config else "float32", "cpu")
         apply(tuned, tuning)
-        return tuned
+        if dtype == "auto":
+            give_stored_dtypes(tuned, model)
+            return tuned
+        return tuned.to(getattr(torch, dtype))
     if config is None:
         raise ConfigError(f"a baseline's tensors are nothing without the {CONFIG} of their run; give the run's folder")
-    base = load_model(model, config.dtype, "cpu")
+    learner = learner_of(model, config.dtype, "cpu", config.max_length)
+    base: Any = learner.model
+    tune_all_but(base, learner.frozen(config.train, config.freeze))
     tuned = adapter(base, config, tuning, public_name(model)) if config.facts.needs_peft else restore(base, config, tuning)
     return tuned if dtype == "auto" else tuned.to(getattr(torch, dtype))
 

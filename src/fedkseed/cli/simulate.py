@@ -18,14 +18,29 @@ from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.errors import ConfigError
 from fedkseed.federation import FederationConfig
 from fedkseed.federation.algorithms import SOME_TAKE
-from fedkseed.runs.settings import AUTO, RunConfig, SimulationConfig, build, flag, flags, read_settings_file
+from fedkseed.runs.settings import (
+    AUTO,
+    PATTERNS,
+    RunConfig,
+    SimulationConfig,
+    build,
+    flag,
+    flags,
+    read_settings_file,
+    started,
+)
 from fedkseed.runs.trackers import TRACKERS, check_trackers
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fedkseed.runs.folder import RunFolder
     from fedkseed.runs.observer import Observer
     from fedkseed.runs.records import Records
     from fedkseed.runs.simulation import Simulation
+
+Given = str | list[str] | None
+"""What a flag's value is; a list of those that may be repeated."""
 
 
 def simulate(
@@ -36,13 +51,13 @@ def simulate(
     log: list[str] | None,
     quiet: bool = False,
     verbose: bool = False,
-    **flags: str | None,
+    **flags: Given,
 ) -> None:
     """Tune a model by a federation on this machine: every client is simulated in turn, with real messages.
 
     Settings come from flags, else from the --config file (TOML; the same words with underscores), else from defaults.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = _given(flags)
     trackers = check_trackers(log or ())
     if resume is not None:
         _resume(resume, run, config, given, trackers, accept_changes)
@@ -55,6 +70,7 @@ def simulate(
     with interruptible("no run was begun yet"):
         with waiting(Lines().note, LOADING):
             from fedkseed.runs.folder import RunFolder, new_folder
+            from fedkseed.runs.learner import load_learner
             from fedkseed.runs.records import prepare
 
         folder = run or new_folder(Path("runs"))
@@ -62,16 +78,18 @@ def simulate(
         if chosen.get("lr") == AUTO:
             settings = build(chosen | _calibrated(settings, keep_eps="eps" in chosen))
         with watching(settings) as observer:
-            records = prepare(settings, observer)
-            train(RunFolder.create(folder, settings), records, observer, _go_on(folder), log=trackers)
+            with waiting(observer.note, f"loading {settings.model}"):
+                learner = load_learner(settings, observer)
+            records = prepare(started(settings), observer, learner=learner)
+            train(RunFolder.create(folder, records.config), records, observer, _go_on(folder), learner.model, log=trackers)
 
 
-def tune(config: Path | None, quiet: bool = False, verbose: bool = False, **flags: str | None) -> None:
+def tune(config: Path | None, quiet: bool = False, verbose: bool = False, **flags: Given) -> None:
     """Find a workable --lr (and --eps, of two-point algorithms) for a model and data, and say why these.
 
     The settings are those of simulate, whose `--lr auto` takes what this finds. The batch size matters most.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = _given(flags)
     settings = build({**(read_settings_file(config) if config else {}), **given, "lr": 1.0})
     with interruptible("tune changes nothing and keeps nothing"):
         found = _calibrated(settings, keep_eps=False)
@@ -96,6 +114,7 @@ def _resume(
 ) -> None:
     with waiting(Lines().note, LOADING):
         from fedkseed.runs.folder import RunFolder
+        from fedkseed.runs.learner import load_learner
         from fedkseed.runs.provenance import check_same
         from fedkseed.runs.records import prepare
 
@@ -106,8 +125,17 @@ def _resume(
     settings = _moved(folder, given)
     check_same(folder, folder.load_checkpoint(), settings, None, accept_changes)  # what takes no reading of records
     with interruptible(with_run(resume, again())), watching(settings) as observer:
-        records = prepare(settings, observer)
-        train(folder, records, observer, _go_on(resume), log=log, config=settings, accept_changes=accept_changes)
+        with waiting(observer.note, f"loading {settings.model}"):
+            learner = load_learner(settings, observer)
+        records = prepare(settings, observer, learner=learner)
+        train(folder, records, observer, _go_on(resume), learner.model, None, log, records.config, accept_changes)
+
+
+def _given(flags: dict[str, Given]) -> dict[str, str]:
+    """What the command line says; the values of a flag that was repeated have commas between them."""
+    return {
+        name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items() if value not in (None, [])
+    }
 
 
 def _moved(folder: RunFolder, given: dict[str, str]) -> SimulationConfig:
@@ -138,7 +166,8 @@ def train(
     records: Records,
     observer: Observer,
     resume: Sequence[str],
-    before: Callable[[Simulation], None] = lambda simulation: None,
+    model: PreTrainedModel | None = None,
+    before: Callable[[Simulation], None] | None = None,
     log: Sequence[str] = (),
     config: SimulationConfig | None = None,
     accept_changes: bool = False,
@@ -150,7 +179,8 @@ def train(
         records: its data.
         observer: who watches.
         resume: the command that goes on with the run, in words.
-        before: called with the simulation before its first round.
+        model: the base model, if it is loaded already.
+        before: called with the simulation before its first round, if anything is.
         log: trackers; see `fedkseed.runs.trackers`.
         config, accept_changes: see `Simulation`.
 
@@ -161,8 +191,9 @@ def train(
         with waiting(observer.note, f"loading {folder.config.model}"):
             from fedkseed.runs.simulation import Simulation
 
-            simulation = Simulation(folder, records, observer, log=log, config=config, accept_changes=accept_changes)
-        before(simulation)
+            simulation = Simulation(folder, records, observer, model, log, config, accept_changes)
+        if before is not None:
+            before(simulation)
         checkpoint = simulation.train()
     file = folder.checkpoint_path
     say(f"done: {file}, {file.stat().st_size:,} bytes, digest {checkpoint.digest()}")
@@ -230,11 +261,12 @@ def _option(name: str, field: FieldInfo) -> tuple[Any, Any]:
     option = typer.Option(
         flag(name),
         help=escape(f"{field.description}{default}"),
-        metavar=_metavar(field),
+        metavar="PATTERN" if name in PATTERNS else _metavar(field),
         rich_help_panel=_panel(name),
         autocompletion=_complete(_choices(field)),
     )
-    return Annotated[str | None, option], None
+    kind: Any = list[str] if name in PATTERNS else str
+    return Annotated[kind | None, option], None
 
 
 def _settings_options(leave_out: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:

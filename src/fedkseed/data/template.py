@@ -117,7 +117,11 @@ def get_template(
     """
     if name == "chat":
         return Chat(parse_arguments(arguments) if arguments else {}, refused, **({"today": today} if today else {}))
-    for flag, value in (("--template-arguments", arguments), ("--refused-turns", refused if refused != "stop" else None)):
+    for flag, value in (
+        ("--template-arguments", arguments),
+        ("--refused-turns", refused if refused != "stop" else None),
+        ("--date", today and str(today)),
+    ):
         if value:
             raise InvalidValueError(f"{flag} is {value!r} and the template is {name!r}; only the template 'chat' takes it")
     if name in TEMPLATES:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedkseed.data import EncodedExample, pad_token_id
+from fedkseed.models.probing import TOKENS, context_of, masks_padding, num_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,11 +24,15 @@ def generate(
     batch_size: int = 16,
     max_new_tokens: int = 128,
     on_progress: Callable[[int, int], None] | None = None,
+    stop_ids: Sequence[int] = (),
+    context: int | None = None,
 ) -> list[str]:
-    """Greedy answers to the prompts of examples, in their order; each ends at EOS, after max_new_tokens or where the model's
+    """Greedy answers to the prompts of examples, in their order; each ends at a stop, after max_new_tokens or where the model's
     context does.
 
-    Prompts of similar length share a batch, padded on the left, with a key-value cache. Behind a soft prompt each is alone.
+    A stop is the tokenizer's EOS, any of those that the model's files name, and any of `stop_ids`. Nothing else that a
+    generation_config.json says counts. Prompts of similar length share a batch, padded on the left, with a key-value cache;
+    of a model that padding changes, only prompts of one length do. Behind a soft prompt each is alone.
 
     Args:
         model: a Hugging Face causal LM in eval mode.
@@ -35,35 +41,89 @@ def generate(
         batch_size: prompts in one batch.
         max_new_tokens: longest answer.
         on_progress: hears how many of the answers are done.
+        stop_ids: what ends a response in training; see `EncodedData`.
+        context: how many tokens the model takes; None for what its configuration says.
     """
-    pad, device = pad_token_id(tokenizer), next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].prompt_length)
+    pad, stops = pad_token_id(tokenizer, num_rows(model)), _stops(model, tokenizer, stop_ids)
+    prompts = [example.input_ids[: example.prompt_length] for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
     soft_prompt = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
-    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - soft_prompt
+    room = (context or context_of(model.config) or math.inf) - soft_prompt
     answers = [""] * len(examples)
     if soft_prompt:  # peft counts positions through the padding between its prompt and the text's; so there is none
         batch_size = 1
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        prompts = [examples[i].input_ids[: examples[i].prompt_length] for i in chosen]
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
-            mask[row, width - len(prompt) :] = 1
-        longest = int(max(1, min(max_new_tokens, room - width)))
-        limits: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": pad}
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
-            inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-            output = model.generate(**inputs, eos_token_id=tokenizer.eos_token_id, **limits)
-        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
-        if on_progress is not None:
-            on_progress(first + len(chosen), len(order))
+    done = 0
+    with _greedy(model, pad, stops), torch.inference_mode():
+        lengths = [len(prompts[i]) for i in order]
+        mixed = batch_size > 1 and len(set(lengths)) > 1
+        by_length = mixed and not _masks_padding(model, prompts[order[0]])
+        for chosen in _batches(order, lengths, batch_size, by_length):
+            ids, mask = _padded([prompts[i] for i in chosen], pad, next(model.parameters()).device)
+            width = ids.shape[1]
+            longest = int(max(1, min(max_new_tokens, room - width)))
+            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest)
+            for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in stops), len(row))
+                answers[i] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
+            done += len(chosen)
+            if on_progress is not None:
+                on_progress(done, len(order))
     return answers
+
+
+def _stops(model: Any, tokenizer: PreTrainedTokenizerBase, more: Sequence[int]) -> set[int]:
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    named = [getattr(part, "eos_token_id", None) for part in (tokenizer, model.config, text, model.generation_config)]
+    lists = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in named]
+    return {int(i) for ids in (*lists, more) for i in ids if i is not None}
+
+
+@contextmanager
+def _greedy(model: Any, pad: int, stops: set[int]) -> Iterator[None]:
+    """The model's own wishes for generation (penalties, beams, sampling, lengths) aside; they are put back."""
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    plain: Any = GenerationConfig
+    inner.generation_config = plain(do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops) or None)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
+            yield
+    finally:
+        inner.generation_config = own
+
+
+def _masks_padding(model: Any, prompt: Any) -> bool:
+    def following(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        how: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+        return torch.cat(model.generate(input_ids=ids, attention_mask=mask, **how).logits, dim=-1)
+
+    return masks_padding(model, [int(i) for i in prompt[: 2 * TOKENS]], following)
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, by_length: bool) -> Iterator[list[int]]:
+    """Neighbours in the order; of one length, if so asked."""
+    batch: list[int] = []
+    for place, i in enumerate(order):
+        if batch and (len(batch) == batch_size or (by_length and lengths[place] != lengths[place - 1])):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _padded(prompts: Sequence[Any], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left, and the mask, int64[b, t]."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:

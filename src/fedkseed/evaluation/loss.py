@@ -57,6 +57,12 @@ def response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, i
     Returns:
         0-dim tensor of the sum in nats, float32 (float64 for a float64 model); the number of tokens.
     """
+    parts = [_response_loss(model, part) for part in batch.passes()]
+    (total, num_tokens), others = parts[0], parts[1:]
+    return sum((loss for loss, _ in others), total), sum((number for _, number in others), num_tokens)
+
+
+def _response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     targets = batch.labels[:, 1:]
     scored = targets != IGNORED
     keep = scored.any(0).nonzero()[:, 0]
@@ -83,7 +89,7 @@ def evaluate_loss(
     model: torch.nn.Module,
     examples: Sequence[EncodedExample],
     batch_size: int,
-    pad_id: int,
+    pad_id: int | None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvalLoss:
     """The loss over a set, in inference mode; the model's train/eval modes are as before afterwards.
@@ -95,7 +101,7 @@ def evaluate_loss(
         model: a Hugging Face causal LM.
         examples: at least one.
         batch_size: examples in one forward pass, at least 1.
-        pad_id: see `pad_token_id`.
+        pad_id: see `collate`.
         on_progress: hears how many of the examples are done.
 
     Raises:

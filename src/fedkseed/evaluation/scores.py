@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.data import EncodedExample, Example, pad_token_id
+from fedkseed.data import EncodedExample, Example
 from fedkseed.evaluation.generation import exact_match, generate
 from fedkseed.evaluation.loss import EvalLoss, evaluate_loss
 from fedkseed.evaluation.rouge import rouge_l, rouge_l_published
@@ -59,8 +59,11 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
     records: Sequence[Example],
+    pad_id: int | None,
     answered: Sequence[int] = (),
     heard: Heard | None = None,
+    stop_ids: Sequence[int] = (),
+    context: int | None = None,
 ) -> AllScores:
     """Loss over all examples, and answers to some of them.
 
@@ -69,14 +72,15 @@ def score(
         tokenizer: its tokenizer.
         examples: at least one.
         records: what they were encoded from, with references and categories.
+        pad_id: see `collate`.
         answered: positions of the examples that are answered greedily, by at most 128 tokens.
         heard: hears how far it is.
+        stop_ids, context: see `generate`.
 
     Raises:
         DataError: no examples.
     """
     told = heard or (lambda activity, done, total: None)
-    pad_id = pad_token_id(tokenizer)
     done = 0
 
     def measure(places: Sequence[int]) -> EvalLoss:
@@ -94,6 +98,8 @@ def score(
         [examples[i] for i in answered],
         max_new_tokens=MAX_NEW_TOKENS,
         on_progress=lambda part, total: told("answering", part, total),
+        stop_ids=stop_ids,
+        context=context,
     )
     answers = dict(zip(answered, texts, strict=True))
     scores = {name: _scores(losses[name], places, answers, records) for name, places in groups.items()}

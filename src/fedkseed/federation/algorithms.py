@@ -80,7 +80,8 @@ class Algorithm:
 
 
 PROBES = ("eps", "noise", "loss_clip", "max_grad")
-SEEDS = (*PROBES, "num_seeds", "wire", "dtype", "trainable")
+OWN_TENSORS = ("train", "freeze")
+SEEDS = (*PROBES, *OWN_TENSORS, "num_seeds", "wire", "dtype")
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
     "checkpointing", "max_value",
@@ -105,10 +106,13 @@ ALGORITHMS: dict[str, Algorithm] = {
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",
             "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES),
         ),
-        Algorithm("fedavg", "FedAvg", "all parameters by SGD", "tensors", "gradient", usual_lr=0.05, settings=TENSORS),
+        Algorithm(
+            "fedavg", "FedAvg", "all parameters by SGD",
+            "tensors", "gradient", usual_lr=0.05, settings=(*TENSORS, *OWN_TENSORS),
+        ),
         Algorithm(
             "ferret", "Ferret", "all parameters by SGD, whose change is projected afterwards",
-            "tensors", "gradient", projects=True, usual_lr=0.01, settings=(*TENSORS, "noise", "num_seeds"),
+            "tensors", "gradient", projects=True, usual_lr=0.01, settings=(*TENSORS, "noise", "num_seeds", *OWN_TENSORS),
         ),
         Algorithm(
             "fedit", "FedIT", "LoRA by Adam",
@@ -128,7 +132,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm(
             "fedzo", "FedZO", "all parameters, zeroth-order",
-            "tensors", "two-point", "fresh", settings=(*PROBES, *TENSORS),
+            "tensors", "two-point", "fresh", settings=(*PROBES, *TENSORS, *OWN_TENSORS),
         ),
     )
 }  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from logging import DEBUG, INFO
 from typing import Any, Literal
 
-from fedkseed.data import EncodedExample, encode, pad_token_id, read_source
+from fedkseed.data import EncodedExample, read_source
 from fedkseed.errors import ConfigError, ProtocolError
 from fedkseed.flower.config import EngineConfig, FlowerConfig, node_settings
 from fedkseed.flower.envelope import Evaluation, Hello, Lacking
@@ -20,42 +21,71 @@ from fedkseed.kseed.change_messages import ChangeRequest
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
 from fedkseed.kseed.server import seed_pool
-from fedkseed.models.loading import Dtype, load_model, load_tokenizer
+from fedkseed.models.loading import Dtype
 from fedkseed.noise.pool import SeedPool
 from fedkseed.runs.algorithms import roles_of
-from fedkseed.runs.records import Records, check_context, describe, prepare, sample
+from fedkseed.runs.learner import Learner, learner_of
+from fedkseed.runs.records import Records, encoded_for, prepare, sample
 from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, bind_loaded, checkpoint_activations
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in its two roles.
+
+    Attributes:
+        learner: what it answered.
+        bound: the same model as base plus coefficients.
+    """
+
+    learner: Learner
+    bound: BoundModel
 
 
 # One model and one data set stay in a process that lives on, as the simulation engine's actors do. A SuperNode starts a
 # process for each message, so that there everything is loaded anew.
 @lru_cache(maxsize=1)
 def load_bound(
-    source: str, dtype: Dtype, device: str, pool: SeedPool, trainable: str, pages: bool, checkpointing: bool = False
-) -> BoundModel:
-    """Load a base model and bind it; see `bind_loaded`.
+    source: str,
+    dtype: Dtype,
+    device: str,
+    max_length: int | None,
+    tensors: tuple[str | None, str | None],
+    pool: SeedPool,
+    pages: bool,
+    checkpointing: bool = False,
+) -> Loaded:
+    """Load a base model, ask it and bind it; see `learner_of` and `bind_loaded`.
 
     Args:
-        source, dtype, device: see `load_model`.
+        source, dtype, device, max_length: see `learner_of`.
+        tensors: the settings `train` and `freeze`.
         pool: of the run, or of its first page.
-        trainable: which parameters are tuned.
         pages: whether the run has pages; those that others have opened are not for one that has not.
         checkpointing: whether backward passes recompute activations.
 
     Raises:
         FedKSeedError: the model cannot be loaded or used.
     """
-    loaded = bind_loaded(source, load_model(source, dtype, device), pool, trainable)
+    learner = learner_of(source, dtype, device, max_length, Log(INFO))
+    loaded = bind_loaded(source, learner.model, pool, learner.frozen(*tensors))
     if checkpointing:
         checkpoint_activations(loaded.model)
-    return loaded
+    return Loaded(learner, loaded)
 
 
-def load_for(config: FlowerConfig, *, training: bool) -> BoundModel:
+def load_for(config: FlowerConfig, *, training: bool) -> Loaded:
     """The model that a run's settings name, to train it or to evaluate it; see `load_bound`."""
-    checkpointing = training and config.checkpointing == "on"
-    pool, pages = seed_pool(config), config.facts.has_pages
-    return load_bound(config.model, config.dtype, config.device, pool, config.trainable, pages, checkpointing)
+    return load_bound(
+        config.model,
+        config.dtype,
+        config.device,
+        config.max_length,
+        (config.train, config.freeze),
+        seed_pool(config),
+        config.facts.has_pages,
+        training and config.checkpointing == "on",
+    )
 
 
 @lru_cache(maxsize=1)
@@ -65,21 +95,19 @@ def simulated_records(config: EngineConfig) -> Records:
     Raises:
         FedKSeedError: the data cannot be read or dealt out.
     """
-    return prepare(config, Log(DEBUG))
+    return prepare(config, Log(DEBUG), learner=load_for(config, training=True).learner)
 
 
-def read_examples(config: FlowerConfig, source: str, what: str, split: Literal["train", "test"]) -> list[EncodedExample]:
+def read_examples(
+    config: FlowerConfig, learner: Learner, source: str, what: str, split: Literal["train", "test"]
+) -> list[EncodedExample]:
     """The tokenised records of a source of one's own; `split` says which of its tasks, of a Natural Instructions folder.
 
     Raises:
         FedKSeedError: the file or the tokenizer cannot be used.
     """
-    records = read_source(source, split, config.max_length, config.seed, config.columns)
-    heard = partial(Log().progress, "tokenising")
-    encoded = encode(records, load_tokenizer(config.model), config.max_length, config.prompts(), heard)
-    check_context(config.model, config.max_length, encoded.examples)
-    log(INFO, describe(what, encoded))
-    return list(encoded.examples)
+    records = read_source(source, split, learner.max_length(config.max_length), config.seed, config.columns)
+    return list(encoded_for(config, learner, records, what, Log(INFO)).examples)
 
 
 def drawn(config: FlowerConfig, examples: list[EncodedExample]) -> list[EncodedExample]:
@@ -102,6 +130,7 @@ class Participant:
         begin = time.perf_counter()
         node = node_settings(run_config, node_config)
         who, config = node.client, node.config
+        loaded = load_for(config, training=True)
         if isinstance(who, int) and isinstance(config, EngineConfig):
             records = simulated_records(config)
             names = sorted(records.clients)
@@ -111,13 +140,14 @@ class Participant:
             self._examples, self._held_out, self._pad_id = records.clients[self.name], [], records.pad_id
         else:
             self.name = str(who)
-            self._pad_id = pad_token_id(load_tokenizer(config.model))
-            self._examples = read_examples(config, node.data or "", "training", "train")
+            learner = loaded.learner
+            self._pad_id = learner.pad_id
+            self._examples = read_examples(config, learner, node.data or "", "training", "train")
             self._held_out = (
-                drawn(config, read_examples(config, node.eval_data, "evaluation", "test")) if node.eval_data else []
+                drawn(config, read_examples(config, learner, node.eval_data, "evaluation", "test")) if node.eval_data else []
             )
         self._config, self._backpropagation = config, node.backpropagation
-        self._loaded = load_for(config, training=True)
+        self._loaded = loaded.bound
         self._kept = KeptPages(node.state, self.name, self._loaded.identity)
         self._seconds_loading = time.perf_counter() - begin
 

@@ -8,16 +8,16 @@ from logging import INFO
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedkseed.data import EncodedExample, pad_token_id
+from fedkseed.data import EncodedExample
 from fedkseed.evaluation import EvalLoss, guess_loss
 from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run, read_config
 from fedkseed.flower.log import Log, log
 from fedkseed.flower.participant import drawn, load_bound, load_for, read_examples, simulated_records
 from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.loading import load_tokenizer
 from fedkseed.runs.algorithms import check_base
 from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.learner import Learner
 from fedkseed.runs.records import Records
 from fedkseed.runs.trackers import check_trackers
 
@@ -43,9 +43,9 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
     """
     check_trackers(config.trackers, "run-config log")
     log(INFO, "reading data and base model: %s", config.model)
-    config, dealt, held_out = _with_records(config)
-    loaded = load_for(config, training=False)
-    run = open_run(config, dealt)
+    loading = load_for(config, training=False)
+    config, dealt, held_out = _with_records(config, loading.learner)
+    loaded, run = loading.bound, open_run(config, dealt)
     base = check_base(run.load_ledger(), loaded, config.model)
     run.write_config(config, run.driver)
     weight_bytes, guess = sum(p.nbytes for p in loaded.model.parameters()), guess_loss(loaded.model)
@@ -62,8 +62,8 @@ def build_strategy(config: FlowerConfig) -> FedKSeed:
 
 
 def _with_records(
-    config: FlowerConfig,
-) -> tuple[FlowerConfig, Records | None, tuple[list[EncodedExample], int] | None]:
+    config: FlowerConfig, learner: Learner
+) -> tuple[FlowerConfig, Records | None, tuple[list[EncodedExample], int | None] | None]:
     """The settings, with no more clients than the records have where those are dealt out; these records; and what to evaluate
     on here with what padding holds, None where clients evaluate their own."""
     if isinstance(config, EngineConfig):
@@ -71,6 +71,6 @@ def _with_records(
         counted = config.model_copy(update={"num_clients": min(config.num_clients, len(records.clients))})
         return counted, records, (records.held_out, records.pad_id)
     if config.eval_data is not None:
-        examples = drawn(config, read_examples(config, config.eval_data, "evaluation", "test"))
-        return config, None, (examples, pad_token_id(load_tokenizer(config.model)))
+        examples = drawn(config, read_examples(config, learner, config.eval_data, "evaluation", "test"))
+        return config, None, (examples, learner.pad_id)
     return config, None, None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,16 +13,21 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.base import MemoryBase
 from fedkseed.models.binding import check_apart, check_tunable
 from fedkseed.models.identity import BaseIdentity
+from fedkseed.models.loading import read_files
 from fedkseed.models.pages import ClosedPage, add_pages, runs_of
-from fedkseed.models.parameters import named_parameters, value_digests
-from fedkseed.models.sweeps import backends_for
+from fedkseed.models.parameters import NamedParameter, named_parameters, value_digest
+from fedkseed.models.sweeps import Backends, backends_for
+
+Reader = Callable[[NamedParameter], torch.Tensor]
+"""The base values of a parameter."""
 
 
 def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "auto") -> Ledger:
     """Turn a base model into the tuned model, in place and without a copy of its weights.
 
     Args:
-        model: the base model, as it was loaded; any precision whose values are the base's.
+        model: the base model, as it was loaded, in any precision. Where its values are not the base's but those of the files
+            that it was loaded from are, these are read; the tuned weights are rounded to its precision last.
         ledger: a ledger or its file, a run's checkpoint or the published form.
         backend: `auto`, or the name of a noise backend.
 
@@ -39,18 +46,65 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
     check_tunable(tuned)
     check_apart(entries)
     backends = backends_for(tuned, backend)
-    digests = value_digests(entries)
-    found = BaseIdentity.of(digests, ledger.base.frozen)
-    difference = ledger.base.difference(found, list(digests))
-    if difference:
-        raise LedgerError(f"this model is not the ledger's base: {difference}; load the base model that the run started from")
-    parameters = {entry.name: entry.parameter.detach() for entry in tuned}
+    difference = _difference(ledger, entries, _loaded)
+    if difference is None:
+        _add(ledger, backends, {entry.name: entry.parameter.detach() for entry in tuned})
+        return ledger
+    read = _read_elsewhere(model, entries, ledger)
+    if read is None:
+        in_float32 = "" if all(e.parameter.dtype == torch.float32 for e in entries) else ", in float32"
+        raise LedgerError(
+            f"this model is not the ledger's base: {difference}; load the base model that the run started from{in_float32}"
+        )
+    for entry in entries:
+        values = read(entry)
+        if entry.name not in ledger.base.frozen:
+            _add(ledger, backends, {entry.name: values})
+        entry.parameter.detach().copy_(values)
+    return ledger
+
+
+def _add(ledger: Ledger, backends: Backends, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Add a ledger's coefficients to base weights, in place."""
     pages = [page.closed() for page in ledger.pages] or [ClosedPage(ledger.pool, ledger.coefficients)]
     if len(runs_of(pages)) == 1:
         add_pages(backends, MemoryBase(parameters), parameters, pages)
-        return ledger
+        return
     for name, parameter in parameters.items():  # one by one, since what is in between is float32
         values = {name: torch.empty_like(parameter, dtype=torch.float32)}
         add_pages(backends, MemoryBase({name: parameter}), values, pages)
         parameter.copy_(values[name])
-    return ledger
+
+
+def _read_elsewhere(model: torch.nn.Module, entries: Sequence[NamedParameter], ledger: Ledger) -> Reader | None:
+    """How to read the ledger's base where the model was loaded in another type than the run's; None if it is not the base.
+
+    The run may have rounded what the files hold to its own type, or whoever loaded this model has: then the files that it was
+    loaded from have the values, as long as it is still what they give.
+    """
+    readers: list[Reader] = [_loaded]
+    if (in_files := read_files(model, entries)) is not None:
+        readers.append(in_files)
+    for read in readers:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+
+            def typed(entry: NamedParameter, read: Any = read, dtype: torch.dtype = dtype) -> torch.Tensor:
+                x: torch.Tensor = read(entry)
+                return x.to(entry.parameter.device, dtype, copy=True) if x.is_floating_point() else x
+
+            if _difference(ledger, entries, typed) is None:
+                return typed
+    return None
+
+
+def _loaded(entry: NamedParameter) -> torch.Tensor:
+    return entry.parameter.detach()
+
+
+def _difference(ledger: Ledger, entries: Sequence[NamedParameter], read: Reader) -> str | None:
+    """How the ledger's base differs from one with these values, which are read a tensor at a time; None if it does not."""
+    digests = {}
+    for entry in entries:
+        x = read(entry)
+        digests[entry.name] = value_digest(entry.name, x.shape, x.dtype, [x])
+    return ledger.base.difference(BaseIdentity.of(digests, ledger.base.frozen), list(digests))

@@ -99,6 +99,11 @@ class FileBase:
                 )
             self._spans[entry.name] = span
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """A copy of a whole tensor, in the file's type."""
+        span = self._spans[name]
+        return span.stretch(0, span.shape.numel()).clone().reshape(span.shape)
+
     def batches(self, names: Sequence[str]) -> Iterator[list[Stretch]]:
         """See `Base.batches`."""
         batch: list[Stretch] = []
@@ -126,6 +131,18 @@ class FileBase:
             first = (span.offset + stretch.start * span.dtype.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
             end = span.offset + (stretch.start + stretch.values.numel()) * span.dtype.itemsize
             span.file.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def stored_dtypes(path: str | Path) -> dict[str, torch.dtype]:
+    """The types in which safetensors files hold their float32, float16 and bfloat16 tensors, by the names there.
+
+    Args:
+        path: see `FileBase`.
+
+    Raises:
+        BindingError: a file is missing or malformed.
+    """
+    return {name: span.dtype for file in _files(Path(path)) for name, span in _read_header(file).items()}
 
 
 def _files(path: Path) -> list[Path]:

@@ -6,7 +6,7 @@ transformers is imported within the functions, so that importing this module is 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
-from fedkseed.models.base import FileBase
-from fedkseed.models.parameters import named_parameters
+from fedkseed.models.base import FileBase, stored_dtypes
+from fedkseed.models.parameters import NamedParameter, named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+ADAPTER = "adapter_config.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 T = TypeVar("T")
@@ -44,6 +45,7 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
     require_device(device)
     folder = _folder(source)
     if folder is not None:
+        _refuse_adapter(source, (folder / ADAPTER).is_file(), alone=not (folder / "config.json").is_file())
         _require(folder, ("config.json",), "config.json")
         _require(folder, WEIGHT_FILES, "weights (model.safetensors)")
 
@@ -65,7 +67,25 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
         loaded: PreTrainedModel = model.to(device).eval()
         return loaded
 
-    return _load(source, folder, "causal language model", load)
+    model = _load(source, folder, "causal language model", load)
+    _refuse_adapter(source, getattr(model, "_hf_peft_config_loaded", False), alone=False)  # as a hub id may have one
+    return model
+
+
+def _refuse_adapter(source: str | Path, found: bool, alone: bool) -> None:
+    """An adapter beside a model would be loaded with it, and be all that is saved again."""
+    if not found:
+        return
+    if alone:
+        raise ModelError(
+            f"{source}: an adapter ({ADAPTER}) without its model; merge it into its base model (peft: merge_and_unload, "
+            "save_pretrained) and give that folder"
+        )
+    raise ModelError(
+        f"{source}: an adapter ({ADAPTER}) lies beside the model, and it is not clear which of them is meant; move the "
+        "adapter's files away to tune the model without it, or merge it (peft: merge_and_unload, save_pretrained) and give "
+        "that folder"
+    )
 
 
 def require_device(device: str | torch.device) -> None:
@@ -95,30 +115,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return tokenizer
 
     return _load(source, folder, "tokenizer", load)
-
-
-def context_length(source: str | Path) -> int | None:
-    """How many tokens the model of that folder or hub id takes, if its configuration says.
-
-    Raises:
-        ModelError: see `load_model`.
-    """
-
-    def load(local_files_only: bool) -> int | None:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder or source, local_files_only=local_files_only, trust_remote_code=False)
-        return context_of(config)
-
-    folder = _folder(source)
-    if folder is not None:
-        _require(folder, ("config.json",), "config.json")
-    return _load(source, folder, "configuration", load)
-
-
-def context_of(config: Any) -> int | None:
-    """How many tokens a model of that configuration takes, if it says."""
-    return getattr(config, "max_position_embeddings", None)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, **options: Any) -> None:
@@ -168,6 +164,67 @@ def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:
             if not torch.equal(stretch.values.to(loaded.device, loaded.dtype), loaded):
                 return None
     return folder
+
+
+def files_of(source: str | Path) -> Path | None:
+    """The folder with the files of a model that was loaded: a local one, or a hub id's in the cache; None if there is none."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(str(source), "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def read_files(model: torch.nn.Module, entries: Sequence[NamedParameter]) -> Callable[[NamedParameter], torch.Tensor] | None:
+    """What gives a parameter's values in the files that a model was loaded from; None unless it is what loading these gives.
+
+    Args:
+        model: as it was loaded, in any precision.
+        entries: its parameters.
+    """
+    folder = files_of(getattr(model, "name_or_path", "") or "/")
+    try:
+        base = FileBase(folder, entries) if folder is not None else None
+    except BindingError:
+        return None
+    if base is None:
+        return None
+    for entry in entries:
+        if not torch.equal(base.tensor(entry.name).to(entry.parameter.dtype), entry.parameter.detach().cpu()):
+            return None
+    return lambda entry: base.tensor(entry.name)
+
+
+def give_stored_dtypes(model: PreTrainedModel, source: str | Path) -> None:
+    """Cast every tensor of a model to the type that it has in the files of `source`; where these are no safetensors, or name it
+    otherwise, to the type that the configuration names."""
+    folder = files_of(source)
+    try:
+        stored = stored_dtypes(folder) if folder is not None else {}
+    except BindingError:
+        stored = {}
+    usual = _configured_dtype(source)
+    for entry in named_parameters(model):
+        dtype = next((stored[name] for name in entry.aliases if name in stored), usual)
+        if dtype is not None and entry.parameter.is_floating_point():
+            entry.parameter.data = entry.parameter.data.to(dtype)
+
+
+def _configured_dtype(source: str | Path) -> torch.dtype | None:
+    def load(local_files_only: bool) -> torch.dtype | None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(_folder(source) or source, local_files_only=local_files_only)
+        dtype = getattr(config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    return _load(source, _folder(source), "configuration", load)
 
 
 def _folder(source: str | Path) -> Path | None:

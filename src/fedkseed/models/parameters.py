@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +48,6 @@ def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
         if entry.parameter.layout != torch.strided:
             raise BindingError(f"{entry.name} is sparse ({entry.parameter.layout}); expected a dense parameter")
     return sorted(found, key=lambda entry: entry.name)
-
-
-def tune_only(model: torch.nn.Module, trainable: str) -> None:
-    """Let exactly those parameters require a gradient that a text names: names, `*` for anything, commas between.
-
-    Args:
-        model: a bare module; a tied parameter goes by any of its names.
-        trainable: such as `*.v_proj.*,model.norm.weight`; `*` is all of them.
-
-    Raises:
-        BindingError: one of the names is no parameter's; nothing has changed then.
-    """
-    named, chosen = list(model.named_parameters(remove_duplicate=False)), set[int]()
-    for pattern in (part.strip() for part in trainable.split(",")):
-        matching = {id(parameter) for name, parameter in named if fnmatchcase(name, pattern)}
-        if not matching:
-            part_of = sum(pattern.strip("*.") in name for name, _ in named)
-            raise BindingError(
-                f"trainable is {trainable!r:.80}: none of the model's {len(named)} parameters is called {pattern!r:.80}; "
-                f"* stands for anything, and it is part of {part_of} names, which are such as {named[-1][0]}"
-            )
-        chosen |= matching
-    for _, parameter in named:
-        parameter.requires_grad_(id(parameter) in chosen)
 
 
 def _refuse_wrapped(model: torch.nn.Module, names: Iterable[str]) -> None:

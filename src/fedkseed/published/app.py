@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -19,6 +19,7 @@ from fedkseed.text import visible
 if TYPE_CHECKING:
     from fedkseed.evaluation import Scores
     from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.learner import Learner
     from fedkseed.runs.observer import Observer
     from fedkseed.runs.records import Records
     from fedkseed.runs.simulation import Simulation
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from fedkseed.cli.simulate import command_line
     from fedkseed.published.outputs import ResultsWriter, write_flags
     from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.learner import load_learner
     from fedkseed.runs.records import prepare
 
     config, args, folder = _settings(args)
@@ -56,11 +58,12 @@ def run(args: argparse.Namespace) -> None:
         display.note(f"the same with fedkseed: {command_line(config)}")
         if args.resume is None:
             RunFolder.check_free(folder)
-        records = prepare(config, display)
-        run_folder = RunFolder.open(folder) if args.resume else RunFolder.create(folder, config)
+        learner = load_learner(config, display)
+        records = prepare(config, display, learner=learner)
+        run_folder = RunFolder.open(folder) if args.resume else RunFolder.create(folder, records.config)
         write_flags(folder, args)
         observer: Observer = ResultsWriter(display, run_folder) if args.log else display
-        _train_and_evaluate(args, run_folder, records, observer)
+        _train_and_evaluate(args, run_folder, records, learner, observer)
 
 
 def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Namespace, Path]:
@@ -78,10 +81,11 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
     return translate(args), args, new_folder(args.log_root if args.log else Path("runs"))
 
 
-def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Records, observer: Observer) -> None:
+def _train_and_evaluate(
+    args: argparse.Namespace, folder: RunFolder, records: Records, learner: Learner, observer: Observer
+) -> None:
     from fedkseed.cli.export import export
     from fedkseed.cli.simulate import train
-    from fedkseed.models.loading import load_tokenizer
     from fedkseed.published.costs import describe, estimate
     from fedkseed.published.outputs import write_final, write_results
 
@@ -89,10 +93,10 @@ def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Re
         for line in describe(estimate(simulation, len(records.held_out)), folder.config.noise, folder.config.num_rounds):
             observer.note(line)
 
-    simulation = train(folder, records, observer, ["python", "main.py", "--resume", str(folder.path)], say_costs)
+    resume = ["python", "main.py", "--resume", str(folder.path)]
+    simulation = train(folder, records, observer, resume, learner.model, say_costs)
     simulation.restore()
-    tokenizer = load_tokenizer(folder.config.model)
-    scores = _final_scores(simulation, records, tokenizer, answered=args.eval_metric == "rouge", observer=observer)
+    scores = _final_scores(simulation, records, learner, answered=args.eval_metric == "rouge", observer=observer)
     if args.eval_metric == "rouge":
         value = scores.rouge_l_published
         observer.note(
@@ -108,8 +112,17 @@ def _train_and_evaluate(args: argparse.Namespace, folder: RunFolder, records: Re
         export(folder.path, folder.path / "model", None, folder.config.dtype, ledger_only=False)
 
 
-def _final_scores(simulation: Simulation, records: Records, tokenizer: Any, answered: bool, observer: Observer) -> Scores:
+def _final_scores(simulation: Simulation, records: Records, learner: Learner, answered: bool, observer: Observer) -> Scores:
     from fedkseed.evaluation import score
 
-    places = range(len(records.held_out)) if answered else ()
-    return score(simulation.model, tokenizer, records.held_out, records.references, places, observer.progress).overall
+    return score(
+        simulation.model,
+        learner.tokenizer,
+        records.held_out,
+        records.references,
+        records.pad_id,
+        range(len(records.held_out)) if answered else (),
+        observer.progress,
+        records.stop_ids,
+        learner.traits.context,
+    ).overall

@@ -31,7 +31,16 @@ from fedkseed.models.binding import Binding
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
-from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, TimedModel, TimedPages, bind_loaded, checkpoint_activations
+from fedkseed.runs.task import (
+    BoundModel,
+    Stopwatch,
+    TextTask,
+    TimedModel,
+    TimedPages,
+    bind_loaded,
+    checkpoint_activations,
+    tune_all_but,
+)
 
 LEDGER, TENSORS = "ledger.safetensors", "tensors.safetensors"
 
@@ -120,7 +129,7 @@ def over_ledger(
     Raises:
         LedgerError: the ledger is of another base model or of other settings.
     """
-    loaded = bind_loaded(config.model, model, seed_pool(config), config.trainable)
+    loaded = bind_loaded(config.model, model, seed_pool(config), records.frozen)
     base = check_base(ledger, loaded, config.model)
     if config.checkpointing == "on":
         checkpoint_activations(model)
@@ -155,6 +164,7 @@ def over_tensors(
     base = fingerprint(model)
     if saved is not None and saved.base != base:
         raise RunError(f"{TENSORS} is of another base model than {config.model}; go on with the run's own")
+    tune_all_but(model, records.frozen)
     attached = attach(model, config)
     parameters = parameters_of(attached, config)
     first = saved or TunedTensors(config.algorithm, base, 0, parameters.read())

@@ -1,4 +1,4 @@
-"""A run's records: read, tokenised, dealt out and held out; what can go wrong before a model is loaded goes wrong here."""
+"""A run's records: read, tokenised, dealt out and held out; what can go wrong before a run starts goes wrong here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from fedkseed.baselines import require_peft
 from fedkseed.data import (
     EncodedData,
     EncodedExample,
@@ -19,7 +16,6 @@ from fedkseed.data import (
     encode,
     iid,
     is_natural_instructions,
-    pad_token_id,
     read_source,
     shuffle_within_categories,
     split_off,
@@ -27,31 +23,36 @@ from fedkseed.data import (
 )
 from fedkseed.errors import ConfigError, DataError, ProtocolError
 from fedkseed.federation.envelope import check_name
-from fedkseed.models.loading import context_length, context_of, load_tokenizer, require_device
-from fedkseed.noise import get_backend
 from fedkseed.randomness import generator
 from fedkseed.runs.inputs import Inputs
+from fedkseed.runs.learner import USUAL_LENGTH, Learner, load_learner
 from fedkseed.runs.observer import Observer
-from fedkseed.runs.settings import SimulationConfig
+from fedkseed.runs.settings import RunConfig, SimulationConfig
 
 EVAL_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
 class Records:
-    """Tokenised data, dealt out.
+    """Tokenised data, dealt out, and what the model's answers mean for it.
 
     Attributes:
+        config: the settings, with the length that the model takes where they left it open.
         clients: each client's examples, by its name.
         held_out: what is evaluated on.
         references: the records that these were encoded from.
-        pad_id: what padding holds.
+        pad_id: what padding holds; None if the model must not see any.
+        stop_ids: the ids that end a response.
+        frozen: names of the tensors that are not tuned.
     """
 
+    config: SimulationConfig
     clients: dict[str, list[EncodedExample]]
     held_out: list[EncodedExample]
     references: list[Example]
-    pad_id: int
+    pad_id: int | None
+    stop_ids: tuple[int, ...]
+    frozen: tuple[str, ...]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -59,40 +60,32 @@ class Records:
         return {name: len(examples) for name, examples in self.clients.items()}
 
 
-def prepare(config: SimulationConfig, observer: Observer, inputs: Inputs | None = None) -> Records:
-    """Read, tokenise and deal out the data: everything that can go wrong before the model is loaded.
+def prepare(
+    config: SimulationConfig, observer: Observer, inputs: Inputs | None = None, learner: Learner | None = None
+) -> Records:
+    """Read, tokenise and deal out the data: everything that can go wrong before a run starts.
 
     Args:
         config: the settings.
         observer: who watches.
         inputs: objects in place of what the settings name.
+        learner: the model, if it is loaded already.
 
     Raises:
-        ConfigError: the algorithm's extra is missing, records are too long for the model, or a round asks too few clients.
-        InvalidValueError: torch cannot use the device here.
-        BackendError: no noise backend works on the device.
+        ConfigError: records would be longer than the model takes, a pattern of tensors matches none, or a round asks too few
+            clients.
         DataError: a file cannot be read or used, or cannot be dealt out as asked.
-        ModelError: the tokenizer is missing or lacks what is needed.
+        ModelError: the tokenizer lacks what is needed or does not belong to the model; or see `load_learner`.
     """
-    require_peft(config.facts)
-    require_device(config.device)
-    if config.facts.needs_noise:
-        get_backend("auto", torch.device(config.device).type)
     given = inputs or Inputs()
-    tokenizer = given.tokenizer or load_tokenizer(config.model)
-    pad_id = pad_token_id(tokenizer)
+    learner = learner or load_learner(config, observer, given)
+    config = config.model_copy(update={"max_length": learner.max_length(config.max_length, config.soft_prompt)})
+    frozen = learner.frozen(config.train, config.freeze)
     train, held_out = load_examples(config, observer, given)
     if config.responses == "shuffled":
         train = shuffle_within_categories(train, generator(config.seed, "shuffled responses"))
-    template = config.prompts()
-    encoded = encode(train, tokenizer, config.max_length, template, partial(observer.progress, "tokenising training records"))
-    evaluation = encode(
-        held_out, tokenizer, config.max_length, template, partial(observer.progress, "tokenising held-out records")
-    )
-    observer.note(describe("training", encoded))
-    observer.note(describe("held-out", evaluation))
-    room = context_length(config.model) if given.model is None else context_of(given.model.config)
-    check_room(room, config.model, config.max_length, [*encoded.examples, *evaluation.examples], config.soft_prompt)
+    encoded = encoded_for(config, learner, train, "training", observer)
+    evaluation = encoded_for(config, learner, held_out, "held-out", observer)
     parts = deal([train[i] for i in encoded.kept], config)
     clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
     cohort = config.cohort_size(len(clients))
@@ -103,24 +96,30 @@ def prepare(config: SimulationConfig, observer: Observer, inputs: Inputs | None 
         )
     chosen = sample(len(evaluation.examples), config.eval_limit, config.seed)
     references = [held_out[evaluation.kept[i]] for i in chosen]
-    return Records(clients, [evaluation.examples[i] for i in chosen], references, pad_id)
+    examples = [evaluation.examples[i] for i in chosen]
+    return Records(config, clients, examples, references, learner.pad_id, evaluation.stop_ids, frozen)
 
 
-def check_context(model: str, max_length: int, examples: Sequence[EncodedExample], soft_prompt: int = 0) -> None:
-    """Refuse records that are longer than what a model takes, beside so many tokens of a soft prompt.
+def encoded_for(config: RunConfig, learner: Learner, examples: Sequence[Example], what: str, observer: Observer) -> EncodedData:
+    """Tokenise records for a learner, by settings whose length is known, and say what was lost.
+
+    Args:
+        config: the settings.
+        learner: the model.
+        examples: the records.
+        what: what they are called.
+        observer: hears of it.
 
     Raises:
-        ConfigError: one of them is; the message names --max-length, which cuts them.
+        ModelError: they have ids that the model has not; or see `encode`.
+        DataError: see `encode`.
     """
-    check_room(context_length(model), model, max_length, examples, soft_prompt)
-
-
-def check_room(room: int | None, model: str, max_length: int, examples: Sequence[EncodedExample], soft_prompt: int = 0) -> None:
-    """The same for a model that takes `room` tokens, as far as is known."""
-    longest = max(len(example.input_ids) for example in examples)
-    if room is not None and longest + soft_prompt > room:
-        beside = f" and the soft prompt {soft_prompt}" if soft_prompt else ""
-        raise ConfigError(f"--max-length is {max_length} and a record has {longest} tokens{beside}; {model} takes {room}")
+    length = learner.max_length(config.max_length, config.soft_prompt)
+    heard = partial(observer.progress, f"tokenising {what} records")
+    encoded = encode(examples, learner.tokenizer, length, config.prompts(), heard)
+    observer.note(describe(what, encoded))
+    learner.check_ids(encoded.examples)
+    return encoded
 
 
 def client_names(num_clients: int) -> list[str]:
@@ -145,7 +144,7 @@ def load_examples(
     heard, given = observer.progress if observer else None, inputs or Inputs()
 
     def read(source: str, split: Literal["train", "test"]) -> list[Example]:
-        return read_source(source, split, config.max_length, config.seed, config.columns, heard)
+        return read_source(source, split, config.max_length or USUAL_LENGTH, config.seed, config.columns, heard)
 
     examples = given.data or read(config.data, "train")
     if config.subsample < 1:

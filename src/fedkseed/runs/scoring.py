@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.baselines import TunedTensors, restore
-from fedkseed.data import Example, encode, get_template, read_source
+from fedkseed.data import Example, encode, read_source
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import AllScores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.loading import context_length, context_of, load_model, load_tokenizer
 from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
 from fedkseed.runs.inputs import Inputs, separate
+from fedkseed.runs.learner import learner_of
 from fedkseed.runs.observer import Nobody, Observer
-from fedkseed.runs.records import check_room, describe, load_examples, sample
+from fedkseed.runs.records import describe, load_examples, sample
 from fedkseed.runs.settings import RunConfig, SimulationConfig
+from fedkseed.runs.task import tune_all_but
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,37 @@ def measure(
     config = _run_config(run or where)
     baseline = config if config is not None and not config.facts.has_ledger and ledger is None else None
     tuning = TunedTensors.load(file) if baseline else Ledger.load(file)
-    source, records = _source(config, choices, where), given.data or _records(config, choices, where)
-    tokenizer = given.tokenizer or load_tokenizer(source)
-    template = config.prompts(choices.template) if config else get_template(choices.template or "plain")
-    max_length, seed = choices.max_length or (config.max_length if config else 1024), config.seed if config else 0
-    encoded = encode(records, tokenizer, max_length, template, partial(observer.progress, "tokenising"))
+    source = _source(config, choices, where)
+    own = config if config is not None else RunConfig.model_validate({"model": source, "lr": 1.0})
+    learner = learner_of(source, own.dtype, "cpu", choices.max_length or own.max_length, inputs=given)
+    soft_prompt = baseline.soft_prompt if baseline else 0
+    max_length = learner.max_length(choices.max_length or own.max_length, soft_prompt)
+    records = given.data or _records(config, choices, where, max_length)
+    seed = config.seed if config else 0
+    encoded = encode(
+        records, learner.tokenizer, max_length, own.prompts(choices.template), partial(observer.progress, "tokenising")
+    )
     observer.note(describe("evaluation", encoded))
-    room = context_length(source) if given.model is None else context_of(given.model.config)
-    check_room(room, source, max_length, encoded.examples, baseline.soft_prompt if baseline else 0)
-    chosen = sample(len(encoded.examples), choices.limit or (config.eval_limit if config else None), seed)
+    learner.check_ids(encoded.examples)
+    chosen = sample(len(encoded.examples), choices.limit or own.eval_limit, seed)
     examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
     answered = sample(len(examples), choices.answers, seed, "answered") if choices.answers else []
-    model: Any = copy.deepcopy(given.model)
-    if model is None:
-        model = load_model(source, config.dtype if config else "auto", "cpu")
+    model: Any = learner.model if given.model is None else copy.deepcopy(given.model)
     model.train(False)
-    base = score(model, tokenizer, examples, kept, answered, observer.progress)
+
+    def scored(of: Any) -> AllScores:
+        told = observer.progress
+        return score(
+            of, learner.tokenizer, examples, kept, learner.pad_id, answered, told, encoded.stop_ids, learner.traits.context
+        )
+
+    base = scored(model)
     if isinstance(tuning, Ledger):
         apply(model, tuning)
     elif baseline is not None:
+        tune_all_but(model, learner.frozen(baseline.train, baseline.freeze))
         model = restore(model, baseline, tuning)
-    return Evaluated(base, score(model, tokenizer, examples, kept, answered, observer.progress), tuning)
+    return Evaluated(base, scored(model), tuning)
 
 
 def _run_config(path: Path) -> RunConfig | None:
@@ -139,14 +150,13 @@ def _source(config: RunConfig | None, choices: Choices, where: Path) -> str:
     return choices.model or (config.model if config else "")
 
 
-def _records(config: RunConfig | None, choices: Choices, where: Path) -> list[Example]:
+def _records(config: RunConfig | None, choices: Choices, where: Path, max_length: int) -> list[Example]:
     if choices.data is not None:
-        seed, length = (config.seed, config.max_length) if config else (0, 1024)
-        return read_source(choices.data, "test", choices.max_length or length, seed, choices.columns)
+        return read_source(choices.data, "test", max_length, config.seed if config else 0, choices.columns)
     if config is None:
         raise ConfigError(f"--data is missing and {where} has no {CONFIG} beside it that names held-out records; give --data")
     if isinstance(config, SimulationConfig):
         return load_examples(config)[1]
     if config.eval_data is not None:
-        return read_source(config.eval_data, "test", config.max_length, config.seed, config.columns)
+        return read_source(config.eval_data, "test", max_length, config.seed, config.columns)
     raise ConfigError(f"--data is missing: {where} is a run on Flower, whose records are its clients' own; give --data")

@@ -1,11 +1,12 @@
 """The settings of a run: what the server decides, which model it is of, and, where clients are simulated, their data."""
 
+import datetime
 import json
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -27,7 +28,10 @@ class RunConfig(FederationConfig):
     eval_data: str | None = Field(
         None, description="Held-out records (default: test tasks of Natural Instructions, else a seeded 5 % of --data)."
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Longest record in tokens; longer ones are cut.")
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Longest record in tokens; longer ones are cut (default: 1024, or what the model takes if that is less).",
+    )
     template: str = Field("plain", description=f"Prompt template: {', '.join(TEMPLATES)} (the tokenizer's), or a TOML file.")
     template_arguments: str | None = Field(
         None, description="What the tokenizer's chat template takes beside the messages, such as enable_thinking=false."
@@ -36,16 +40,19 @@ class RunConfig(FederationConfig):
         "stop",
         description="Of conversations that the chat template refuses: stop; fold its system turns into the user's; or drop it.",
     )
+    date: datetime.date | None = Field(
+        None, description="The day that the chat template sees, such as 2026-11-27 (default: the day on which the run starts)."
+    )
+    train: str | None = Field(
+        None, description="Tune only the tensors whose names match, such as '*.mlp.*'; may be given several times."
+    )
+    freeze: str | None = Field(
+        None, description="Leave the tensors alone whose names match, such as '*embed*'; may be given several times."
+    )
     eval_every: Count = Field(1, description="Evaluate every so many rounds, and after the last.")
     eval_limit: Count | None = Field(None, description="Evaluate on a seeded draw of so many held-out records.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="Precision of the weights: float32, float16, bfloat16, or auto, the checkpoint's own."
-    )
-    trainable: str = Field(
-        "*",
-        min_length=1,
-        description="Which tensors are tuned: their names, * for anything, several with commas between, such as "
-        "*.v_proj.*,*norm*; the others keep the base's values.",
     )
     device: str = Field("cpu", description="Where the model runs: cpu, cuda, or one GPU of several, such as cuda:1.")
 
@@ -81,9 +88,21 @@ class RunConfig(FederationConfig):
             parse_arguments(value)
         return value
 
+    @field_validator("train", "freeze", mode="before")
+    @classmethod
+    def _patterns_as_text(cls, value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+    @field_validator("train", "freeze")
+    @classmethod
+    def _are_patterns(cls, value: str | None) -> str | None:
+        if value is not None and not all(patterns(value)):
+            raise ValueError("expected patterns of tensors' names, with commas between, such as '*.mlp.*,*norm*'")
+        return value
+
     @model_validator(mode="after")
     def _chat_takes_them(self) -> Self:
-        if self.template_arguments is not None or self.refused_turns != "stop":
+        if self.template_arguments is not None or self.refused_turns != "stop" or self.date is not None:
             self.prompts()
         return self
 
@@ -96,7 +115,7 @@ class RunConfig(FederationConfig):
         chosen = template or self.template
         if template is not None and chosen != "chat":
             return get_template(chosen)
-        return get_template(chosen, arguments=self.template_arguments, refused=self.refused_turns)
+        return get_template(chosen, arguments=self.template_arguments, refused=self.refused_turns, today=self.date)
 
     @field_validator("columns")
     @classmethod
@@ -170,6 +189,10 @@ class SimulationConfig(RunConfig):
         return self
 
 
+FOUND_OUT = ("max_length", "date")
+"""The settings that are found out when a run starts, where they are left open."""
+PATTERNS = ("train", "freeze")
+"""The settings that are lists of patterns."""
 AUTO = "auto"
 """In place of a learning rate: find one."""
 IN_MEMORY = "in memory: "
@@ -199,6 +222,21 @@ def _checked_source(value: str | None, info: ValidationInfo) -> str | None:
 
 DEALING = SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()
 """The settings that say how records are dealt out to simulated clients."""
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def patterns(text: str | None) -> list[str]:
+    """The patterns that a setting lists with commas between."""
+    return [] if text is None else [part.strip() for part in text.split(",")]
+
+
+def started(config: C) -> C:
+    """The settings of a run that starts now: with the day, if its template sees one."""
+    if config.template != "chat" or config.date is not None:
+        return config
+    return config.model_copy(update={"date": datetime.date.today()})
 
 
 def flag(name: str) -> str:

@@ -20,12 +20,13 @@ from fedkseed.runs.algorithms import kind_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.folder import CONFIG, RunFolder, new_folder
 from fedkseed.runs.inputs import separate
+from fedkseed.runs.learner import load_learner
 from fedkseed.runs.memory import peak_memory
 from fedkseed.runs.observer import Nobody, Observer, Probe
 from fedkseed.runs.provenance import check_same, made_with
 from fedkseed.runs.records import Records, prepare
 from fedkseed.runs.resolution import eps_warning
-from fedkseed.runs.settings import AUTO, SimulationConfig, build, settings_given
+from fedkseed.runs.settings import AUTO, FOUND_OUT, SimulationConfig, build, settings_given, started
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch
 from fedkseed.runs.trackers import check_trackers
 from fedkseed.runs.tuning import find
@@ -175,17 +176,21 @@ def simulate(
         named["lr"] = found.lr
         if isinstance(found, Calibration):
             named.setdefault("eps", found.eps)
-    config = build(named)
     path = new_folder(Path("runs")) if run is None else Path(run)
-    if (path / CONFIG).exists():
-        folder = RunFolder.open(path)
-        config = config.model_copy(update={"num_rounds": max(config.num_rounds, folder.config.num_rounds)})
-        check_same(folder, folder.load_checkpoint(), config, None, accept_changes)  # what takes no reading of records
+    config = build(named)
+    folder = RunFolder.open(path) if (path / CONFIG).exists() else None
+    if folder is None:
+        config = started(config)
     else:
-        folder = RunFolder.create(path, config)
+        before = folder.config
+        found_out = {name: getattr(before, name) for name in FOUND_OUT if getattr(config, name) is None}
+        config = config.model_copy(update={**found_out, "num_rounds": max(config.num_rounds, before.num_rounds)})
+        check_same(folder, folder.load_checkpoint(), config, None, accept_changes)  # what takes no reading of records
+    learner = load_learner(config, watch, inputs)
+    records = prepare(config, watch, inputs, learner)
+    folder = folder or RunFolder.create(path, records.config)
     with folder.held():
-        records = prepare(config, watch, inputs)
-        simulation = Simulation(folder, records, watch, inputs.model, trackers, config, accept_changes)
+        simulation = Simulation(folder, records, watch, learner.model, trackers, records.config, accept_changes)
         checkpoint = simulation.train()
         simulation.restore()
     return Result(folder.path, checkpoint, folder.recorded().losses)

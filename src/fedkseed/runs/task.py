@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,7 +24,7 @@ from fedkseed.models.binding import Binding, bind
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import base_path
 from fedkseed.models.pages import ClosedPage, Movement
-from fedkseed.models.parameters import tune_only
+from fedkseed.models.parameters import named_parameters
 from fedkseed.models.projection import Projection
 from fedkseed.runs.memory import give_back_at_once
 
@@ -84,7 +84,7 @@ class BoundModel:
         self,
         ledger: Ledger,
         examples: Sequence[EncodedExample],
-        pad_id: int,
+        pad_id: int | None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> EvalLoss:
         """The loss of some records under a ledger's model; `on_progress` hears how many are done."""
@@ -92,8 +92,15 @@ class BoundModel:
         return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id, on_progress)
 
 
-def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool, trainable: str = "*") -> BoundModel:
-    """Bind a model as it was loaded.
+def tune_all_but(model: torch.nn.Module, frozen: Collection[str]) -> None:
+    """Make all parameters those that require a gradient, but for the ones of these canonical names."""
+    model.requires_grad_(True)
+    for entry in named_parameters(model) if frozen else ():
+        entry.parameter.requires_grad_(entry.name not in frozen)
+
+
+def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool, frozen: Collection[str] = ()) -> BoundModel:
+    """Bind a model as it was loaded, all of its parameters tunable but for the frozen ones.
 
     On a CPU the base is read again from the model's own files where they allow it; on a GPU it stays in memory, since the
     file would go through the bus at every rebuild.
@@ -102,12 +109,12 @@ def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool, trai
         source: the folder or hub id that it was loaded from.
         model: as it was loaded.
         pool: of the run.
-        trainable: which parameters are tuned; see `tune_only`.
+        frozen: canonical names of the parameters that stay as they are.
 
     Raises:
-        FedKSeedError: the model cannot be bound; see `fedkseed.bind`; or see `tune_only`.
+        FedKSeedError: the model cannot be bound; see `fedkseed.bind`.
     """
-    tune_only(model, trainable)
+    tune_all_but(model, frozen)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     return BoundModel(model, bind(model, pool, base_path(source, model) if on_cpu else None))
 
@@ -171,7 +178,9 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
 class TextTask:
     """A client's records and their loss under a model; see `fedkseed.federation.task.DifferentiableTask`."""
 
-    def __init__(self, model: torch.nn.Module, examples: Sequence[EncodedExample], pad_id: int, watch: Stopwatch) -> None:
+    def __init__(
+        self, model: torch.nn.Module, examples: Sequence[EncodedExample], pad_id: int | None, watch: Stopwatch
+    ) -> None:
         self._model, self._examples, self._pad_id, self._watch = model, examples, pad_id, watch
         self._device = next(model.parameters()).device
 

@@ -15,9 +15,9 @@ from fedkseed.data import collate
 from fedkseed.evaluation import mean_loss
 from fedkseed.kseed.calibration import Calibration, calibrate
 from fedkseed.kseed.server import seed_pool
-from fedkseed.models.loading import load_model
 from fedkseed.randomness import generator
 from fedkseed.runs.inputs import Inputs, separate
+from fedkseed.runs.learner import load_learner
 from fedkseed.runs.observer import Nobody, Observer
 from fedkseed.runs.rates import Rate, find_rate
 from fedkseed.runs.records import prepare
@@ -53,14 +53,15 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
         FedKSeedError: the data or the model cannot be used, or no rate was found.
     """
     given = inputs or Inputs()
-    records = prepare(config, observer, given)
+    learner = load_learner(config, observer, given)
+    records = prepare(config, observer, given, learner)
     if config.facts.measures != "two-point":
         observer.note("trying rates: a few rounds at each, on the clients' records")
-        return find_rate(config, records, observer, given.model)
+        return find_rate(config, records, observer, learner.model)
     pooled = [example for examples in records.clients.values() for example in examples]
-    model = load_model(config.model, config.dtype, config.device) if given.model is None else copy.deepcopy(given.model)
+    model = learner.model if given.model is None else copy.deepcopy(given.model)
     model.train(False)
-    bound = bind_loaded(config.model, model, seed_pool(config), config.trainable).bound
+    bound = bind_loaded(config.model, model, seed_pool(config), records.frozen).bound
     observer.note("calibrating: a few hundred forward passes on batches of the clients' records")
 
     def loss(batch: int) -> float:
