@@ -30,13 +30,13 @@ from tests.support.baselines import (
 from tests.support.command_line import CommandLine, assert_one_line, contents, flags
 from tests.support.generators import global_states, seed_globally
 from tests.support.runs import Watcher, held_out, read_metrics, simulation
-from tests.support.tiny import tiny_settings, write_records
+from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
 from fedkseed.baselines import Parameters, TensorServer, TunedTensors, attach, fingerprint, require_peft, restore
 from fedkseed.baselines.messages import pack_tensors, size_cap
 from fedkseed.baselines.projected import shares
-from fedkseed.data import EncodedExample, Example, collate
+from fedkseed.data import EncodedExample, collate
 from fedkseed.errors import ConfigError, ModelError, RunError
 from fedkseed.evaluation import evaluate_loss, response_loss
 from fedkseed.evaluation.generation import generate
@@ -434,10 +434,15 @@ def test_answers_behind_a_soft_prompt_are_those_of_a_loop_without_a_cache(
 
 @soft_prompts
 def test_a_soft_prompt_takes_room_of_the_context(tiny: Path, algorithm: str) -> None:
-    longest = max(len(e.input_ids) for part in prepare(build(tiny_settings(tiny)), Watcher()).clients.values() for e in part)
-    prepare(build(row_settings(tiny, algorithm, num_virtual_tokens=64 - longest)), Watcher())
-    with pytest.raises(ConfigError, match=rf"has {longest} tokens and the soft prompt {65 - longest}; .* takes 64"):
-        prepare(build(row_settings(tiny, algorithm, num_virtual_tokens=65 - longest)), Watcher())
+    prepare(build(row_settings(tiny, algorithm, max_length=48, num_virtual_tokens=16)), Watcher())
+    with pytest.raises(
+        ConfigError, match=r"^--max-length is 48 and the soft prompt 17; .* takes 64 tokens, so give 47 or less$"
+    ):
+        prepare(build(row_settings(tiny, algorithm, max_length=48, num_virtual_tokens=17)), Watcher())
+    left_open = build(row_settings(tiny, algorithm, num_virtual_tokens=17) | {"max_length": None})
+    assert prepare(left_open, Watcher()).config.max_length == 47
+    with pytest.raises(ConfigError, match=r"takes 64 tokens and the soft prompt 63: no room for a record; lower --num-virtual"):
+        prepare(left_open.model_copy(update={"num_virtual_tokens": 63}), Watcher())
 
 
 # --- Settings ---
@@ -559,12 +564,12 @@ def test_evaluate_refuses_records_that_do_not_fit_behind_the_soft_prompt(
 ) -> None:
     """As `simulate` does: of the 64 tokens that the model takes, the run's soft prompt needs 40."""
     run = tmp_path / "run"
-    settings = row_settings(tiny, "fedprompt", num_virtual_tokens=40, num_rounds=1, local_steps=1)
+    settings = row_settings(tiny, "fedprompt", num_virtual_tokens=40, num_rounds=1, local_steps=1, max_length=24)
     result = fedkseed("simulate", *flags(settings), "--run", run)
     assert (result.code, result.stderr) == (0, "")
     assert fedkseed("evaluate", run, "--answers", 1).code == 0
-    data = write_records(tmp_path / "long.jsonl", [Example("name the animal", "a big " * 10, "dog", "animal")])
-    assert_one_line(fedkseed("evaluate", run, "--data", data), 2, "--max-length is 48", "the soft prompt 40", "takes 64")
+    refused = fedkseed("evaluate", run, "--max-length", 25)
+    assert_one_line(refused, 2, "--max-length is 25 and the soft prompt 40;", "takes 64 tokens, so give 24 or less")
 
 
 def test_a_wrong_setting_of_a_baseline_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_another_template_is_another_loss(fedkseed: CommandLine, run: Path) -> N
         (["--model", "/no/model"], ["/no/model: no such model folder"]),
         (["--ledger", "nowhere.ledger"], ["nowhere.ledger"]),
         (["--output", "nowhere/scores.json"], ["--output nowhere/scores.json: there is no such folder; give a file"]),
-        (["--data", "long.jsonl", "--max-length", "1000"], ["--max-length is 1000 and a record has", "takes 64"]),
+        (["--data", "long.jsonl", "--max-length", "1000"], ["--max-length is 1000;", "takes 64 tokens, so give 64 or less"]),
     ],
     ids=lambda value: " ".join(value[:2]),
 )
@@ -171,7 +171,7 @@ def test_scores_of_answers_by_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch) 
         return [next(text for prompt, text in answers.items() if prompt in found) for found in texts]
 
     monkeypatch.setattr("fedkseed.evaluation.scores.generate", answer)
-    result = score(model, tokenizer, examples, records, answered=[0, 1, 2])
+    result = score(model, tokenizer, examples, records, 0, answered=[0, 1, 2])
     assert rouge_l("Red dog.", "red blue dog cat") == pytest.approx(2 * 1 * 0.5 / 1.5)
     a, b = result.categories["a"], result.categories["b"]
     assert (a.num_examples, a.num_answers, b.num_examples, b.num_answers) == (1, 1, 3, 2)

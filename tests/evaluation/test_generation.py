@@ -72,3 +72,65 @@ def test_an_answer_ends_where_the_context_does(story):
     assert max(example.prompt_length for example in examples) < 40
     answers = generate(model, tokenizer, examples, max_new_tokens=100)
     assert len(answers) == len(examples)
+
+
+# --- Greedy, whatever the model's files say ---
+
+
+def test_nothing_that_a_generation_config_wishes_counts(story):
+    from transformers import GenerationConfig
+
+    model, tokenizer, examples = story
+    expected = generate(model, tokenizer, examples, max_new_tokens=30)
+    wishes = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2, "num_beams": 3, "do_sample": True, "temperature": 9.0,
+              "min_new_tokens": 30, "max_length": 5, "suppress_tokens": list(range(3, 300))}  # fmt: skip
+    own, model.generation_config = model.generation_config, GenerationConfig(**wishes)
+    try:
+        assert generate(model, tokenizer, examples, max_new_tokens=30) == expected
+        assert model.generation_config.num_beams == 3
+    finally:
+        model.generation_config = own
+
+
+@pytest.mark.parametrize("named_by", ["generation_config", "config", "stop_ids"])
+def test_an_answer_ends_at_every_stop_of_model_and_template(story, monkeypatch, named_by):
+    """The stop is a token of the answer itself, and no special one."""
+    model, tokenizer, examples = story
+    (whole,) = generate(model, tokenizer, examples[:1], max_new_tokens=12)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    stop = ids[5]
+    more = {"stop_ids": [stop]} if named_by == "stop_ids" else {}
+    if not more:
+        monkeypatch.setattr(getattr(model, named_by), "eos_token_id", [tokenizer.eos_token_id, stop])
+    (answer,) = generate(model, tokenizer, examples[:1], max_new_tokens=12, **more)
+    assert answer == tokenizer.decode(ids[: ids.index(stop)])
+    assert len(answer) < len(whole)
+
+
+def test_a_model_that_reads_padding_gets_prompts_of_one_length(story):
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    _, tokenizer, examples = story
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = RwkvConfig(vocab_size=512, hidden_size=16, num_hidden_layers=2, context_length=200, rescale_every=0)
+        model = RwkvForCausalLM(config).eval()
+        torch.nn.init.normal_(model.head.weight, std=9.0)  # decided answers
+    heard = []
+    alone = [generate(model, tokenizer, [example], max_new_tokens=6)[0] for example in examples]
+    assert generate(model, tokenizer, examples, max_new_tokens=6, on_progress=lambda *done: heard.append(done)) == alone
+    lengths = {example.prompt_length for example in examples}
+    assert len(heard) == len(lengths) > 1
+    assert heard[-1] == (4, 4)
+
+
+def test_a_context_that_was_learnt_ends_an_answer(story):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    _, tokenizer, examples = story
+    config = GPT2Config(vocab_size=512, n_positions=200, n_embd=8, n_layer=1, n_head=1, eos_token_id=2, bos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    model.transformer.wpe = torch.nn.Embedding(40, 8)
+    with pytest.raises(IndexError):
+        generate(model, tokenizer, examples, max_new_tokens=100)
+    assert len(generate(model, tokenizer, examples, max_new_tokens=100, context=40)) == len(examples)

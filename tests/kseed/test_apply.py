@@ -1,18 +1,23 @@
 """From base to tuned model: the same bits as a rebuild, and no other base."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.support import laws
 from tests.support.rows import backends, families, kinds
+from tests.support.tiny import tiny_model
+from transformers import AutoModelForCausalLM
 
 import fedkseed as fk
 from fedkseed.errors import BindingError, LedgerError
 from fedkseed.kseed.ledger import History
 from fedkseed.kseed.rounding import Precision
+from fedkseed.models.loading import load_model
 
 forms = pytest.mark.parametrize("published", [False, True], ids=["checkpoint", "published"])
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (67, 33), "block.w": (130, 5), "block.norm": (40,), "scale": ()}
@@ -209,3 +214,74 @@ def test_two_precisions_of_one_checkpoint(checkpoint: Path, family: str) -> None
         assert laws.all_bits(fresh) == laws.all_bits(bound.model)
     rounded = {name: x.to(torch.bfloat16) for name, x in full.named_parameters()}
     assert all(torch.equal(rounded[name], x) for name, x in half.named_parameters())  # one model in two precisions
+
+
+# --- A base that was loaded in another type than the run's ---
+
+
+def stored(folder: Path, kind: torch.dtype | None = None, half: tuple[str, ...] = ()) -> Path:
+    """The tiny model, its tensors of these names in bfloat16, and its configuration naming a type of its own."""
+    tiny_model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: x.bfloat16() if name in half else x for name, x in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(kind or torch.float32).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+MIXED = ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight")
+TYPES = ("float32", "float16", "bfloat16")
+
+
+def run_on(folder: Path, kind: str) -> tuple[fk.Ledger, dict[str, torch.Tensor]]:
+    """A ledger of a run in a type, and the run's tuned weights."""
+    bound = fk.bind(load_model(folder, kind), fk.SeedPool(3, 64))
+    coefficients = np.linspace(-0.02, 0.03, 64).astype(np.float16).astype(np.float32)
+    bound.rebuild(coefficients)
+    return fk.Ledger.of(bound, coefficients), {name: x.detach().clone() for name, x in bound.model.named_parameters()}
+
+
+@pytest.mark.parametrize("half", [(), MIXED], ids=["float32", "mixed"])
+@pytest.mark.parametrize("run", TYPES)
+@pytest.mark.parametrize("loaded", [*TYPES, None])
+def test_any_load_of_the_files_becomes_the_runs_model(
+    tmp_path: Path, half: tuple[str, ...], run: str, loaded: str | None
+) -> None:
+    """None is a plain load, in the type that the configuration names; the tuned weights are rounded to it last."""
+    folder = stored(tmp_path / "model", torch.float16, half)
+    ledger, tuned = run_on(folder, run)
+    model = AutoModelForCausalLM.from_pretrained(folder, **({} if loaded is None else {"dtype": getattr(torch, loaded)}))
+    kind = getattr(torch, loaded or "float16")
+    fk.apply(model, ledger)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == kind
+        assert torch.equal(parameter, tuned[name].to(kind)), name
+
+
+def test_a_model_that_is_no_longer_what_its_files_give_is_refused(tmp_path: Path) -> None:
+    """Of one that was tuned already, the files would make a base again."""
+    folder = stored(tmp_path / "model")
+    ledger, _ = run_on(folder, "float32")
+    model = load_model(folder, "bfloat16")
+    model.lm_head.weight.data[0, 0] += 1
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(LedgerError, match=r"this model is not the ledger's base: .* that the run started from, in float32$"):
+        fk.apply(model, ledger)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_frozen_tensors_are_the_runs_too(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "model")
+    model = load_model(folder, "bfloat16")
+    model.lm_head.requires_grad_(False)
+    bound = fk.bind(model, fk.SeedPool(3, 64))
+    ledger = fk.Ledger.of(bound, [0.25] * 64)
+    bound.rebuild(ledger.coefficients)
+    again = load_model(folder, "float32")
+    fk.apply(again, ledger)
+    assert all(torch.equal(x, model.get_parameter(name).float()) for name, x in again.named_parameters())

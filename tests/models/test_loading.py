@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fedkseed as fk
 from fedkseed.errors import FedKSeedError, InvalidValueError, ModelError
-from fedkseed.models.loading import base_path, load_model, load_tokenizer
+from fedkseed.models.loading import base_path, give_stored_dtypes, load_model, load_tokenizer
 
 MODEL = "model.safetensors"
 
@@ -130,6 +130,44 @@ def test_weights_of_another_shape_are_refused(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 170}))
     with pytest.raises(ModelError, match=r"could be loaded"):
         load_model(copy)
+
+
+def test_an_adapter_is_never_loaded_without_a_word(copy: Path) -> None:
+    """It would be all that is saved again."""
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"copy: an adapter \(adapter_config\.json\) lies beside the model, .*move .* or merge it"
+    ):
+        load_model(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"copy: an adapter \(adapter_config\.json\) without its model; merge it into its base"
+    ):
+        load_model(copy)
+
+
+def test_an_adapter_that_came_along_is_seen(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hub id may have one."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_hf_peft_config_loaded", True)
+    with pytest.raises(ModelError, match=r"an adapter \(adapter_config\.json\) lies beside the model"):
+        load_model(copy)
+
+
+def test_stored_types_come_back_tensor_by_tensor(copy: Path) -> None:
+    names = {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"}
+    change_tensors(copy, lambda tensors: {name: x.bfloat16() if name in names else x for name, x in tensors.items()})
+    model = load_model(copy, "float32")
+    give_stored_dtypes(model, copy)
+    assert {name for name, x in model.named_parameters() if x.dtype == torch.bfloat16} == names
+    assert {x.dtype for name, x in model.named_parameters() if name not in names} == {torch.float32}
+    # of files of another kind the configuration says it
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    (copy / MODEL).unlink()
+    give_stored_dtypes(model, copy)
+    assert {x.dtype for x in model.parameters()} == {torch.float16}
 
 
 def test_an_unknown_dtype_or_device_is_named(stories260k: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_defaults_are_the_papers(needed: dict[str, Any]) -> None:
         "weighting": "examples",
         "loss_clip": None,
         "num_clients": 200,
-        "max_length": 1024,
+        "max_length": None,
         "partition": "dirichlet",
         "eval_data": None,
         "eval_limit": None,

@@ -16,7 +16,7 @@ from tests.support.tiny import WORDS, tiny_records, tiny_settings, write_records
 
 import fedkseed as fk
 from fedkseed.data import read_examples
-from fedkseed.errors import DataError, LedgerError, RunError
+from fedkseed.errors import DataError, LedgerError, ModelError, RunError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest
 from fedkseed.runs.folder import RunFolder
@@ -317,9 +317,20 @@ def test_a_repeated_round_goes_on_where_the_next_attempt_succeeds(tiny: Path, tm
 
 def test_a_diverged_run_says_so(tiny: Path, tmp_path: Path) -> None:
     run, watcher = simulation(tmp_path / "run", tiny_settings(tiny, num_rounds=1))
+    run.train()
     run.restore = lambda: run.model.lm_head.weight.data.fill_(math.nan)
     run._evaluate()
     assert any("the run diverges. Start anew with a lower --lr" in note for note in watcher.notes)
+
+
+def test_a_base_whose_loss_is_no_number_is_refused_before_the_first_round(tiny: Path, tmp_path: Path) -> None:
+    run, watcher = simulation(tmp_path / "run", tiny_settings(tiny, num_rounds=1))
+    run.restore = lambda: run.model.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(
+        ModelError, match=r"^the held-out loss of the base model is nan, so there is nothing to start from; give"
+    ):
+        run.train()
+    assert (watcher.events, run.run.load_checkpoint()) == ([], None)
 
 
 def test_another_base_is_refused_by_the_first_tensor_that_differs(tiny: Path, other_model: Path, tmp_path: Path) -> None:

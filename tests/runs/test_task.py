@@ -17,7 +17,8 @@ from fedkseed.flower.participant import Participant
 from fedkseed.flower.server_app import build_strategy
 from fedkseed.models.base import FileBase, MemoryBase
 from fedkseed.models.loading import load_model
-from fedkseed.runs import simulation, task, tuning
+from fedkseed.models.probing import Traits
+from fedkseed.runs import learner, simulation, task
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.records import prepare
 from fedkseed.runs.simulation import Simulation
@@ -104,8 +105,10 @@ def test_on_another_device_the_base_is_kept_in_memory(
     def elsewhere(source: Any, *rest: Any) -> torch.nn.Module:
         return load_model(source, *rest).to("meta")
 
-    for module in (simulation, tuning, participant):
+    for module in (simulation, learner):
         monkeypatch.setattr(module, "load_model", elsewhere)
+    monkeypatch.setattr(learner, "probe", lambda model, *_: Traits(64, 1000, True, ()))  # no values, no answers
+    monkeypatch.setattr(learner, "frozen_names", lambda *_: ())
     with pytest.raises(Bound):
         bound_by(sites, tmp_path)
     assert bases == [None]
@@ -155,10 +158,11 @@ def test_a_model_that_was_changed_since_it_was_loaded_is_no_longer_its_file(site
     assert bound.digest() == before
 
 
-def test_frozen_parameters_are_tuned_too(sites: Path) -> None:
-    """A run tunes all parameters, whatever was loaded."""
+def test_what_is_tuned_is_said_not_loaded(sites: Path) -> None:
+    """A run tunes all parameters but those that it is told to leave alone."""
     model = load_model(sites / "model", "float32").requires_grad_(False)
     assert bind_loaded(sites / "model", model, POOL).identity.frozen == ()
+    assert bind_loaded(sites / "model", model, POOL, ["lm_head.weight"]).identity.frozen == ("lm_head.weight",)
 
 
 def test_nodes_that_live_in_one_process_load_one_model(sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +173,7 @@ def test_nodes_that_live_in_one_process_load_one_model(sites: Path, tmp_path: Pa
         loads.append(source)
         return load_model(source, *rest)
 
-    monkeypatch.setattr(participant, "load_model", counted)
+    monkeypatch.setattr(learner, "load_model", counted)
     participant.load_bound.cache_clear()
     config = run_config(sites, tmp_path / "run", num_rounds=1)
     build_strategy(read_config(config)).start(federation(sites, config))

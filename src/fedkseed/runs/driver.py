@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedkseed.errors import TooFewRepliesError
+from fedkseed.errors import ModelError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Checkpoint, Outcome, Rounds
 from fedkseed.federation.envelope import Request
@@ -171,7 +171,15 @@ class Driver:
             weight_bytes: what sending the weights would take.
             seconds: what the evaluation took.
             clients: the clients' own losses, where they measured them.
+
+        Raises:
+            ModelError: it is the base model's, and no number.
         """
+        if self.round == 0 and not math.isfinite(result.loss):
+            raise ModelError(
+                f"the held-out loss of the base model is {result.loss:.4f}, so there is nothing to start from; give another "
+                "--dtype, such as float32, or another model"
+            )
         event = evaluation_event(self.round, result, weight_bytes, seconds) | ({"clients": clients} if clients else {})
         self._warn(result.loss)
         self.run.ledgers.keep(self.server.checkpoint)  # before the event: what has a loss has a ledger
