@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_is(
 def test_who_trains_by_gradients_is_told_of_auto_too(tiny: Path, tmp_path: Path) -> None:
     config = build(row_settings(tiny, "fedavg", lr=0.5))
     watcher = Watcher()
-    rounds = Rounds(RunFolder.create(tmp_path / "run", config), Counting(1), watcher)  # type: ignore[arg-type]
+    rounds = Rounds(RunFolder.create(tmp_path / "run", config), Counting(1, done=1), watcher)  # type: ignore[arg-type]
     rounds.evaluated(EvalLoss.of(math.nan, 1, 1), 1, 0.1)
     (note,) = watcher.notes
     assert note.endswith("Start anew with a lower --lr than 0.5, or with --lr auto; fedkseed tune explains it")

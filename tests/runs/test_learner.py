@@ -166,8 +166,9 @@ def test_patterns_from_the_command_line_and_a_file(fedkseed: CommandLine, tiny: 
     near = fedkseed("simulate", *settings, "--freeze", "mlp", "--run", tmp_path / "near")
     assert_one_line(near, 2, "--freeze 'mlp' matches no tensor", "model.layers.0.mlp.down_proj.weight", "try '*mlp*'")
     assert_one_line(fedkseed("simulate", *settings, "--freeze", "a,,b"), 2, "--freeze is 'a,,b': expected patterns")
-    lora = flags({k: v for k, v in tiny_settings(tiny).items() if k not in ("eps", "num_seeds")} | {"algorithm": "fedit"})
-    assert_one_line(fedkseed("tune", *lora[2:], "--train", "*"), 2, "--train is '*' and --algorithm fedit does not take it")
+    lora = {key: value for key, value in tiny_settings(tiny).items() if key not in ("eps", "num_seeds")}
+    refused = fedkseed("simulate", *flags(lora | {"algorithm": "fedit"}), "--train", "*")
+    assert_one_line(refused, 2, "--train is '*' and --algorithm fedit does not take it")
 
 
 def test_what_no_loss_depends_on_is_left_alone_and_said(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
