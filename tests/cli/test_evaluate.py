@@ -182,7 +182,7 @@ def test_scores_of_answers_by_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch) 
     published = [rouge_l_published("Red dog.", "red blue dog cat"), rouge_l_published("apple", "apple"), 0]
     assert published[0] < 2 / 3  # case counts there
     assert result.overall.rouge_l_published == pytest.approx(sum(published) / 3)
-    unanswered = score(model, tokenizer, examples, records)
+    unanswered = score(model, tokenizer, examples, records, 0)
     assert math.isnan(unanswered.overall.rouge_l)
     assert unanswered.overall.loss == result.overall.loss
-    assert score(model, tokenizer, examples[1:2], records[1:2]).categories == {}
+    assert score(model, tokenizer, examples[1:2], records[1:2], 0).categories == {}

@@ -328,7 +328,7 @@ def test_an_interrupt_while_reading_data_exits_130_with_a_line(
     import fedkseed.runs.records
     from fedkseed.cli import main
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fedkseed.runs.records, "prepare", interrupt)

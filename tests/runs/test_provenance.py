@@ -26,7 +26,7 @@ def example(ids: list[int], prompt: int = 1) -> EncodedExample:
 
 
 def records(**clients: list[EncodedExample]) -> Records:
-    return Records(clients, [], [], 0)
+    return Records(SimulationConfig.model_construct(), clients, [], [], 0, (), ())
 
 
 KNOWN = records(a=[example([1, 2, 3]), example([4, 5])], b=[example([6, 7])])

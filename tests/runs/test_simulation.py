@@ -210,7 +210,7 @@ def test_what_is_not_tuned_keeps_the_bits_of_the_base(tiny: Path, tmp_path: Path
 
     config = build(settings | {"num_rounds": 3, "train": "*.v_proj.*"})
     with pytest.raises(LedgerError, match=r"norm\.weight is tuned on one side and frozen on the other"):
-        Simulation(RunFolder(tmp_path / "run", config), prepare(config, Watcher()), Watcher())
+        Simulation(RunFolder(tmp_path / "run", config), prepare(config, Watcher()), Watcher(), accept_changes=True)
 
 
 # --- Determinism ---
