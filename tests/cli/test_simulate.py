@@ -27,6 +27,8 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, ti
         "training records",
         "held-out records",
         "model",
+        "forecast",
+        "forecast",
         "round 0/3",
         *[f"round {i}/3" for i in (1, 1, 2, 2, 3, 3)],
         "the smallest held-out loss",  # it was round 2's

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from fedkseed.cli.console import say, shell_word
 from fedkseed.cli.display import LOADING, Lines, looking_on, waiting, watching
+from fedkseed.cli.forecast import describe
 from fedkseed.cli.interrupts import again, interruptible, with_run
 from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.errors import ConfigError
@@ -192,6 +193,10 @@ def train(
             from fedkseed.runs.simulation import Simulation
 
             simulation = Simulation(folder, records, observer, model, log, config, accept_changes)
+        with waiting(observer.note, "measuring a step, to say how long the run will take"):
+            forecast = simulation.forecast()
+        for line in describe(forecast, simulation.config.facts) if forecast else ():
+            observer.note(line)
         if before is not None:
             before(simulation)
         checkpoint = simulation.train()

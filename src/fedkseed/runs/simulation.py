@@ -19,6 +19,7 @@ from fedkseed.models.loading import load_model
 from fedkseed.runs.algorithms import kind_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.folder import CONFIG, RunFolder, new_folder
+from fedkseed.runs.forecast import Forecast, forecast
 from fedkseed.runs.inputs import separate
 from fedkseed.runs.learner import load_learner
 from fedkseed.runs.memory import peak_memory
@@ -75,6 +76,7 @@ class Simulation:
         if config.facts.measures == "two-point" and (warning := eps_warning(model, config.eps)):
             observer.note(warning)
         federation = kind_of(config.facts).federate(config, model, checkpoint, records, self._watch)
+        self._federation = federation
         self.model, self.server, self.clients = federation.model, federation.server, federation.clients
         self.restore = federation.restore
         if config != run.config:
@@ -85,6 +87,12 @@ class Simulation:
         if changes and checkpoint is not None:  # else the next resume would refuse what was accepted now
             run.save_checkpoint(checkpoint)
         self._driver = Driver(run, self.server, observer, log=log)
+
+    def forecast(self) -> Forecast | None:
+        """What the rounds that are left will take, from a step that leaves no trace; None if none are left."""
+        if self.server.finished:
+            return None
+        return forecast(self.config, self._federation, self._records, self._watch)
 
     def train(self) -> Checkpoint:
         """Do all rounds that are left; see `Driver.drive`."""

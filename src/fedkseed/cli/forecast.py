@@ -1,0 +1,32 @@
+"""What is said before a run starts: how long it will take, what takes most of that, and what it will move."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from fedkseed.federation.algorithms import Algorithm
+
+if TYPE_CHECKING:
+    from fedkseed.runs.forecast import Forecast
+
+ACTIVITIES = {"noise": "moving weights", "rebuild": "rebuilding the model", "evaluation": "evaluation"}
+"""What people call these, beside the passes."""
+
+
+def describe(found: Forecast, facts: Algorithm) -> list[str]:
+    """A forecast as two lines: time and bytes."""
+    passes = "forward passes" if facts.measures == "two-point" else "forward and backward passes"
+    total = found.total_seconds or 1.0
+    shares = sorted(((seconds / total, name) for name, seconds in found.seconds.items()), reverse=True)
+    told = [f"{100 * share:.0f} % {ACTIVITIES.get(name, passes)}" for share, name in shares if share >= 0.005]
+    both = found.bytes_down + found.bytes_up
+    return [
+        f"forecast: about {_duration(found.total_seconds)} on this machine, of which {', '.join(told)}",
+        f"forecast: about {both:,.0f} bytes a client and round, {found.bytes_down:,.0f} down and {found.bytes_up:,.0f} up; "
+        f"{found.total_bytes:,.0f} in all",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,142 @@
+"""How long a run will take and what it will move, from one step and one batch of the evaluation, measured before it starts.
+
+What is measured leaves no trace: throwaway copies of server and client carry the step out on the shared model, whose weights
+are set to the checkpoint's again afterwards, as before every evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedkseed.data import EncodedExample
+from fedkseed.evaluation import evaluate_loss
+from fedkseed.kseed.pages import is_replaced
+from fedkseed.randomness import generator
+from fedkseed.runs.algorithms import Federation
+from fedkseed.runs.records import Records
+from fedkseed.runs.settings import SimulationConfig
+from fedkseed.runs.task import EVAL_BATCH, Stopwatch, TextTask
+
+QUICK = 0.3
+"""Seconds: a step that takes less is taken once more, since the first of a process also compiles."""
+DRAWN = 64
+"""Batches of which the usual size is found."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the rounds that are left will take.
+
+    Attributes:
+        seconds: by activity: `passes` of local steps, moving weights (`noise`), `rebuild`, `evaluation`.
+        bytes_down, bytes_up: of a client in a round, on average.
+        replies: how many times a client will be asked.
+    """
+
+    seconds: Mapping[str, float]
+    bytes_down: float
+    bytes_up: float
+    replies: int
+
+    @property
+    def total_seconds(self) -> float:
+        """In all."""
+        return sum(self.seconds.values())
+
+    @property
+    def total_bytes(self) -> float:
+        """Both ways, of all clients and rounds."""
+        return (self.bytes_down + self.bytes_up) * self.replies
+
+
+def forecast(config: SimulationConfig, federation: Federation, records: Records, watch: Stopwatch) -> Forecast:
+    """Measure a step and a batch of the evaluation, and reckon what the rounds that are left will take.
+
+    Args:
+        config: the settings.
+        federation: ready to run, with rounds left; its model's weights are the checkpoint's afterwards.
+        records: the run's.
+        watch: what its clients count their seconds with; read and started anew.
+    """
+    server, rounds = federation.server, config.num_rounds - federation.server.checkpoint.round
+    requests = copy.copy(server).plan()
+    steps = float(np.mean([server.steps[name] for name in server.clients]))
+    try:
+        spent, reply = _step(config, federation, records, watch, requests[0].client)
+        evaluation = _evaluation_seconds(federation.model, records)
+    finally:
+        federation.restore()
+        watch.read()
+    replies = rounds * len(requests)
+    seconds = {name: value * steps * replies for name, value in spent.items()}
+    rebuilds = replies + _evaluations(config, server.checkpoint.round)
+    seconds["rebuild"] = spent["rebuild"] * rebuilds
+    seconds["evaluation"] = evaluation * _evaluations(config, server.checkpoint.round)
+    down, up = float(np.mean([len(request.encode()) for request in requests])), float(len(reply))
+    if config.facts.sends == "scalars":
+        up += (steps - 1) * (2 if config.wire == "float16" else 4)
+    if config.facts.sends == "changes":
+        down += up * _parts(config, server.checkpoint.round, len(requests) / len(server.clients))
+    return Forecast(seconds, down, up, replies)
+
+
+def _step(
+    config: SimulationConfig, federation: Federation, records: Records, watch: Stopwatch, name: str
+) -> tuple[dict[str, float], bytes]:
+    """The seconds of a step by activity, with `rebuild` before it, and the reply of a client that takes one."""
+    server, client = copy.copy(federation.server), copy.copy(federation.clients[name])
+    server.steps = dict.fromkeys(server.clients, 1)
+    (request,) = (request for request in server.plan() if request.client == name)
+    everyone = [example for examples in records.clients.values() for example in examples]
+    client.task = TextTask(  # type: ignore[misc]  # a copy's own
+        federation.model, _usual_batch(everyone, config), records.pad_id, watch
+    )
+    data = request.encode()
+    for _ in range(2):
+        watch.read()
+        begin = time.perf_counter()
+        reply = client.answer(data)
+        total, by = time.perf_counter() - begin, watch.read()
+        if total > QUICK:
+            break
+    rebuild, noise = by.get("rebuild", 0.0), by.get("noise", 0.0)
+    return {"passes": max(total - rebuild - noise, 0.0), "noise": noise, "rebuild": rebuild}, reply
+
+
+def _usual_batch(examples: Sequence[EncodedExample], config: SimulationConfig) -> list[EncodedExample]:
+    """The batch, of some that are drawn, whose size in tokens is nearest to their mean."""
+    draw, size = generator(config.seed, "forecast"), min(config.batch_size, len(examples))
+    batches = [draw.choice(len(examples), size, replace=False).tolist() for _ in range(DRAWN)]
+    widths = np.array([max(len(examples[i].input_ids) for i in batch) for batch in batches])
+    return [examples[i] for i in batches[int(np.abs(widths - widths.mean()).argmin())]]
+
+
+def _evaluation_seconds(model: Any, records: Records) -> float:
+    """One evaluation, from its middle batch: the seconds go with the tokens."""
+    ordered = sorted(records.held_out, key=lambda example: -len(example.input_ids))
+    batches = [ordered[first : first + EVAL_BATCH] for first in range(0, len(ordered), EVAL_BATCH)]
+    tokens = [len(batch) * len(batch[0].input_ids) for batch in batches]
+    middle = len(batches) // 2
+    begin = time.perf_counter()
+    evaluate_loss(model, batches[middle], EVAL_BATCH, records.pad_id)
+    return (time.perf_counter() - begin) * sum(tokens) / tokens[middle]
+
+
+def _evaluations(config: SimulationConfig, done: int) -> int:
+    """How many evaluations are to come: every so many rounds, after the last one, and of the base model."""
+    return sum(
+        n % config.eval_every == 0 or n == config.num_rounds for n in range(done + 1 if done else 0, config.num_rounds + 1)
+    )
+
+
+def _parts(config: SimulationConfig, done: int, share: float) -> float:
+    """How many rounds' changes a request holds on average: those since the client was asked last, or all."""
+    if is_replaced(config.wire):
+        return float(np.mean([min(n, 1) for n in range(done, config.num_rounds)]))
+    return float(np.mean([(1 - (1 - share) ** n) / share for n in range(done, config.num_rounds)]))
