@@ -89,6 +89,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedkseed cosine": seeded(schedule="cosine"),
     "fedkseed epochs": seeded(local_unit="epochs", local_steps=2),
     "fedkseed loss_clip": seeded(loss_clip=0.03),
+    "fedkseed three directions, loss_clip": seeded(directions=3, loss_clip=0.03),
     "fedkseed-pro hadamard float16": seeded(**PRO),
     "fedkseed-pro gaussian float32": seeded(**PRO, noise="gaussian", wire="float32"),
     "fedkseed-pro as it comes": seeded(algorithm="fedkseed-pro"),

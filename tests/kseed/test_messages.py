@@ -114,6 +114,8 @@ def requests(draw: st.DrawFn) -> TrainRequest:
     size = draw(st.integers(1, 300))
     values = draw(arrays(np.float32, size, elements=st.floats(-LARGE, LARGE, width=32)))
     coefficients = pack(values, draw(st.sampled_from(PRECISIONS)))
+    directions = draw(st.integers(1, 3))
+    indices = draw(st.lists(st.integers(0, size - 1), min_size=directions, max_size=40))
     return TrainRequest(
         run_id=draw(st.binary(min_size=8, max_size=8)),
         server_round=draw(st.integers(1, 2**31)),
@@ -123,12 +125,13 @@ def requests(draw: st.DrawFn) -> TrainRequest:
         base=draw(st.binary(min_size=32, max_size=32)),
         coefficients=coefficients,
         digest=coefficients_digest(coefficients.unpack()),
-        indices=tuple(draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=40))),
+        indices=tuple(indices[: len(indices) // directions * directions]),
         lr=draw(POSITIVE),
         eps=draw(EPS),
         batch_size=draw(st.integers(1, 65535)),
         max_grad=draw(POSITIVE.filter(lambda x: x <= 65504)),
         loss_clip=draw(st.none() | POSITIVE),
+        directions=directions,
     )
 
 
@@ -339,8 +342,17 @@ def test_a_message_of_another_kind_is_refused() -> None:
 @classes
 def test_another_number_of_fields_is_refused(cls: type[Message]) -> None:
     fields = fields_of(message(cls).encode())
-    for other in (fields[:-1], [*fields, None], [*fields, *fields], fields[:2]):
+    for other in (fields[:-1], [*fields, 2, None], [*fields, *fields], fields[:2]):
         assert f"{len(other)} fields; expected {len(fields)}" in refusal(cls, msgpack.packb(other))
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, -2, 65536, 2.0, True, b"2", [2]], ids=str)
+def test_one_more_field_of_a_request_is_two_or_more_directions(value: Any) -> None:
+    fields = fields_of(replace(request(steps=6), directions=3).encode())
+    assert fields[-1] == 3
+    assert TrainRequest.decode(msgpack.packb(fields)).num_steps == 2
+    assert "number of directions" in refusal(TrainRequest, msgpack.packb([*fields[:-1], value]))
+    assert "expected whole steps" in refusal(TrainRequest, msgpack.packb([*fields[:-1], 4]))
 
 
 @classes

@@ -419,6 +419,38 @@ def test_uniform_ignores_the_history() -> None:
     assert Server(settings, with_history(settings, SKEWED), CLIENTS).probabilities().tolist() == [1 / K] * K
 
 
+# --- Several directions a step ---
+
+
+@algorithms
+def test_several_directions_are_so_many_seeds_a_step_and_each_scalar_counts_at_its_own(algorithm: str) -> None:
+    several = server(algorithm=algorithm, directions=3)
+    requests = several.plan()
+    for request in requests:
+        assert (len(request.indices), request.num_steps, request.directions) == (3 * TAU, TAU, 3)
+        assert TrainRequest.decode(request.encode()) == request
+    grads, dropped = np.arange(1.0, 3 * TAU + 1), (1, 4)
+    grads.reshape(TAU, 3)[list(dropped)] = 0
+    outcome = several.absorb([(r.client, reply_to(r, grads, dropped=dropped).encode()) for r in requests])
+    assert [(c.num_steps, c.dropped_steps) for c in outcome.contributions] == [(TAU, 2)] * len(requests)
+    expected, counts = np.zeros(K), np.zeros(K, np.int64)
+    kept = np.repeat([t not in dropped for t in range(TAU)], 3)
+    for request in requests:
+        np.add.at(expected, np.array(request.indices), grads / len(requests))
+        np.add.at(counts, np.array(request.indices)[kept], 1)
+    assert np.abs(history(several.ledger).accumulators + LR * expected).max() < 1e-12
+    assert history(several.ledger).grad_counts.tolist() == counts.tolist()
+    rms = np.sqrt(np.mean(grads[kept] ** 2))
+    assert [c.sizes["projected_grad_rms"] for c in outcome.contributions] == pytest.approx([rms] * len(requests))
+
+
+def test_one_direction_is_not_written_out() -> None:
+    """So that whoever knows of one only understands it; two are a field more."""
+    (one, *_), (two, *_) = server().plan(), server(directions=2).plan()
+    assert replace(two, indices=one.indices, directions=1).encode() == one.encode()
+    assert len(replace(one, directions=2).encode()) == len(one.encode()) + 1
+
+
 # --- Refusals ---
 
 COHORT = ("a", "b", "c")
@@ -458,7 +490,18 @@ BAD: dict[str, Bad] = {
     "too many examples": Bad(
         lambda r: reply_to(r, num_examples=101), "num_examples is 101; at most 100", settings={"max_examples": 100}
     ),
-    "more scalars than steps": Bad(lambda r: reply_to(r, [0.5] * (TAU + 1)), f"{TAU + 1} scalars came for {TAU} steps"),
+    "more scalars than steps": Bad(lambda r: reply_to(r, [0.5] * (TAU + 1)), f"{TAU + 1} scalars came for {TAU} seeds"),
+    "half a step of several directions": Bad(
+        lambda r: reply_to(r, [0.5] * 5), "expected whole steps of 2 scalars", settings={"directions": 2}
+    ),
+    "a dropped step that is none": Bad(
+        lambda r: reply_to(r, [0.0] * 2 * TAU, dropped=(TAU,)), f"dropped step is ({TAU},)", settings={"directions": 2}
+    ),
+    "a dropped step of several directions with a scalar": Bad(
+        lambda r: reply_to(r, [0.0] * 5 + [1.0] + [0.0] * 6, dropped=(2,)),
+        "dropped step has a projected",
+        settings={"directions": 2},
+    ),
     "a scalar too large": Bad(lambda r: reply_to(r, [0, -101]), "gradient is 101; at most 100", settings={"max_grad": 100}),
     "another precision": Bad(lambda r: reply_to(r, projected_grads=pack(np.ones(TAU), "float32")), "float32; expected float16"),
     "the other precision": Bad(

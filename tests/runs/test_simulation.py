@@ -245,6 +245,7 @@ def test_the_same_seed_gives_the_same_ledger_and_another_seed_another(plain: str
         {"alpha": 5.0},
         {"max_length": 13},
         {"train": "*.mlp.*"},
+        {"directions": 2},
     ],
     ids=str,
 )

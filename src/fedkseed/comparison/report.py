@@ -90,7 +90,7 @@ def _scores(path: Path) -> dict[str, dict[str, float]]:
 
 def _points(record: RunRecord) -> Iterable[Point]:
     rounds, config = {r.server_round: r for r in record.rounds}, record.config
-    passes = config.facts.passes_per_step
+    passes = config.passes_per_step
     for evaluation in record.evaluations:
         done = [r for n, r in rounds.items() if n <= evaluation.server_round]
         examples = sum(r.num_steps or 0 for r in done) * config.batch_size

@@ -86,6 +86,7 @@ CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
     "checkpointing", "max_value",
 )  # fmt: skip
+SCALARS = ("directions",)
 IMPORTANCE = ("importance_clip", "importance_start")
 TENSORS = ("max_value",)
 LORA = (*TENSORS, "lora_rank", "lora_alpha")
@@ -96,11 +97,11 @@ ALGORITHMS: dict[str, Algorithm] = {
     for row in (
         Algorithm(
             "fedkseed", "FedKSeed", "draws seeds uniformly",
-            "scalars", "two-point", "uniform", on_flower=True, settings=(*SEEDS, *IMPORTANCE),
+            "scalars", "two-point", "uniform", on_flower=True, settings=(*SEEDS, *SCALARS, *IMPORTANCE),
         ),
         Algorithm(
             "fedkseed-pro", "FedKSeed-Pro", "prefers seeds whose gradients were large",
-            "scalars", "two-point", "importance", on_flower=True, settings=(*SEEDS, *IMPORTANCE),
+            "scalars", "two-point", "importance", on_flower=True, settings=(*SEEDS, *SCALARS, *IMPORTANCE),
         ),
         Algorithm(
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
-from fedkseed.federation.envelope import LARGEST_STEP, SMALLEST_STEP
+from fedkseed.federation.envelope import LARGEST_STEP, MAX_STEPS, SMALLEST_STEP
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 
 if TYPE_CHECKING:  # which cannot know the tables' names
@@ -45,6 +45,11 @@ class FederationConfig(BaseModel):
         "constant", description="How the learning rate goes over the rounds."
     )
     eps: Step = Field(5e-4, description="Half the distance of the two probes of a two-point step.")
+    directions: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1,
+        description="1: a step has two probes along one seed; n: it has one-sided slopes along n seeds, on one batch, "
+        "for n + 1 forward passes.",
+    )
     num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="Number of candidate seeds (K).")
     noise: FamilyName = Field(
         "hadamard", description="Perturbations: " + ", ".join(f"{row.name} ({row.about})" for row in FAMILIES.values()) + "."
@@ -122,6 +127,11 @@ class FederationConfig(BaseModel):
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
                     f"leave it out, or choose one of {', '.join(that_take(name))}"
                 )
+        if self.local_steps * self.directions > MAX_STEPS:
+            raise ValueError(
+                f"--local-steps {self.local_steps} of --directions {self.directions} are {self.local_steps * self.directions} "
+                f"seeds; a request holds {MAX_STEPS}, so lower one of them"
+            )
         if self.facts.sends == "changes":
             self._check_changes()
         elif self.wire not in ("float16", "float32"):
@@ -147,6 +157,11 @@ class FederationConfig(BaseModel):
     def facts(self) -> Algorithm:
         """What is to be known of the algorithm."""
         return ALGORITHMS[self.algorithm]
+
+    @property
+    def passes_per_step(self) -> int:
+        """What a local step costs in forward passes: of several directions one more than these; else see `Algorithm`."""
+        return self.directions + 1 if self.directions > 1 else self.facts.passes_per_step
 
     @property
     def soft_prompt(self) -> int:

@@ -35,7 +35,7 @@ def pack_fields(kind: str, values: list[Any]) -> bytes:
     return packed
 
 
-def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int) -> list[Any]:
+def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int, more: int = 0) -> list[Any]:
     """The fields of a message of a kind.
 
     Args:
@@ -44,6 +44,7 @@ def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int)
         what: what such a message is called, for errors.
         count: how many fields it must have.
         max_bytes: more bytes are refused unread.
+        more: how many fields it may have beyond these.
 
     Raises:
         ProtocolError: they are not such a message.
@@ -61,7 +62,7 @@ def unpack_fields(data: bytes, kind: str, what: str, count: int, max_bytes: int)
         raise ProtocolError(f"message is not a {what}; expected its kind as first field")
     if type(values[1]) is not int or values[1] != VERSION:
         raise ProtocolError(f"protocol version is {shown(values[1])}; this is version {VERSION}: update the older side")
-    if len(values) != count + 2:
+    if not count <= len(values) - 2 <= count + more:
         raise ProtocolError(f"{what} has {len(values)} fields; expected {count + 2}")
     if packed != bytes(data):  # two texts of one message would have two digests
         raise ProtocolError(f"{what} is not packed in the shortest form of each field")

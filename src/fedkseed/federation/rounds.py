@@ -333,9 +333,10 @@ def count_steps(config: FederationConfig, num_examples: int | None, client: str)
     if num_examples is None:
         raise RunError(f"local_unit is epochs and client {client!r} has not said how many records it has; use steps")
     steps = config.local_steps * -(-num_examples // config.batch_size)
-    if not 1 <= steps <= MAX_STEPS:
+    most = MAX_STEPS // config.directions
+    if not 1 <= steps <= most:
         raise RunError(
-            f"{config.local_steps} epochs of client {client!r} are {steps} steps; expected 1 to {MAX_STEPS}, "
+            f"{config.local_steps} epochs of client {client!r} are {steps} steps; expected 1 to {most}, "
             "so lower --local-steps or raise --batch-size"
         )
     return steps

@@ -62,7 +62,7 @@ class Client:
             return value
 
         precision = request.coefficients.precision
-        settings = StepSettings(request.lr, request.eps, request.max_grad, request.loss_clip, precision)
+        settings = StepSettings(request.lr, request.eps, request.max_grad, request.loss_clip, precision, request.directions)
         self.model.rebuild(request.coefficients.unpack())
         steps = local_steps(self.model, request.indices, loss, settings)
         kept = np.delete(steps.losses, steps.dropped)

@@ -53,8 +53,8 @@ class TrainRequest(Request):
         digest: see `Request`; of the unpacked coefficients.
         pool: the pool of perturbations.
         coefficients: float32[K] as packed.
-        indices: the seed of each local step, in order.
-        eps, max_grad, loss_clip: see `fedkseed.kseed.steps.StepSettings`.
+        indices: the seed of each local step, in order; of several directions, as many seeds a step.
+        eps, max_grad, loss_clip, directions: see `fedkseed.kseed.steps.StepSettings`; one direction is not written out.
     """
 
     pool: SeedPool
@@ -63,11 +63,17 @@ class TrainRequest(Request):
     eps: float
     max_grad: float
     loss_clip: float | None = None
+    directions: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         digest = _checked_coefficients(self.coefficients, self.pool.size)
         check_integer("number of steps", len(self.indices), 1, MAX_STEPS)
+        check_integer("number of directions", self.directions, 1, MAX_STEPS)
+        if len(self.indices) % self.directions:
+            raise ProtocolError(
+                f"{len(self.indices)} indices came for steps of {self.directions} directions; expected whole steps"
+            )
         check_integer("largest index", max(self.indices), 0, self.pool.size - 1)
         check_integer("smallest index", min(self.indices), 0, self.pool.size - 1)
         check_eps(self.eps)
@@ -82,7 +88,7 @@ class TrainRequest(Request):
     @property
     def num_steps(self) -> int:
         """How many local steps are asked for."""
-        return len(self.indices)
+        return len(self.indices) // self.directions
 
     def encode(self) -> bytes:
         """The message's bytes."""
@@ -90,7 +96,10 @@ class TrainRequest(Request):
         indices = np.array(self.indices, INDEX).tobytes()
         numbers = [float(self.lr), float(self.eps), self.batch_size, float(self.max_grad), self.loss_clip]
         head = [self.run_id, self.server_round, self.attempt, self.client]
-        return pack_fields(REQUEST, [*head, *pool, self.base, *_flat(self.coefficients), self.digest, indices, *numbers])
+        several = [self.directions] if self.directions > 1 else []
+        return pack_fields(
+            REQUEST, [*head, *pool, self.base, *_flat(self.coefficients), self.digest, indices, *numbers, *several]
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> TrainRequest:
@@ -99,9 +108,11 @@ class TrainRequest(Request):
         Raises:
             ProtocolError: they are not a request of this version, or a field is out of its range.
         """
-        fields = unpack_fields(data, REQUEST, "request", 18, MAX_BYTES)
+        fields = unpack_fields(data, REQUEST, "request", 18, MAX_BYTES, more=1)
         run_id, server_round, attempt, client, key, size, family, base = fields[:8]
-        precision, exponent, numbers, digest, indices, lr, eps, batch_size, max_grad, loss_clip = fields[8:]
+        precision, exponent, numbers, digest, indices, lr, eps, batch_size, max_grad, loss_clip, *several = fields[8:]
+        for directions in several:
+            check_integer("number of directions", directions, 2, MAX_STEPS)
         check_integer("pool key", key, 0, 2**64 - 1)
         check_integer("pool size", size, 1, MAX_SIZE)
         check_choice("family", family, BY_CODE)
@@ -109,16 +120,16 @@ class TrainRequest(Request):
         packed = _unflat(precision, exponent, numbers)
         steps = tuple(read_array("indices", indices, INDEX).tolist())
         head = (run_id, server_round, attempt, client, base, digest)
-        return cls(*head, lr, batch_size, pool, packed, steps, eps, max_grad, loss_clip)
+        return cls(*head, lr, batch_size, pool, packed, steps, eps, max_grad, loss_clip, *several)
 
 
 @dataclass(frozen=True)
 class TrainReply(Reply):
-    """Client to server: one scalar per local step, in the order of the request's indices.
+    """Client to server: one scalar for each of the request's indices, in their order.
 
     Attributes:
         run_id, server_round, attempt, client, base, digest, num_examples, loss: see `Reply`.
-        projected_grads: one number per step, as packed; 0 where dropped.
+        projected_grads: one number per index, as packed; 0 where dropped.
         dropped: positions of dropped steps, ascending.
     """
 
@@ -128,13 +139,17 @@ class TrainReply(Reply):
     def __post_init__(self) -> None:
         super().__post_init__()
         _packed("projected_grads", self.projected_grads, 1, MAX_STEPS)
-        steps = len(self.projected_grads.numbers) // DTYPES[self.projected_grads.precision].itemsize
-        for position, following in pairwise((*self.dropped, steps)):
-            check_integer("dropped step", position, 0, steps - 1)
+        for position, following in pairwise((*self.dropped, self.num_scalars)):
+            check_integer("dropped step", position, 0, self.num_scalars - 1)
             if not position < following:
                 raise ProtocolError(
                     f"dropped step {position} is followed by {following}; expected ascending positions in the reply"
                 )
+
+    @property
+    def num_scalars(self) -> int:
+        """How many projected gradients there are."""
+        return len(self.projected_grads.numbers) // DTYPES[self.projected_grads.precision].itemsize
 
     @property
     def num_dropped(self) -> int:

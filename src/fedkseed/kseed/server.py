@@ -95,6 +95,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
                 batch_size=config.batch_size,
                 max_grad=self.config.max_grad,
                 loss_clip=config.loss_clip,
+                directions=config.directions,
             )
             for client in cohort
         }
@@ -105,7 +106,13 @@ class Server(Rounds[TrainRequest, TrainReply]):
     def _check(self, request: TrainRequest, reply: TrainReply) -> None:
         grads = reply.projected_grads.unpack()
         if len(grads) > len(request.indices):
-            raise ProtocolError(f"{len(grads)} scalars came for {len(request.indices)} steps; expected no more")
+            raise ProtocolError(f"{len(grads)} scalars came for {len(request.indices)} seeds; expected no more")
+        steps, odd = divmod(len(grads), request.directions)
+        if odd or (reply.dropped and reply.dropped[-1] >= steps):
+            raise ProtocolError(
+                f"{len(grads)} scalars came, the last dropped step is {reply.dropped[-1:]}; expected whole steps of "
+                f"{request.directions} scalars"
+            )
         if reply.projected_grads.precision != request.coefficients.precision:
             raise ProtocolError(f"scalars are {reply.projected_grads.precision}; expected {request.coefficients.precision}")
         largest, limit = float(np.abs(grads).max()), largest_grad(self.config)
@@ -113,11 +120,12 @@ class Server(Rounds[TrainRequest, TrainReply]):
             raise ProtocolError(f"a projected gradient is {largest:g}; at most {limit:g} is accepted")
         if reply.projected_grads.exponent != GRAD_EXPONENT:
             raise ProtocolError(f"the scalars' exponent is {reply.projected_grads.exponent}; expected {GRAD_EXPONENT}")
-        if np.any(grads[list(reply.dropped)] != 0):
+        if np.any(grads[~kept_scalars(request, reply)] != 0):
             raise ProtocolError("a dropped step has a projected gradient; expected 0")
 
     def _sizes(self, request: TrainRequest, reply: TrainReply) -> dict[str, float]:
-        return scalars_size(reply.projected_grads.unpack(), reply.dropped)
+        dropped = np.flatnonzero(~kept_scalars(request, reply)).tolist()
+        return scalars_size(reply.projected_grads.unpack(), dropped)
 
     @property
     def _history(self) -> History:
@@ -126,7 +134,8 @@ class Server(Rounds[TrainRequest, TrainReply]):
 
     def _draw_seeds(self, server_round: int, attempt: int, client: str, likely: NDArray[np.float64] | None) -> tuple[int, ...]:
         draw = generator(self.config.seed, server_round, attempt, client, "seeds")
-        return tuple(draw.choice(self.ledger.pool.size, self.steps[client], p=likely).tolist())
+        count = self.steps[client] * self.config.directions
+        return tuple(draw.choice(self.ledger.pool.size, count, p=likely).tolist())
 
     def _close(self, replies: Mapping[str, TrainReply], weights: Mapping[str, float]) -> None:
         """Average what the replies say of the K numbers, in the order of the clients' names, and take the optimiser's step."""
@@ -143,8 +152,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
     def _remember(self, request: TrainRequest, reply: TrainReply, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
         """Add a reply's |clipped projected gradients| to each seed's sum and count, in place."""
         grads = reply.projected_grads.unpack().astype(np.float64)
-        kept = np.ones(len(grads), bool)
-        kept[list(reply.dropped)] = False
+        kept = kept_scalars(request, reply)
         indices = np.array(request.indices[: len(grads)])[kept]
         np.add.at(sums, indices, np.minimum(np.abs(grads[kept]), self.config.importance_clip))
         np.add.at(counts, indices, 1)
@@ -154,6 +162,13 @@ def scalars_size(grads: NDArray[np.float32], dropped: Sequence[int]) -> dict[str
     """The root mean square of a reply's projected gradients, without those of dropped steps; nothing if all were."""
     kept = np.delete(grads.astype(np.float64), list(dropped))
     return {PROJECTED_GRAD_RMS: float(np.sqrt(np.mean(kept**2)))} if kept.size else {}
+
+
+def kept_scalars(request: TrainRequest, reply: TrainReply) -> NDArray[np.bool_]:
+    """Which of a reply's scalars are not of dropped steps."""
+    kept = np.ones((reply.num_scalars // request.directions, request.directions), bool)
+    kept[list(reply.dropped)] = False
+    return kept.reshape(-1)
 
 
 def gradient(request: TrainRequest, reply: TrainReply) -> NDArray[np.float64]:
