@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from fedkseed.errors import RunError
 from fedkseed.federation import FederationConfig
+from fedkseed.federation.rounds import count_steps
 
 BAD_SETTINGS: list[tuple[str, list[Any]]] = [
     ("algorithm", ["nosuch", "", None]),
@@ -17,6 +19,7 @@ BAD_SETTINGS: list[tuple[str, list[Any]]] = [
     ("lr", [0, -1e-6, math.nan, math.inf, None]),
     ("schedule", ["step"]),
     ("eps", [0, -1e-3, math.nan, math.inf]),
+    ("directions", [0, 1025, 1.5]),
     ("num_seeds", [0, 65537]),
     ("noise", ["uniform"]),
     ("weighting", ["size"]),
@@ -66,3 +69,16 @@ def test_the_largest_gradient_fits_every_precision_of_the_wire() -> None:
 def test_configs_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValueError, match="momentum"):
         FederationConfig(lr=1, momentum=0.9)  # type: ignore[call-arg]
+
+
+def test_what_a_step_costs_and_how_many_seeds_a_request_holds() -> None:
+    costs = {("fedkseed", 1): 2, ("fedkseed", 8): 9, ("fedkseed-pro", 2): 3, ("fedkseed-grad", 1): 3, ("fedavg", 1): 3}
+    for (algorithm, directions), passes in costs.items():
+        assert FederationConfig(lr=0.1, algorithm=algorithm, directions=directions).passes_per_step == passes
+    assert FederationConfig(lr=0.1, local_steps=65535 // 8, directions=8).directions == 8
+    with pytest.raises(ValidationError, match="--local-steps 8192 of --directions 8 are 65536 seeds; a request holds 65535"):
+        FederationConfig(lr=0.1, local_steps=8192, directions=8)
+    epochs = FederationConfig(lr=0.1, local_steps=1, local_unit="epochs", directions=8)
+    assert count_steps(epochs, 8191, "a") == 8191
+    with pytest.raises(RunError, match="1 epochs of client 'a' are 8192 steps; expected 1 to 8191"):
+        count_steps(epochs, 8192, "a")

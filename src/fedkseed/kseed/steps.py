@@ -151,7 +151,8 @@ def largest_grad(settings: FederationConfig) -> float:
     """
     if settings.loss_clip is None:
         return settings.max_grad
-    return min(settings.max_grad, settings.loss_clip / (2 * float(np.float32(settings.eps))) * (1 + 2.0**-10))
+    apart = float(np.float32(settings.eps)) * (1 if settings.directions > 1 else 2)
+    return min(settings.max_grad, settings.loss_clip / apart * (1 + 2.0**-10))
 
 
 def _clipped(difference: float, loss_clip: float | None) -> bool:
