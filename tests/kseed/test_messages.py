@@ -464,7 +464,7 @@ def test_float32_overflow_behind_the_scale_is_refused() -> None:
 DIRECT: list[tuple[Callable[[], Message], str]] = [
     (lambda: replace(request(), digest=bytes(32)), "digest"),
     (lambda: replace(request(), indices=()), "steps"),
-    (lambda: replace(request(), eps=1e50), "eps is 1e+50; expected a number from 1e-37 to 1e+37"),
+    (lambda: replace(request(), eps=1e50), r"eps is 1e\+50; expected a number from 1e-37 to 1e\+37"),
     (lambda: replace(request(), indices=(0, 5)), "index"),
     (lambda: replace(request(), indices=(0, -1)), "index"),
     (lambda: replace(request(), pool=SeedPool(1, 6)), "coefficients"),
