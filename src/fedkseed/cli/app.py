@@ -124,13 +124,15 @@ def evaluate(
 
 @app.command(rich_help_panel=USE)
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)], which: Round = None
+    runs: Annotated[list[Path], typer.Argument(help="A run's folder, or several.", metavar="RUN...", show_default=False)],
+    which: Round = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write into (default: RUN/report, of the first run).")] = None,
 ) -> None:
-    """Write a run's report: one page and its charts."""
+    """Write a run's report: one page and its charts. Of several runs it is one page with their curves over one another."""
     with interruptible("the run is as it was"):
         from fedkseed.cli.report import report_command
 
-        report_command(run, which)
+        report_command(runs, which, output)
 
 
 @app.command(rich_help_panel=USE)

@@ -18,6 +18,7 @@ from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.report import report
+from fedkseed.runs.answers import answer_to, keep_answers
 from fedkseed.runs.folder import RunFolder, new_folder
 from fedkseed.runs.learner import Learner, load_learner
 from fedkseed.runs.observer import Observer
@@ -61,6 +62,8 @@ def _carry_out(folder: Path, seed: int) -> None:
         simulation.restore()
         after = _answers(simulation, learner, records, observer)
     seconds = time.perf_counter() - begin
+    told = [answer_to(record, *pair) for record, *pair in zip(records, before, after, strict=True)]
+    keep_answers(folder, simulation.server.checkpoint, told)
     page = report(folder)
     _show(simulation, kept.ledger_path, records, before, after)
     say()

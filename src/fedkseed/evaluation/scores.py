@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fedkseed.data import EncodedExample, Example
@@ -48,10 +48,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class AllScores:
-    """The scores of a set, and those of each category in it (none where there is but one)."""
+    """The scores of a set, those of each category in it (none where there is but one), and answers by position."""
 
     overall: Scores
     categories: dict[str, Scores]
+    answers: dict[int, str] = field(default_factory=dict)
 
 
 def score(
@@ -103,9 +104,8 @@ def score(
     )
     answers = dict(zip(answered, texts, strict=True))
     scores = {name: _scores(losses[name], places, answers, records) for name, places in groups.items()}
-    return AllScores(
-        _scores(_sum(list(losses.values())), range(len(records)), answers, records), scores if len(scores) > 1 else {}
-    )
+    overall = _scores(_sum(list(losses.values())), range(len(records)), answers, records)
+    return AllScores(overall, scores if len(scores) > 1 else {}, answers)
 
 
 def _groups(records: Sequence[Example]) -> dict[str, list[int]]:

@@ -1,27 +1,31 @@
-"""`fedkseed report`: a run's folder as one page and its pictures."""
+"""`fedkseed report`: a run's folder, or several of them, as one page and its pictures."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fedkseed.errors import RunError
+from fedkseed.errors import ConfigError, RunError
 from fedkseed.files import write_atomically
+from fedkseed.report import several
+from fedkseed.report.chart import Chart
 from fedkseed.report.charts import CHARTS, charts
-from fedkseed.report.drawing import render
+from fedkseed.report.drawing import LINES, Picture, render
 from fedkseed.report.page import page
 from fedkseed.report.reading import read
 
-__all__ = ["report"]
+__all__ = ["report", "report_several"]
 
-FOLDER, PAGE = "report", "index.html"
+FOLDER, PAGE, COMPARED = "report", "index.html", "compared.html"
 
 
-def report(run: Path, which: str | int | None = None) -> Path:
-    """Write RUN/report/index.html and its charts as PNG files beside it; an older report is replaced.
+def report(run: Path, which: str | int | None = None, folder: Path | None = None) -> Path:
+    """Write index.html and its charts as PNG files beside it; an older report is replaced.
 
     The run may be going on, be a single round, or have diverged; its own files are only read.
 
     Args:
         run: a run's folder.
         which: as it was after a round, or after the "best" one; None for as it is.
+        folder: where to write; None: RUN/report.
 
     Returns:
         The page's path.
@@ -32,20 +36,64 @@ def report(run: Path, which: str | int | None = None) -> Path:
         ConfigError: the run's settings are not valid (any more).
         LedgerError: the run's ledger is damaged or of another version.
     """
-    record = read(run, which)
+    record, where = read(run, which), _made(folder or run / FOLDER)
     shown = charts(record)
-    pictures = {chart.name: render(chart.name, chart.title, chart.draw) for chart in shown if chart.draw is not None}
+    pictures = _drawn(shown)
     content = page(run, record, shown, {name: picture.svg for name, picture in pictures.items()})
-    folder = run / FOLDER
+    return _written(where, PAGE, content, pictures, CHARTS)
+
+
+def report_several(runs: Sequence[Path], folder: Path | None = None) -> Path:
+    """Write compared.html, with the curves of several runs over one another, and its charts as PNG files beside it.
+
+    Args:
+        runs: their folders, two or more.
+        folder: where to write; None: the report's folder of the first run.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ConfigError: a run is named twice, or there are more than can be told apart.
+        FedKSeedError: see `report`.
+    """
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ConfigError("a run is named twice; name each once")
+    if len(runs) > len(LINES):
+        raise ConfigError(f"{len(runs)} runs; the lines of more than {len(LINES)} cannot be told apart")
+    records = {name: read(run) for name, run in zip(several.names_of(runs), runs, strict=True)}
+    where = _made(folder or runs[0] / FOLDER)
+    shown = several.charts_of(records)
+    pictures = _drawn(shown)
+    content = several.page(records, shown, {name: picture.svg for name, picture in pictures.items()})
+    return _written(where, COMPARED, content, pictures, several.CHARTS)
+
+
+def _drawn(shown: Sequence[Chart]) -> dict[str, Picture]:
+    return {chart.name: render(chart.name, chart.title, chart.draw) for chart in shown if chart.draw is not None}
+
+
+def _made(folder: Path) -> Path:
+    """The folder to write into, before anything is drawn, which takes seconds."""
     try:
-        folder.mkdir(exist_ok=True)
-        for name in CHARTS.keys() - pictures.keys():
-            (folder / f"{name}.png").unlink(missing_ok=True)
-        for name, picture in pictures.items():
-            write_atomically(folder / f"{name}.png", picture.png)
-        write_atomically(folder / PAGE, content.encode())
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(
-            f"{folder}: cannot write the report ({error.strerror}); make room there, or copy the run to a folder of yours"
-        ) from error
-    return folder / PAGE
+        raise _cannot_write(folder, error) from error
+    return folder
+
+
+def _cannot_write(folder: Path, error: OSError) -> RunError:
+    return RunError(f"{folder}: cannot write the report ({error.strerror}); make room there, or give another --output")
+
+
+def _written(folder: Path, name: str, content: str, pictures: dict[str, Picture], every: Iterable[str]) -> Path:
+    """The page's path; pictures of an older report that there are no more are taken away."""
+    try:
+        for chart in set(every) - pictures.keys():
+            (folder / f"{chart}.png").unlink(missing_ok=True)
+        for chart, picture in pictures.items():
+            write_atomically(folder / f"{chart}.png", picture.png)
+        write_atomically(folder / name, content.encode())
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return folder / name

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.report import drawing, units
-from fedkseed.report.drawing import Draw
+from fedkseed.report.chart import Chart, absent
+from fedkseed.report.course import distance, loss_by_bytes, loss_by_time, lost, sent
 from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import (
     ACTIVITIES,
@@ -22,39 +22,16 @@ from fedkseed.report.summary import (
 )
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A picture to be drawn.
-
-    Attributes:
-        name: of the PNG, and in the page's anchors.
-        title: what is shown.
-        alt: what is seen, for who does not see it.
-        caption: what to look for, in a sentence.
-        draw: None if there is nothing to draw yet; the caption then says why.
-    """
-
-    name: str
-    title: str
-    alt: str
-    caption: str
-    draw: Draw | None
-
-
 def charts(record: RunRecord) -> list[Chart]:
     """All charts of a run, in the order of the page."""
     made = [make(record) for make in CHARTS.values()]
     return [chart for chart in made if chart is not None]
 
 
-def _absent(name: str, title: str, why: str) -> Chart:
-    return Chart(name, title, "", why, None)
-
-
 def _held_out_loss(record: RunRecord) -> Chart:
     name, title = "held_out_loss", "Held-out loss by round"
     if not record.evaluations:
-        return _absent(name, title, "The held-out records have not been evaluated yet.")
+        return absent(name, title, "The held-out records have not been evaluated yet.")
     shown = [e for e in record.evaluations if is_finite(e.loss)]
     diverged = [e.server_round for e in record.evaluations if not is_finite(e.loss)]
     draw = drawing.held_out_loss([e.server_round for e in shown], [e.loss for e in shown], diverged)
@@ -77,7 +54,7 @@ def _training_loss(record: RunRecord) -> Chart:
     rounds = [r for r in record.rounds if r.train_loss is not None]
     if not rounds:
         why = "No client has reported a training loss: every step was dropped." if record.rounds else "No round is done yet."
-        return _absent(name, title, why)
+        return absent(name, title, why)
     shown = [(r, r.train_loss) for r in rounds if r.train_loss is not None and is_finite(r.train_loss)]
     diverged = [r.server_round for r in rounds if r.train_loss is not None and not is_finite(r.train_loss)]
     draw = drawing.training_loss(
@@ -97,7 +74,7 @@ def _bytes(record: RunRecord) -> Chart:
     name, title = "bytes", "Bytes per client by round"
     moved = traffic(record.rounds)
     if moved is None:
-        return _absent(name, title, "Nothing has been sent yet.")
+        return absent(name, title, "Nothing has been sent yet.")
     references = {f"the paper's {PAPER_BYTES:,} B": float(PAPER_BYTES)}
     if record.weight_bytes:
         references[f"float weights both ways, {units.size(2 * record.weight_bytes)}"] = 2.0 * record.weight_bytes
@@ -119,10 +96,10 @@ def _seed_use(record: RunRecord) -> Chart | None:
         return None
     history = record.ledger.history if record.ledger else None
     if history is None:
-        return _absent(name, title, "There is no ledger that remembers its steps yet.")
+        return absent(name, title, "There is no ledger that remembers its steps yet.")
     counts = history.grad_counts
     if not counts.any():
-        return _absent(name, title, "The ledger holds no step: none was taken, or all were dropped.")
+        return absent(name, title, "The ledger holds no step: none was taken, or all were dropped.")
     unused = int((counts == 0).sum())
     alt = (
         f"Histogram: {units.counted(int(counts.sum()), 'step')} over {units.counted(counts.size, 'seed')}, "
@@ -143,7 +120,7 @@ def _seed_probabilities(record: RunRecord) -> Chart | None:
         return None
     history = record.ledger.history if record.ledger else None
     if history is None or not history.grad_counts.any():
-        return _absent(name, title, "All seeds are equally likely until steps have been taken.")
+        return absent(name, title, "All seeds are equally likely until steps have been taken.")
     share = seed_probabilities(record.config, history.grad_sums, history.grad_counts)
     ratios = share * share.size
     alt = (
@@ -160,7 +137,7 @@ def _participation(record: RunRecord) -> Chart:
     name, title = "participation", "Participation of the clients"
     seen = participation(record.rounds)
     if not seen:
-        return _absent(name, title, "No client has been asked yet.")
+        return absent(name, title, "No client has been asked yet.")
     never = max(0, (record.num_clients or 0) - len(seen))
     rest = [0] * never
     draw = drawing.participation(
@@ -180,11 +157,11 @@ def _coefficients(record: RunRecord) -> Chart | None:
     if not record.config.facts.has_ledger:
         return None
     if record.ledger is None:
-        return _absent(name, title, "There is no ledger yet.")
+        return absent(name, title, "There is no ledger yet.")
     values = record.ledger.coefficients.astype(np.float64)
     moved = values[(values != 0) & np.isfinite(values)]
     if not moved.size:
-        return _absent(name, title, "All coefficients are zero: the model is the base model.")
+        return absent(name, title, "All coefficients are zero: the model is the base model.")
     alt = (
         f"Histogram of the {moved.size:,} of {values.size:,} coefficients that are not zero: from {moved.min():.3g} "
         f"to {moved.max():.3g}, standard deviation {moved.std():.3g}."
@@ -199,7 +176,7 @@ def _time(record: RunRecord) -> Chart:
     name, title = "time", "Where the time went"
     table = seconds_by_round(record)
     if not any(sum(row.values()) for row in table.values()):
-        return _absent(name, title, "No time has been noted yet.")
+        return absent(name, title, "No time has been noted yet.")
     split = {activity: [row[activity] for row in table.values()] for activity in ACTIVITIES}
     total = sum(map(sum, split.values()))
     shares = ", ".join(f"{activity} {sum(values) / total:.0%}" for activity, values in split.items())
@@ -215,7 +192,12 @@ def _time(record: RunRecord) -> Chart:
 CHARTS: dict[str, Callable[[RunRecord], Chart | None]] = {
     "held_out_loss": _held_out_loss,
     "training_loss": _training_loss,
+    "loss_by_bytes": loss_by_bytes,
+    "loss_by_time": loss_by_time,
+    "sent": sent,
+    "distance": distance,
     "bytes": _bytes,
+    "lost": lost,
     "participation": _participation,
     "seed_use": _seed_use,
     "seed_probabilities": _seed_probabilities,

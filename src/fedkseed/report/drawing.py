@@ -83,6 +83,11 @@ DARK = Palette(
 # colours that stand for the names of CSS variables until the SVG is written
 _STAND_INS = Palette(**{field.name: f"#0dc5{i:02x}" for i, field in enumerate(fields(Palette))})
 
+LINES = tuple((role, style) for style in ("-", "--", ":") for role in ("blue", "orange", "green", "purple", "grey"))
+"""Colour and style of lines over one another; more cannot be told apart."""
+DECADES = 30.0
+"""Numbers that span more than this factor are drawn on a logarithmic axis."""
+
 Draw = Callable[[FigureBase, Palette], None]
 
 
@@ -381,28 +386,54 @@ def time_split(rounds: Sequence[int], seconds: Mapping[str, Sequence[float]]) ->
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line of losses."""
+    """A named line."""
 
     name: str
     x: Sequence[float]
-    loss: Sequence[float]
+    y: Sequence[float]
 
 
-def curves(shown: Sequence[Curve], label: str, logarithmic: bool) -> Draw:
-    """Held-out losses of several methods against what they spent; on a logarithmic axis what cost nothing is left out."""
+def curves(
+    shown: Sequence[Curve],
+    label: str,
+    logarithmic: bool,
+    y: str = "held-out loss",
+    unit: Callable[[float], str] | None = None,
+    wide: bool = False,
+) -> Draw:
+    """Lines over one another, such as losses of several methods against what they spent.
+
+    Args:
+        shown: the lines, in the order of `LINES`.
+        label: of what is to the right.
+        logarithmic: whether that is on a logarithmic axis, on which what cost nothing is left out.
+        y: what is upwards.
+        unit: how a number to the right is written; None for as it is.
+        wide: whether what is upwards may span decades, and is on a logarithmic axis where it does.
+    """
 
     def draw(figure: FigureBase, palette: Palette) -> None:
-        axes = _axes(figure, label, "held-out loss")
-        colours = (palette.blue, palette.orange, palette.green, palette.purple, palette.grey)
+        axes = _axes(figure, label, y)
         for i, curve in enumerate(shown):
-            style = ("-", "--", ":")[i // len(colours) % 3]
-            points = [(x, loss) for x, loss in zip(curve.x, curve.loss, strict=True) if x > 0 or not logarithmic]
-            axes.plot(*zip(*points, strict=True), style, color=colours[i % len(colours)], label=curve.name)
+            points = [(x, value) for x, value in zip(curve.x, curve.y, strict=True) if x > 0 or not logarithmic]
+            role, style = LINES[i % len(LINES)]
+            if points:
+                look = {"color": getattr(palette, role), "marker": _markers(len(points))}
+                axes.plot(*zip(*points, strict=True), style, label=curve.name, **look)
+        values = [value for curve in shown for value in curve.y if value > 0]
+        if wide and values and max(values) > DECADES * min(values):
+            axes.set_yscale("log")
+        elif wide:
+            axes.set_ylim(0, 1.08 * max(values, default=1.0))
         if logarithmic:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        _legend(figure, 3)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=unit is None))
+        if unit is not None:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
+        if len(shown) > 1:
+            _legend(figure, 3)
 
     return draw

@@ -2,70 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from fedkseed.report import units
-from fedkseed.report.charts import Chart
-from fedkseed.report.drawing import DARK, LIGHT, css_variables
+from fedkseed.report.chart import Chart
+from fedkseed.report.markup import Html, Text, card, details, document, figures, quiet, table, tag
 from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.settings import RunConfig
-from fedkseed.text import visible
 
+ANSWERS_SHOWN = 5
+LONGEST_ANSWER = 600
+"""Characters of a text of an answer; the rest is cut."""
 MAX_ROWS = 200
 """Rows of a table of clients or reasons; the rest is counted."""
 
 NAMES_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Html:
-    """Text that is HTML already; everything else is escaped on its way into the page."""
-
-    text: str
-
-
-Text = str | Html
-
-
-def _html(text: Text) -> str:
-    return text.text if isinstance(text, Html) else escape(visible(text))
-
-
-def _tag(name: str, content: Text | Iterable[Text], **attributes: str) -> Html:
-    parts = [content] if isinstance(content, (str, Html)) else content
-    opening = "".join(f' {key.strip("_").replace("_", "-")}="{escape(visible(value))}"' for key, value in attributes.items())
-    return Html(f"<{name}{opening}>{''.join(map(_html, parts))}</{name}>")
-
-
-def _quiet(text: str) -> Html:
-    return _tag("span", text, class_="quiet")
-
-
 def page(path: Path, record: RunRecord, charts: Sequence[Chart], pictures: Mapping[str, str]) -> str:
     """The whole page; `pictures` are the charts' SVG by name."""
     name = path.resolve().name
     body = [
-        _tag("header", [_tag("h1", f"Federated run {name}"), *_status(record), _tag("dl", _cards(record), class_="cards")]),
-        _tag("main", [*_charts(charts, pictures), *_tables(record), *_ledger(record), *_settings(record.config)]),
-        _tag("footer", _tag("p", "Made by fedkseed report. The charts lie beside this page as PNG files.")),
+        tag("header", [tag("h1", f"Federated run {name}"), *_status(record), tag("dl", _cards(record), class_="cards")]),
+        tag(
+            "main",
+            [
+                *figures(charts, pictures),
+                *_answers(record),
+                *_tables(record),
+                *_ledger(record),
+                *_settings(record.config),
+            ],
+        ),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fedkseed report: {escape(visible(name))}</title><style>\n{_style()}</style>"
-    )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{chr(10).join(map(_html, body))}\n</body></html>\n'
-
-
-def _style() -> str:
-    light = f":root {{ --page: #f4f6f9; {css_variables(LIGHT)} }}\n"
-    dark = f"@media screen and (prefers-color-scheme: dark) {{ :root {{ --page: #0e1218; {css_variables(DARK)} }} }}\n"
-    return light + dark + files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    return document(name, body)
 
 
 def _status(record: RunRecord) -> list[Html]:
@@ -75,18 +49,18 @@ def _status(record: RunRecord) -> list[Html]:
         f"{config.algorithm} on {config.model}: {_clients_of(record)}, "
         f"{seeds}{units.counted(config.local_steps, 'step')} per client and round."
     )
-    lines = [_tag("p", about, class_="quiet")]
+    lines = [tag("p", about, class_="quiet")]
     if record.finished:
         done = f"all {config.num_rounds} rounds are" if config.num_rounds > 1 else "the only round is"
-        lines.append(_tag("p", f"Finished: {done} done.", class_="status"))
+        lines.append(tag("p", f"Finished: {done} done.", class_="status"))
     else:
         text = f"Round {record.rounds_done} of {config.num_rounds}, still going or stopped: this is what is there so far."
-        lines.append(_tag("p", text, class_="status open"))
+        lines.append(tag("p", text, class_="status open"))
     if record.diverged_at is not None:
         text = f"Diverged: a loss is not a finite number, first in round {record.diverged_at}. Start anew with a lower"
-        lines.append(_tag("p", [_tag("span", [text, " ", _tag("code", "--lr"), "."])], class_="status bad"))
+        lines.append(tag("p", [tag("span", [text, " ", tag("code", "--lr"), "."])], class_="status bad"))
     if record.damage is not None:
-        lines.append(_tag("p", f"{record.damage}; it is left out.", class_="status bad"))
+        lines.append(tag("p", f"{record.damage}; it is left out.", class_="status bad"))
     return lines
 
 
@@ -94,21 +68,16 @@ def _clients_of(record: RunRecord) -> str:
     return units.counted(record.num_clients, "client") if record.num_clients else "clients that are not known"
 
 
-def _card(name: str, figure: str, *details: str) -> Html:
-    lines = [_tag("dd", detail, class_="quiet") for detail in details if detail]
-    return _tag("div", [_tag("dt", name), _tag("dd", figure, class_="figure"), *lines], class_="card")
-
-
 def _cards(record: RunRecord) -> list[Html]:
     cards = [_loss_card(record)]
     before, after = before_and_after(record)
     if after and after.rouge_l is not None:
         start = f"{before.rouge_l:.3f} → " if before and before.rouge_l is not None else ""
-        cards.append(_card("Rouge-L on held-out records", f"{start}{after.rouge_l:.3f}", f"after round {after.server_round}"))
+        cards.append(card("Rouge-L on held-out records", f"{start}{after.rouge_l:.3f}", f"after round {after.server_round}"))
     seconds = sum(r.seconds for r in record.rounds) + sum(e.seconds for e in record.evaluations)
     dropped = sum(r.dropped_steps for r in record.rounds)
     cards.append(
-        _card(
+        card(
             "Rounds done",
             f"{record.rounds_done} of {record.config.num_rounds}",
             f"in {units.duration(seconds)}, evaluation included" if seconds else "",
@@ -117,9 +86,9 @@ def _cards(record: RunRecord) -> list[Html]:
     )
     moved = traffic(record.rounds)
     if moved is None:
-        return [*cards, _card("Bytes per client and round", units.NONE, "nothing has been sent yet")]
+        return [*cards, card("Bytes per client and round", units.NONE, "nothing has been sent yet")]
     cards.append(
-        _card(
+        card(
             "Bytes per client and round",
             f"{units.exact(moved.both)} B",
             f"{units.exact(moved.down)} B down, {units.exact(moved.up)} B up",
@@ -128,7 +97,7 @@ def _cards(record: RunRecord) -> list[Html]:
     )
     weights = record.weight_bytes
     cards.append(
-        _card(
+        card(
             "Bytes in total",
             units.size(moved.total),
             f"{units.exact(moved.total_down)} B down, {units.exact(moved.total_up)} B up, all clients and rounds",
@@ -149,41 +118,41 @@ def _loss_card(record: RunRecord) -> Html:
     name = "Held-out loss (nats per token)"
     before, after = before_and_after(record)
     if before is None and after is None:
-        return _card(name, units.NONE, "not evaluated yet")
+        return card(name, units.NONE, "not evaluated yet")
     if after is None:
-        return _card(name, units.loss(before.loss if before else None), "base model; no round has been evaluated since")
+        return card(name, units.loss(before.loss if before else None), "base model; no round has been evaluated since")
     if not is_finite(after.loss):
         start = f"it was {units.loss(before.loss)} before" if before else ""
-        return _card(name, "diverged", f"{units.loss(after.loss)} after round {after.server_round}", start)
+        return card(name, "diverged", f"{units.loss(after.loss)} after round {after.server_round}", start)
     if before is None:
-        return _card(name, units.loss(after.loss), f"after round {after.server_round}; the base model was not evaluated")
+        return card(name, units.loss(after.loss), f"after round {after.server_round}; the base model was not evaluated")
     percent = change(before.loss, after.loss)
     records = f", on {units.counted(after.num_examples, 'record')}" if after.num_examples else ""
     moved = f"{units.percent(percent)} after" if percent is not None else "after"
-    return _card(name, f"{units.loss(before.loss)} → {units.loss(after.loss)}", f"{moved} round {after.server_round}{records}")
+    return card(name, f"{units.loss(before.loss)} → {units.loss(after.loss)}", f"{moved} round {after.server_round}{records}")
 
 
-def _charts(charts: Sequence[Chart], pictures: Mapping[str, str]) -> list[Html]:
-    figures = []
-    for chart in charts:
-        if chart.name in pictures:
-            label = f'<svg role="img" aria-label="{escape(visible(chart.alt))}"'
-            content = [Html(pictures[chart.name].replace("<svg", label, 1)), _tag("figcaption", chart.caption)]
-        else:
-            content = [_tag("p", chart.caption, class_="empty")]
-        figures.append(_tag("figure", [_tag("h3", chart.title), *content], id=chart.name.replace("_", "-")))
-    return [_tag("h2", "Charts"), _tag("div", figures, class_="charts")]
+def _answers(record: RunRecord) -> list[Html]:
+    """A few records with what the base model and the tuned one answer, where `fedkseed evaluate --answers` was asked."""
+    shown = record.answers[:ANSWERS_SHOWN]
+    if not shown:
+        return []
+    panels = []
+    for answer in shown:
+        texts = {"asked": answer.asked, "wanted": answer.wanted, "before": answer.before, "after": answer.after}
+        parts = [part for name, text in texts.items() for part in (tag("dt", name), tag("dd", _told(text)))]
+        panels.append(tag("dl", parts, class_="panel answer"))
+    text = f"The first {units.counted(len(shown), 'held-out record')} of those that were answered, greedily; not the best."
+    return [tag("h2", "Answers before and after"), tag("p", text, class_="quiet"), tag("div", panels, class_="answers")]
 
 
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[Text]], numeric: int, kind: str = "") -> Html:
-    """A table whose first column names the row; columns from `numeric` on are numbers."""
-    head = [_tag("th", text, scope="col", **({"class_": "num"} if i >= numeric else {})) for i, text in enumerate(header)]
-    lines = []
-    for first, *rest in rows:
-        cells = [_tag("td", cell, **({"class_": "num"} if i >= numeric else {})) for i, cell in enumerate(rest, start=1)]
-        lines.append(_tag("tr", [_tag("th", first, scope="row"), *cells]))
-    parts = [_tag("caption", caption), _tag("thead", _tag("tr", head)), _tag("tbody", lines)]
-    return _tag("table", parts, **({"class_": kind} if kind else {}))
+def _told(text: str) -> Html:
+    """A text with its lines, each made visible."""
+    cut = text.strip()[:LONGEST_ANSWER] + ("\N{HORIZONTAL ELLIPSIS}" if len(text.strip()) > LONGEST_ANSWER else "")
+    lines: list[Text] = []
+    for line in cut.split("\n"):
+        lines += [Html("<br>")] * bool(lines) + [line]
+    return tag("span", lines) if cut else quiet("nothing")
 
 
 def _tables(record: RunRecord) -> list[Html]:
@@ -192,10 +161,10 @@ def _tables(record: RunRecord) -> list[Html]:
     panels = []
     moved = traffic(record.rounds)
     if moved is not None:
-        panels.append(_tag("div", _bytes_table(record, moved), class_="panel"))
+        panels.append(tag("div", _bytes_table(record, moved), class_="panel"))
     return [
-        _tag("h2", "Numbers"),
-        _tag("div", [*panels, _rounds(record), _clients(record), *_refusals(record)], class_="stack"),
+        tag("h2", "Numbers"),
+        tag("div", [*panels, _rounds(record), _clients(record), *_refusals(record)], class_="stack"),
     ]
 
 
@@ -221,15 +190,11 @@ def _bytes_table(record: RunRecord, moved: Traffic) -> Html:
         caption += " Attempts at a round that were repeated for want of replies are not counted."
     if not record.weight_bytes:
         caption += " The run did not note the size of its weights, so that the row for sending them is missing."
-    return _table(caption, header, rows, 1, "facts")
+    return table(caption, header, rows, 1, "facts")
 
 
 def _amount(num_bytes: float | None) -> str:
     return "" if num_bytes is None else units.amount(num_bytes)
-
-
-def _details(summary: str, content: Html) -> Html:
-    return _tag("details", [_tag("summary", summary), content], class_="panel long")
 
 
 def _rounds(record: RunRecord) -> Html:
@@ -243,20 +208,20 @@ def _rounds(record: RunRecord) -> Html:
             continue
         r, own = rounds[n], rounds[n].finite_losses()
         spread = f"{min(own):.2f} to {max(own):.2f}" if own else ""
-        notes = [_quiet(f"{len(r.client_losses)} of {r.num_asked} replies")] if len(r.client_losses) < r.num_asked else []
+        notes = [quiet(f"{len(r.client_losses)} of {r.num_asked} replies")] if len(r.client_losses) < r.num_asked else []
         if r.dropped_steps:
-            notes.append(_quiet(f"{units.counted(r.dropped_steps, 'step')} dropped"))
+            notes.append(quiet(f"{units.counted(r.dropped_steps, 'step')} dropped"))
         rows.append(
             [
                 str(n),
                 loss,
-                Html(escape(units.loss(r.train_loss)) + _quiet(spread).text),
+                Html(escape(units.loss(r.train_loss)) + quiet(spread).text),
                 Html(f"{units.exact(r.bytes_down)} / {units.exact(r.bytes_up)}" + "".join(note.text for note in notes)),
                 units.duration(r.seconds + (held_out[n].seconds if n in held_out else 0)),
             ]
         )
     caption = "Losses in nats per token, with the spread over the clients; bytes down / up, mean per client."
-    return _details("Every round", _table(caption, ["round", "held-out", "training", "bytes", "time"], rows, 1))
+    return details("Every round", table(caption, ["round", "held-out", "training", "bytes", "time"], rows, 1))
 
 
 def _clients(record: RunRecord) -> Html:
@@ -265,15 +230,13 @@ def _clients(record: RunRecord) -> Html:
     caption = f"{len(seen):,} of {_clients_of(record)} have been asked; rounds of each."
     if len(seen) > MAX_ROWS:
         caption += f" The {MAX_ROWS} most often asked are shown."
-    return _details("Every client", _table(caption, ["client", "accepted", "refused", "no reply"], rows, 1))
+    return details("Every client", table(caption, ["client", "accepted", "refused", "no reply"], rows, 1))
 
 
 def _refusals(record: RunRecord) -> list[Html]:
     reasons = refusals(record.rounds)
     if not reasons:
-        return [
-            _tag("div", _tag("p", "Every client that was asked sent a reply, and every reply was accepted."), class_="panel")
-        ]
+        return [tag("div", tag("p", "Every client that was asked sent a reply, and every reply was accepted."), class_="panel")]
     rows: list[list[Text]] = []
     for reason, names in reasons[:MAX_ROWS]:
         distinct = sorted(set(names))
@@ -282,21 +245,21 @@ def _refusals(record: RunRecord) -> list[Html]:
     caption = "Replies that were refused or did not come; the rounds went on without them."
     if len(reasons) > MAX_ROWS:
         caption += f" The {MAX_ROWS} most frequent of {len(reasons):,} reasons are shown."
-    return [_tag("div", _table(caption, ["reason", "clients", "times"], rows, 2), class_="panel")]
+    return [tag("div", table(caption, ["reason", "clients", "times"], rows, 2), class_="panel")]
 
 
 def _ledger(record: RunRecord) -> list[Html]:
     ledger = record.ledger
     if not record.config.facts.has_ledger:
         text = f"A run of {record.config.algorithm} has no ledger: its tuned model is the tensors in {TENSORS}."
-        return [_tag("h2", "Tensors"), _tag("div", _tag("p", text), class_="panel")]
+        return [tag("h2", "Tensors"), tag("div", tag("p", text), class_="panel")]
     if ledger is None:
         text = "There is no ledger yet: it is written when the first round is done."
-        return [_tag("h2", "Ledger"), _tag("div", _tag("p", text), class_="panel")]
+        return [tag("h2", "Ledger"), tag("div", tag("p", text), class_="panel")]
     published = len(ledger.published().encode())
     used = int((ledger.coefficients != 0).sum())
     rows: list[list[Text]] = [
-        ["digest (SHA-256)", _tag("code", ledger.digest())],
+        ["digest (SHA-256)", tag("code", ledger.digest())],
         ["rounds in it", f"{ledger.round:,}"],
         ["size", f"{record.ledger_size:,} B as a checkpoint, {published:,} B to publish"],
         [
@@ -304,14 +267,14 @@ def _ledger(record: RunRecord) -> list[Html]:
             Html(f"K = {ledger.pool.size:,}, {escape(ledger.pool.family)}, key <code>{ledger.pool.key:#018x}</code>"),
         ],
         ["coefficients", f"{used:,} of {ledger.pool.size:,} not zero, {ledger.precision}"],
-        ["base model", _tag("code", ledger.base.fingerprint)],
+        ["base model", tag("code", ledger.base.fingerprint)],
     ]
     if ledger.pages:
         rows.insert(4, ["pages", f"{len(ledger.pages)}, of {ledger.pages[-1].basis} numbers; the last one is shown"])
     if ledger.history is not None:
         rows.insert(2, ["steps in it", f"{int(ledger.history.grad_counts.sum()):,}"])
     caption = "The tuned model is these coefficients over the base model; equal digests are equal ledgers."
-    return [_tag("h2", "Ledger"), _tag("div", _table(caption, ["what", "value"], rows, 9, "facts"), class_="panel")]
+    return [tag("h2", "Ledger"), tag("div", table(caption, ["what", "value"], rows, 9, "facts"), class_="panel")]
 
 
 def _settings(config: RunConfig) -> list[Html]:
@@ -320,10 +283,10 @@ def _settings(config: RunConfig) -> list[Html]:
         if not config.facts.takes(name):
             continue
         value = getattr(config, name)
-        label = Html(_tag("code", name).text + _quiet(field.description or "").text)
-        rows.append([label, _tag("code", str(value)) if value is not None else _quiet("not set")])
+        label = Html(tag("code", name).text + quiet(field.description or "").text)
+        rows.append([label, tag("code", str(value)) if value is not None else quiet("not set")])
     caption = "The resolved configuration: every setting, defaults included."
     return [
-        _tag("h2", "Settings"),
-        _tag("div", _table(caption, ["setting", "value"], rows, 9, "settings"), class_="panel long"),
+        tag("h2", "Settings"),
+        tag("div", table(caption, ["setting", "value"], rows, 9, "settings"), class_="panel long"),
     ]

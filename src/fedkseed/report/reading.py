@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.answers import Answer, kept_answers, of_ledger_or_round
 from fedkseed.runs.folder import METRICS, RunFolder
 from fedkseed.runs.settings import RunConfig
 
@@ -29,7 +30,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Round:
-    """One closed round; bytes are means per client, seconds include the clients' work, steps are of the whole cohort."""
+    """One closed round.
+
+    Bytes are means per client, seconds include the clients' work, steps are of the whole cohort. The last three are as
+    `metrics.jsonl` has them (docs/federation.md); None in runs of before, and of algorithms that have none.
+    """
 
     server_round: int
     train_loss: float | None
@@ -43,6 +48,9 @@ class Round:
     seconds_by: Mapping[str, float]
     num_steps: int | None
     peak_bytes: int | None
+    projected_grad_rms: float | None = None
+    change_norm: float | None = None
+    moved_rms: float | None = None
 
     @property
     def num_asked(self) -> int:
@@ -74,6 +82,7 @@ class RunRecord:
         ledger: None before the first round is done.
         weight_bytes: size of all float weights in the run's precision; None if the run did not note it.
         damage: what of its events cannot be read and is left out; None if that is nothing.
+        answers: a few of the base model and of the checkpoint's, where they were asked for.
     """
 
     config: RunConfig
@@ -84,6 +93,7 @@ class RunRecord:
     ledger_size: int
     weight_bytes: int | None
     damage: str | None = None
+    answers: tuple[Answer, ...] = ()
 
     @property
     def rounds_done(self) -> int:
@@ -141,15 +151,18 @@ def read(path: Path, which: str | int | None = None) -> RunRecord:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             where = f"{event['event']} {event['server_round']} of {path / METRICS}"
             damage = damage or f"{where} cannot be read ({_cause(error):.80})"
+    closed = _ascending(rounds)
+    done = ledger.round if ledger else max((r.server_round for r in closed), default=0)
     return RunRecord(
         run.config,
         run.num_clients,
         _ascending(evaluations),
-        _ascending(rounds),
+        closed,
         ledger,
         file.stat().st_size if ledger else 0,
         sizes[0] if sizes else None,
         damage,
+        kept_answers(path, of_ledger_or_round(ledger, done)),
     )
 
 
@@ -181,6 +194,7 @@ def _round(event: dict[str, Any]) -> Round:
         seconds_by={str(activity): _number(by, activity) for activity in by},
         num_steps=_count(event, "num_steps") if "num_steps" in event else None,
         peak_bytes=_count(event, "peak_bytes") if "peak_bytes" in event else None,
+        **{name: _number(event, name) for name in ("projected_grad_rms", "change_norm", "moved_rms") if name in event},
     )
 
 

@@ -81,6 +81,38 @@ def refusals(rounds: Sequence[Round]) -> list[tuple[str, list[str]]]:
     return sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What had been spent when the held-out loss was measured: bytes over all clients, both ways, and seconds of rounds."""
+
+    server_round: int
+    loss: float
+    num_bytes: float
+    seconds: float
+
+
+def spent(record: RunRecord) -> list[Spent]:
+    """Every evaluation whose loss is a number, with what all rounds up to it had cost."""
+    points = []
+    for evaluation in record.evaluations:
+        before = [r for r in record.rounds if r.server_round <= evaluation.server_round]
+        moved = traffic(before)
+        if is_finite(evaluation.loss):
+            seconds = sum(r.seconds for r in before)
+            points.append(Spent(evaluation.server_round, evaluation.loss, moved.total if moved else 0.0, seconds))
+    return points
+
+
+def lost_shares(r: Round) -> dict[str, float]:
+    """What of a round was lost, in percent: replies that were refused or did not come, steps of the others."""
+    asked, steps = max(r.num_asked, 1), max(r.num_steps or 0, 1)
+    return {
+        "replies refused": 100 * len(r.refused) / asked,
+        "no reply": 100 * len(r.missing) / asked,
+        "steps dropped": 100 * min(r.dropped_steps / steps, 1.0) if r.num_steps else 0.0,
+    }
+
+
 def seconds_by_round(record: RunRecord) -> dict[int, dict[str, float]]:
     """Seconds of each activity, by round; round 0 is the evaluation of the base model."""
     table: dict[int, dict[str, float]] = {}

@@ -51,6 +51,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
 
 
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit of an axis up to so many seconds, and how many seconds it has."""
+    return ("h", 3600.0) if seconds > 2 * 3600 else ("min", 60.0) if seconds > 2 * 60 else ("s", 1.0)
+
+
 def times(ratio: float) -> str:
     """How many times more or less: two digits, or whole with separators."""
     return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"

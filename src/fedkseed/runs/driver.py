@@ -14,6 +14,8 @@ from fedkseed.errors import ModelError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Checkpoint, Outcome, Rounds
 from fedkseed.federation.envelope import Request
+from fedkseed.kseed.distance import moved_rms
+from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.events import evaluation_event, round_event
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.metrics import best_round
@@ -155,6 +157,8 @@ class Driver:
             "seconds": time.perf_counter() - self._begin,
             **measured(),
         }
+        if isinstance(self.server.checkpoint, Ledger):
+            event["moved_rms"] = moved_rms(self.server.checkpoint)
         # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
         self.run.append_metrics(event)
         self.run.save_checkpoint(self.server.checkpoint)

@@ -15,6 +15,7 @@ from fedkseed.evaluation import AllScores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.answers import Answer, answer_to, keep_answers
 from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
 from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.learner import learner_of
@@ -57,11 +58,13 @@ class Evaluated:
         base: of the base model.
         tuned: of the tuned one.
         tuning: what tunes it.
+        answers: to those records that were answered, of both.
     """
 
     base: AllScores
     tuned: AllScores
     tuning: Checkpoint
+    answers: tuple[Answer, ...] = ()
 
 
 def evaluate(
@@ -135,7 +138,11 @@ def measure(
     elif baseline is not None:
         tune_all_but(model, learner.frozen(baseline.train, baseline.freeze))
         model = restore(model, baseline, tuning)
-    return Evaluated(base, scored(model), tuning)
+    tuned = scored(model)
+    answers = tuple(answer_to(kept[i], base.answers[i], tuned.answers[i]) for i in answered)
+    if answers and where.is_dir():
+        keep_answers(where, tuning, answers)
+    return Evaluated(base, tuned, tuning, answers)
 
 
 def _run_config(path: Path) -> RunConfig | None:
