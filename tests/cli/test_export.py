@@ -155,6 +155,44 @@ def test_the_published_ledger_is_small_and_enough(fedkseed: CommandLine, tiny: P
     assert_one_line(fedkseed("simulate", "--resume", run, "--num-rounds", 2), 1, "published ledger has no accumulators")
 
 
+def test_a_published_ledger_of_fewer_bits_says_what_they_cost(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    """In a run's folder by its held-out loss, which `evaluate` finds too; of a bare ledger by the weights."""
+    finished, thin, again = tmp_path / "run", tmp_path / "thin.ledger", tmp_path / "again.ledger"
+    made = tiny_settings(tiny, num_seeds=1024, num_rounds=1, algorithm="fedkseed-grad", lr=0.03)
+    assert fedkseed("simulate", *flags(made), "--run", finished).code == 0
+    done = fedkseed("export", finished, thin, "--ledger-only", "--bits", 4)
+    assert (done.code, done.stderr) == (0, "")
+    whole = fk.Ledger.load(finished / "ledger.safetensors").published()
+    assert f"bytes before {len(whole.encode()):,}; off by " in done.stdout
+    assert thin.stat().st_size < len(whole.encode())
+    losses = [fk.evaluate(finished, ledger=file).tuned.overall.loss for file in (None, thin)]
+    assert losses[0] != losses[1]
+    assert "held-out loss {:.4f}, with fewer bits {:.4f}".format(*losses) in done.stdout
+    assert "int4" in fedkseed("inspect", thin).stdout
+    model = load_model(tiny / "model", "float32")
+    assert fk.apply(model, thin).digest() == fk.Ledger.load(thin).digest()
+
+    whole.save(tmp_path / "bare.ledger")
+    done = fedkseed("export", tmp_path / "bare.ledger", again, "--ledger-only", "--bits", 4)
+    assert again.read_bytes() == thin.read_bytes()
+    assert "off by" in done.stdout
+    assert "held-out loss" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        (["--bits", 4], "--bits is 4 and a whole model is exported; give --ledger-only too"),
+        (["--ledger-only", "--bits", 3], "bits is 3; expected one of 8, 4, 2, 1"),
+    ],
+)
+def test_bits_that_make_no_sense_are_one_line(
+    fedkseed: CommandLine, finished: Path, tmp_path: Path, extra: Sequence[str], reason: str
+) -> None:
+    assert_one_line(fedkseed("export", finished, tmp_path / "out", *extra), 2, reason)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("extra", [[], ["--ledger-only"]])
 def test_export_overwrites_nothing(fedkseed: CommandLine, finished: Path, tmp_path: Path, extra: Sequence[str]) -> None:
     (tmp_path / "file").write_text("x")

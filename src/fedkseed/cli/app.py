@@ -151,6 +151,9 @@ def export(
     model: Annotated[str | None, typer.Option(help="The base model (default: the run's own).")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the exported weights: auto, float32, float16 or bfloat16.")] = "auto",
     ledger_only: Annotated[bool, typer.Option("--ledger-only", help="Write the published ledger, 8 to 16 KB.")] = False,
+    bits: Annotated[
+        int | None, typer.Option(help="With --ledger-only: bits of each number, 8, 4, 2 or 1; what that costs is measured.")
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -161,7 +164,7 @@ def export(
 
         if dtype not in get_args(Dtype):
             raise ConfigError(f"--dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")
-        write(ledger, output, model, dtype, ledger_only, which)  # type: ignore[arg-type]
+        write(ledger, output, model, dtype, ledger_only, which, bits)  # type: ignore[arg-type]
 
 
 @app.command(rich_help_panel=MACHINE)

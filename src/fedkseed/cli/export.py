@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedkseed.baselines import TunedTensors, adapter, restore
 from fedkseed.cli.console import complain, say
 from fedkseed.cli.display import Lines, waiting
-from fedkseed.errors import ConfigError, InvalidValueError, RunFolderError
+from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, RunFolderError
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.thinning import distance, thinned
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.folder import CONFIG, tuned_file
 
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
-def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_only: bool, which: str | None = None) -> None:
+def export(
+    path: Path,
+    output: Path,
+    model: str | None,
+    dtype: Dtype,
+    ledger_only: bool,
+    which: str | None = None,
+    bits: int | None = None,
+) -> None:
     """Write the tuned model with its card, or the published ledger; nothing that exists is overwritten.
 
     Args:
@@ -33,13 +42,18 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
         dtype: precision of the exported weights.
         ledger_only: write the published ledger.
         which: the round whose ledger is taken, or "best"; None for the last.
+        bits: of a number in the published ledger; None for as many as the run's.
 
     Raises:
         RunFolderError: the output exists.
-        ConfigError: no base model is known, or the run's settings are not valid (any more), or a baseline has no ledger.
+        InvalidValueError: a number of bits that there is not, or with which the ledger would be no smaller.
+        ConfigError: bits of a whole model, no base model is known, the run's settings are not valid (any more), or a baseline
+            has no ledger.
         RunError: the run's settings or a baseline's tensors are damaged.
         LedgerError: the ledger cannot be read, or the model is not its base.
     """
+    if bits is not None and not ledger_only:
+        raise ConfigError(f"--bits is {bits} and a whole model is exported; give --ledger-only too, or leave --bits out")
     checkpoint = tuned_file(path, which)
     if ledger_only and checkpoint.name == TENSORS:
         raise ConfigError(f"--ledger-only: {path} is the run of a baseline, which has no ledger; leave it out")
@@ -47,8 +61,11 @@ def export(path: Path, output: Path, model: str | None, dtype: Dtype, ledger_onl
     if output.exists():
         raise RunFolderError(f"{output} exists; give an output that does not")
     if ledger_only and isinstance(tuning, Ledger):
-        tuning.published().save(output)
+        published = tuning.published() if bits is None else thinned(tuning, bits)
+        published.save(output)
         say(f"{output}: {output.stat().st_size:,} bytes, {tuning.round} rounds, K = {tuning.pool.size}")
+        if bits is not None:
+            _say_cost(path, checkpoint, tuning, published, output, model)
         return
     from fedkseed.models.loading import load_tokenizer, save_model
     from fedkseed.report.model_card import About, licence_of, model_card
@@ -127,6 +144,21 @@ def _taught(tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig) -
         stop = list(dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *ends]))
         generation.eos_token_id = stop if len(stop) > 1 else stop[0]
     return prompt
+
+
+def _say_cost(path: Path, whole: Path, ledger: Ledger, thin: Ledger, output: Path, model: str | None) -> None:
+    """What fewer bits cost: how far the weights lie off, and in a run's folder the held-out loss with and without them."""
+    say(f"bytes before {len(ledger.published().encode()):,}; off by {distance(ledger, thin):.1%} of the way from the base")
+    if not (path / CONFIG).exists():
+        return
+    from fedkseed.runs.scoring import Choices, measure
+
+    try:
+        losses = [measure(path, file, Choices(model=model), Lines()).tuned.overall.loss for file in (whole, output)]
+    except FedKSeedError as error:
+        complain(f"the loss with fewer bits is not known: {error}")
+        return
+    say("held-out loss {:.4f}, with fewer bits {:.4f}".format(*losses))
 
 
 def public_name(model: str) -> str:
