@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -93,6 +94,19 @@ class Lock:
             self._held[self._path] = descriptor, depth - 1
         else:
             os.close(descriptor)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says, with a byte order mark or without.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not TOML, or not UTF-8, or nested too deeply.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 MAX_HEADER = 16 * 2**20

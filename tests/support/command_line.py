@@ -74,8 +74,10 @@ class CommandLine:
         largest_file: int | None = None,
         kill: tuple[int, str, str] | None = None,
         send: tuple[str, int, float, int] | None = None,
+        nobody: bool = False,
     ) -> Result:
-        """Run one; `kill` and `send` are as in `kill_at` and `send_signal` of the server."""
+        """Run one, as a user whom permissions bind if `nobody`; `kill` and
+        `send` are as in `kill_at` and `send_signal` of the server."""
         job = {
             "args": [str(arg) for arg in args],
             "cwd": str(cwd or self._folder.name),
@@ -83,6 +85,7 @@ class CommandLine:
             "largest_file": largest_file,
             "kill": kill,
             "send": send,
+            "nobody": nobody,
         }
         self._server.send(job)
         return Result(*self._server.recv())

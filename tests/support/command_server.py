@@ -98,6 +98,8 @@ def child(job, out, err):
     os.environ.update(job["env"])
     if job["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
+    if job["nobody"] and os.getuid() == 0:
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
     if job["kill"]:
         kill_at(*job["kill"])
     sys.argv = ["fedkseed", *job["args"]]

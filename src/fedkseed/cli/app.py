@@ -183,3 +183,6 @@ def main() -> None:
     except FedKSeedError as error:
         complain(error)
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        complain(f"{error.filename}: {error.strerror}; give files and folders that this user may use")
+        sys.exit(2)

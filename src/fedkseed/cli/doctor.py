@@ -2,10 +2,9 @@
 
 import hashlib
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
-import torch
 
 from fedkseed.cli.console import say
 from fedkseed.errors import BackendError, RunError
@@ -20,6 +19,9 @@ EXPECTED = {
 """SHA-256 of a combination of all seeds, float32 little-endian: the same on every machine."""
 
 
+PACKAGES = ("fedkseed", "torch", "transformers", "numpy", "numba", "safetensors")
+
+
 def noise_digest(family: str, backend: str) -> str:
     """SHA-256 of `sum_k a_k z_k` on 1,000 elements for one pool and fixed coefficients."""
     pool = SeedPool(0x0123456789ABCDEF, 64, family)
@@ -27,15 +29,28 @@ def noise_digest(family: str, backend: str) -> str:
     return hashlib.sha256(pool.combine("model.norm.weight", 1000, coefficients, backend).astype("<f4").tobytes()).hexdigest()
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not here"
+
+
 def doctor() -> None:
     """Print what is here, and check every noise backend against bits that were computed elsewhere.
 
     Raises:
-        RunError: a backend computes other bits.
+        RunError: a backend computes other bits, or torch is not here.
     """
-    packages = ("fedkseed", "torch", "transformers", "numpy", "numba", "safetensors")
     say(f"python {platform.python_version()} on {platform.platform()}")
-    say(", ".join(f"{package} {version(package)}" for package in packages))
+    say(", ".join(f"{package} {_version(package)}" for package in PACKAGES))
+    try:
+        import torch
+    except ImportError as error:
+        raise RunError(
+            f"torch is not here, or does not load ({error}); nothing else runs without it: pip install torch"
+        ) from error
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     say(f"threads: {torch.get_num_threads()}; CUDA devices: {', '.join(gpus) or 'none'}")
     wrong = []

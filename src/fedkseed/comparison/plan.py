@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedkseed.errors import ConfigError
+from fedkseed.files import read_toml
 from fedkseed.runs.settings import SimulationConfig, build
 from fedkseed.runs.validation import Words, validated
 
@@ -75,10 +75,10 @@ def read_comparison(path: Path) -> Comparison:
             have grids of different sizes; the message names it and the fix.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read ({error.strerror}); give the TOML file of a comparison") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not TOML ({error}); expected [settings] and [[methods]]") from error
     try:
         comparison = _comparison(content)

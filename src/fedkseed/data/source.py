@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -41,9 +42,18 @@ def resolve_source(source: str) -> str:
     Raises:
         DataError: there is nothing of that name.
     """
-    if is_natural_instructions(Path(source)):
-        return str(Path(source).resolve())
-    return ",".join(_absolute(part) if _paths(part) else part for part in _parts(source))
+    with _enterable(source):
+        if is_natural_instructions(Path(source)):
+            return str(Path(source).resolve())
+        return ",".join(_absolute(part) if _paths(part) else part for part in _parts(source))
+
+
+@contextmanager
+def _enterable(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{source}: cannot look there ({error.strerror}); give a file that this user may read") from error
 
 
 def _absolute(part: str) -> str:
@@ -150,6 +160,9 @@ def read_source(
         DataError: the source cannot be read or used.
     """
     path = Path(source)
-    if is_natural_instructions(path):
+    with _enterable(source):
+        natural = is_natural_instructions(path)
+        _parts(str(source))
+    if natural:
         return read_tasks(path, split, max_length, seed, partial(heard, f"reading {split} tasks") if heard else None)
     return read_examples(source, parse_columns(columns) if columns else COLUMNS, ("client",) if split == "test" else ())

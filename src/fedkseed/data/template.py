@@ -6,7 +6,6 @@ A template is a function; `TEMPLATES` holds them by the name that `--template` t
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -21,6 +20,7 @@ from fedkseed.data.jinja import of_wording
 from fedkseed.data.rendered import Rendered
 from fedkseed.data.special import leading_text
 from fedkseed.errors import InvalidValueError
+from fedkseed.files import read_toml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,8 +134,8 @@ def get_template(
     if not found:
         raise InvalidValueError(f"template {name!r} is unknown; expected one of {', '.join(TEMPLATES)}, or a TOML file")
     try:
-        texts = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        texts = read_toml(path)
+    except (OSError, ValueError) as error:
         raise InvalidValueError(
             f"template {name}: not a TOML file ({error}); expected the texts {' and '.join(NEEDED)}"
         ) from None

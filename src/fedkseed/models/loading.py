@@ -232,9 +232,15 @@ def _folder(source: str | Path) -> Path | None:
     name, path = str(source), Path(source).expanduser()
     if not name.strip():
         raise ModelError("the model's name is empty; give a model folder, or a hub id such as 'owner/name'")
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+        if is_folder:
+            next(path.iterdir(), None)
+    except OSError as error:
+        raise ModelError(f"{name}: cannot look there ({error.strerror}); give a folder that this user may read") from error
+    if is_folder:
         return path
-    if path.exists():
+    if exists:
         raise ModelError(f"{name}: not a folder; give the folder that holds config.json and the weights")
     if isinstance(source, Path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(f"{name}: no such model folder; check the path, or give a hub id such as 'owner/name'")

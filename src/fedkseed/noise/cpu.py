@@ -13,7 +13,9 @@ their number, each lane belongs to one thread at a time, and the lanes are added
 of threads cannot change a bit.
 """
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, assert_never
 
@@ -42,6 +44,7 @@ from fedkseed.noise.backend import (
 )
 from fedkseed.noise.philox import MASK32, MULTIPLIERS, ROUNDS, WEYL
 
+LOG = logging.getLogger(__name__)
 CHUNK = 128
 """One Philox call of the hadamard family gives the signs of as many elements."""
 CHUNK_BITS = 5
@@ -216,6 +219,24 @@ def _fold_signed(typingctx: Any, table: Any, source: Any, at: Any, shift: Any, w
     return types.void(*[types.intp] * 4, *[types.uint32] * 4), build
 
 
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile what runs without the interpreter's lock, and keep the machine code if numba finds a folder to write to."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError as error:  # neither beside the package nor in the home folder
+        _tell_once(str(error))
+        return njit(nogil=True)(function)
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    LOG.warning(
+        "compiled kernels cannot be kept (%.60s), so that each process compiles them anew for some seconds; "
+        "set NUMBA_CACHE_DIR to a folder that may be written",
+        reason,
+    )
+
+
 @njit(inline="always")
 def _philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     for _ in range(ROUNDS):
@@ -294,7 +315,7 @@ def _share(begin, size, thread, threads, total):  # type: ignore[no-untyped-def]
     return min(max(lo, 0), size), min(max(hi, 0), size)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _hadamard_sweep(work, tables, starts, sizes, keys, thread, threads, total):  # type: ignore[no-untyped-def]
     # Page after page on a stretch that stays in the first cache, so that the memory is read and written once.
     # blocks and chunks are powers of two: shifts and masks in place of divisions, which cost more than all the rest
@@ -370,7 +391,7 @@ def _box_muller(r, r2):  # type: ignore[no-untyped-def]
     return z, z2
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _gaussian_sweep(work, seeds, amounts, ends, thread, threads, total):  # type: ignore[no-untyped-def]
     words = np.empty((4, QUADS), np.uint32)
     sums = np.empty((4, QUADS), np.float32)
@@ -420,7 +441,7 @@ def _inside(part, position, t0, t1, k0, k1, block_bits):  # type: ignore[no-unty
     return (part * PART) ^ (_shift(np.uint64(position >> block_bits), t0, t1, k0, k1, block_bits) & ~(PART - 1))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _hadamard_fold(work, tables, key, lanes, thread, threads, total):  # type: ignore[no-untyped-def]
     # The table is filled part by part, PART entries that stay in the first cache beside the gradient that streams through: the
     # upper bits of a block's shift say which PART elements of the block belong to them. The processor cannot guess where the
@@ -482,7 +503,7 @@ def _hadamard_fold(work, tables, key, lanes, thread, threads, total):  # type: i
                     at = following
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _gaussian_fold(work, sums, seeds, lanes, thread, threads, total):  # type: ignore[no-untyped-def]
     words = np.empty((4, QUADS), np.uint32)
     gradient = np.empty((4, QUADS), np.float32)

@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ import tomli_w
 
 from fedkseed.errors import ConfigError, RunError, RunFolderError
 from fedkseed.federation import Checkpoint
-from fedkseed.files import Lock, write_atomically
+from fedkseed.files import Lock, read_toml, write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
 from fedkseed.runs.ledgers import KeptLedgers
@@ -72,7 +71,7 @@ class RunFolder:
             RunFolderError: it does.
         """
         for name in (CONFIG, METRICS, *(kind.file for kind in KINDS.values())):
-            if (path / name).exists():
+            if _exists(path / name):
                 raise RunFolderError(
                     f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
                 )
@@ -272,7 +271,7 @@ def tuned_file(path: Path, which: str | int | None = None) -> Path:
         ConfigError: a round is asked for of what is no run, or see there.
         RunError: the run's settings cannot be read.
     """
-    if (path / CONFIG).exists():
+    if _exists(path / CONFIG):
         return RunFolder.open(path).tuned_file(which)
     if which is not None:
         raise ConfigError(f"--round is of a run's folder, which {path} is not; leave it out")
@@ -284,6 +283,13 @@ def tuned_file(path: Path, which: str | int | None = None) -> Path:
     if not path.exists():
         raise RunFolderError(f"{path}: no such run or ledger; give a run's folder, or a ledger's file")
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot look there ({error.strerror}); give a folder that this user may enter") from error
 
 
 def _set_aside(path: Path) -> str:
@@ -316,7 +322,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     file = path / CONFIG
     try:
-        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+        settings = read_toml(file)
     except FileNotFoundError as error:
         raise RunFolderError(f"{path} holds no run (no {CONFIG}); start one with fedkseed simulate --run {path}") from error
     except OSError as error:

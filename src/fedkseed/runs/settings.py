@@ -3,7 +3,6 @@
 import datetime
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from fedkseed.data import TEMPLATES, Known, columns_text, get_template, parse_arguments, parse_columns, resolve_source
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.config import Count, FederationConfig, Positive
+from fedkseed.files import read_toml
 from fedkseed.runs.validation import Words, validated
 
 
@@ -284,10 +284,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is not TOML.
     """
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = read_toml(path)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot read ({error.strerror}); give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"--config {path}: not TOML ({error}); expected lines such as num_rounds = 40") from error
     settings.pop(DRIVER, None)  # of another run's config.toml: not a setting
     return settings

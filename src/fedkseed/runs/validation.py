@@ -34,8 +34,17 @@ class Words:
     unknown: Callable[[str], str]
     key: Callable[[str], str] = str
     contradiction: str = ""
-    shown: Callable[[Any], str] = lambda value: repr(str(value))
+    shown: Callable[[Any], str] = lambda value: _shown(value)
     advice: Mapping[str, str] = field(default_factory=dict)
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, cut to a readable length."""
+    try:
+        text = str(value)
+    except RecursionError:
+        return "a table of tables, nested too deeply"
+    return repr(text if len(text) <= 200 else text[:197] + "...")
 
 
 def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: bool = False) -> M:
@@ -53,6 +62,10 @@ def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: 
     """
     try:
         return kind.model_validate(dict(settings), context={"stored": stored})
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: cannot look there ({error.strerror}); give files that this user may read"
+        ) from error
     except ValidationError as error:
         found = error.errors()[0]
         path: Path = tuple(str(part) for part in found["loc"])
