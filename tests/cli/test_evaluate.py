@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tests.support.command_line import CommandLine, Result, assert_one_line, fla
 from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import tiny_settings
 
+import fedkseed as fk
 from fedkseed.data import EncodedExample, Example, encode, read_examples
 from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
 from fedkseed.models.loading import load_model, load_tokenizer
@@ -186,3 +188,25 @@ def test_scores_of_answers_by_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch) 
     assert math.isnan(unanswered.overall.rouge_l)
     assert unanswered.overall.loss == result.overall.loss
     assert score(model, tokenizer, examples[1:2], records[1:2], 0).categories == {}
+
+
+def test_answers_end_where_the_run_taught_them_to_and_where_the_context_does(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def answer(model: Any, tokenizer: Any, chosen: Sequence[EncodedExample], **how: Any) -> list[str]:
+        told.append(how)
+        return [""] * len(chosen)
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny / "model", model)
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["and"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} and {% endfor %}"
+    tokenizer.save_pretrained(model)
+    result = fk.simulate(tiny_settings(tiny, model=str(model), template="chat", num_rounds=1), tmp_path / "run")
+    monkeypatch.setattr("fedkseed.evaluation.scores.generate", answer)
+    fk.evaluate(result.folder, answers=2)
+    stops = tokenizer.convert_tokens_to_ids(["</s>", "and"])
+    assert [(list(how["stop_ids"]), how["context"]) for how in told] == [(stops, 64)] * 2

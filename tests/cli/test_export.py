@@ -326,3 +326,21 @@ def test_a_baseline_of_all_parameters_is_a_whole_model(fedkseed: CommandLine, ti
     (tmp_path / "run" / "config.toml").unlink()
     result = fedkseed("export", tmp_path / "run", tmp_path / "again", "--model", tiny / "model")
     assert_one_line(result, 2, "nothing without the config.toml of their run")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_in_half_precision_exports_in_the_types_of_its_base(
+    fedkseed: CommandLine, tiny: Path, tmp_path: Path, dtype: str
+) -> None:
+    run = tmp_path / "run"
+    assert fedkseed("simulate", *flags(tiny_settings(tiny, num_rounds=1, dtype=dtype)), "--run", run).code == 0
+    model = load_model(tiny / "model", dtype)  # type: ignore[arg-type]
+    fk.apply(model, run / "ledger.safetensors")
+    assert fedkseed("export", run, tmp_path / "tuned").code == 0
+    assert fedkseed("export", run, tmp_path / "ledger", "--ledger-only").code == 0
+    bare = fedkseed("export", tmp_path / "ledger", tmp_path / "bare", "--model", tiny / "model", "--dtype", dtype)
+    assert (bare.code, bare.stderr) == (0, "")
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "bare"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(whole[name], parameter.detach().float())
+        assert torch.equal(half[name], parameter.detach())

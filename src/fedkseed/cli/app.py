@@ -102,7 +102,8 @@ def evaluate(
     columns: Annotated[str | None, typer.Option(help="What the fields of --data are called, as of simulate.")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt template (default: the run's own, else plain).")] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Longest record in tokens (default: the run's own, else 1024).")
+        int | None,
+        typer.Option(min=2, help="Longest record in tokens (default: the run's own, else what the model takes, at most 1024)."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate on a seeded draw of so many records.")] = None,
     answers: Annotated[int, typer.Option(min=0, help="Answer so many of them: exact match and Rouge-L.")] = 0,

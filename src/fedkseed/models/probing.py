@@ -30,6 +30,8 @@ LATER, PADDED = 1e-4, 1e-3
 """As a share of the largest logit: what rounding makes of equal logits in float32, in passes of equal shapes and of others."""
 HALF_LATER, HALF_PADDED = 2, 16
 """The same for half precision, in units of its rounding."""
+PART = 1 << 20
+"""Elements that are added up at once."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,13 @@ def _as_loaded(model: Any) -> Iterator[None]:
 
 def _sums(model: Any) -> dict[str, float]:
     """Of each parameter's values: not finite if one of them is not, another number if they have changed."""
-    return {e.name: float(e.parameter.detach().sum(dtype=torch.float64)) for e in named_parameters(model)}
+    return {e.name: _sum(e.parameter.detach()) for e in named_parameters(model)}
+
+
+def _sum(x: torch.Tensor) -> float:
+    """In parts, since torch widens all that it adds up in one go."""
+    flat = x.reshape(-1)
+    return sum([flat[first : first + PART].sum(dtype=torch.float64).item() for first in range(0, len(flat), PART)], 0.0)
 
 
 def num_rows(model: Any) -> int:

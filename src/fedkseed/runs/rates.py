@@ -18,6 +18,7 @@ import torch
 from fedkseed.data import collate
 from fedkseed.errors import InvalidValueError
 from fedkseed.evaluation import mean_loss
+from fedkseed.models.loading import load_model
 from fedkseed.randomness import generator
 from fedkseed.runs.algorithms import Federation, kind_of
 from fedkseed.runs.observer import WARNING, Observer
@@ -58,14 +59,14 @@ class Rate:
     num_steps: int
 
 
-def find_rate(config: SimulationConfig, records: Records, observer: Observer, model: Any) -> Rate:
+def find_rate(config: SimulationConfig, records: Records, observer: Observer, model: Any = None) -> Rate:
     """Try rates around the algorithm's usual one; the best that is not at an end, else further ones.
 
     Args:
         config: the settings; its rate is not looked at.
         records: the clients' records.
         observer: hears of every attempt.
-        model: the base model, which is left as it was.
+        model: a loaded model, which is left as it was; None loads the one that the settings name, for each attempt.
 
     Raises:
         InvalidValueError: no rate lowers the loss.
@@ -146,5 +147,7 @@ def _told(observer: Observer, lr: float, before: int, total: int) -> Callable[[i
     return lambda step, loss: observer.progress(f"trying lr {lr:.3g}", min(before + step + 1, total), total)
 
 
-def _federate(config: SimulationConfig, records: Records, base: Any) -> Federation:
-    return kind_of(config.facts).federate(config, copy.deepcopy(base).train(False), None, records, Stopwatch())
+def _federate(config: SimulationConfig, records: Records, given: Any) -> Federation:
+    model = load_model(config.model, config.dtype, config.device) if given is None else copy.deepcopy(given)
+    model.train(False)
+    return kind_of(config.facts).federate(config, model, None, records, Stopwatch())

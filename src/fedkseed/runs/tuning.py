@@ -53,11 +53,12 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
         FedKSeedError: the data or the model cannot be used, or no rate was found.
     """
     given = inputs or Inputs()
+    if config.facts.measures != "two-point":
+        records = prepare(config, observer, given)
+        observer.note("trying rates: a few rounds at each, on the clients' records")
+        return find_rate(config, records, observer, given.model)
     learner = load_learner(config, observer, given)
     records = prepare(config, observer, given, learner)
-    if config.facts.measures != "two-point":
-        observer.note("trying rates: a few rounds at each, on the clients' records")
-        return find_rate(config, records, observer, learner.model)
     pooled = [example for examples in records.clients.values() for example in examples]
     model = learner.model if given.model is None else copy.deepcopy(given.model)
     model.train(False)
