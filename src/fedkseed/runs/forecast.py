@@ -80,7 +80,7 @@ def forecast(config: SimulationConfig, federation: Federation, records: Records,
     seconds["evaluation"] = evaluation * _evaluations(config, server.checkpoint.round)
     down, up = float(np.mean([len(request.encode()) for request in requests])), float(len(reply))
     if config.facts.sends == "scalars":
-        up += (steps - 1) * (2 if config.wire == "float16" else 4)
+        up += (steps - 1) * config.directions * (2 if config.wire == "float16" else 4)
     if config.facts.sends == "changes":
         down += up * _parts(config, server.checkpoint.round, len(requests) / len(server.clients))
     return Forecast(seconds, down, up, replies)
