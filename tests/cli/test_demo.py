@@ -98,7 +98,9 @@ def test_bytes_and_ledger_are_the_runs(shown: Shown) -> None:
 def test_the_report_lies_where_it_says(shown: Shown) -> None:
     (page,) = re.findall(r"Charts and everything else about the run: (.+)$", shown.text, re.MULTILINE)
     assert Path(page).is_relative_to(shown.run)
-    assert "<html" in (shown.cwd / page).read_text(encoding="utf-8")
+    html = (shown.cwd / page).read_text(encoding="utf-8")
+    assert "<html" in html
+    assert "Answers before and after" in html
 
 
 # --- Going on from it ---

@@ -15,6 +15,7 @@ from tests.support.tiny import tiny_settings
 import fedkseed as fk
 from fedkseed.data import EncodedExample, Example, encode, read_examples
 from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
+from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
 
 
@@ -81,11 +82,24 @@ def test_the_whole_is_the_token_weighted_mean_of_the_categories(
         for name in ("rouge_l", "rouge_l_published", "exact_match"):
             answered = [part for part in parts.values() if part["num_answers"]]
             assert whole[name] == pytest.approx(sum(part[name] * part["num_answers"] for part in answered) / 30)
+    kept = json.loads((run / "answers.json").read_text())
+    assert kept["of"] == Ledger.load(run / "ledger.safetensors").digest()
+    assert len(kept["answers"]) == 20  # of the 30
+    assert set(kept["answers"][0]) == {"asked", "wanted", "before", "after"}
+    assert all(answer["asked"].startswith("name the ") and answer["wanted"] for answer in kept["answers"])
     assert "exact match of 30" in result.stdout
     assert "[/b] [red]" in result.stdout
     assert any(line.startswith("animal") for line in result.stdout.splitlines())
     assert "Rouge-L (as published)" in result.stdout
     assert shown["records"] == ["61", "61"]
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(fedkseed: CommandLine, copied: Path) -> None:
+    (copied / "answers.json").mkdir()
+    result = fedkseed("evaluate", copied, "--answers", 1)
+    assert result.code == 0, result.stderr
+    assert "answers.json: cannot keep the answers for the report" in result.stdout
+    assert "exact match of 1" in result.stdout
 
 
 def test_a_published_ledger_needs_a_model_and_data_and_no_run(

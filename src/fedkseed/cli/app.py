@@ -158,7 +158,7 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the tuned model as a Hugging Face folder, or the ledger in its published form."""
+    """Write the tuned model as a Hugging Face folder (a baseline's adapter as PEFT's), or the ledger in its published form."""
     with interruptible(f"{output} is whole or not there, and the run is as it was"):
         from fedkseed.cli.export import Dtype
         from fedkseed.cli.export import export as write

@@ -62,7 +62,7 @@ def keep_answers(folder: Path, checkpoint: Checkpoint, answers: Sequence[Answer]
     try:
         write_atomically(folder / ANSWERS, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="replace"))
     except OSError as error:
-        raise RunError(f"{folder / ANSWERS}: cannot keep the answers for the report ({error.strerror}); make room") from error
+        raise RunError(f"{folder / ANSWERS}: cannot keep the answers for the report ({error.strerror})") from error
 
 
 def kept_answers(folder: Path, whose: str) -> tuple[Answer, ...]:

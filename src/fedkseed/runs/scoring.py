@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkseed.baselines import TunedTensors, restore
 from fedkseed.data import Example, encode, read_source
-from fedkseed.errors import ConfigError
+from fedkseed.errors import ConfigError, RunError
 from fedkseed.evaluation import AllScores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
@@ -141,7 +141,10 @@ def measure(
     tuned = scored(model)
     answers = tuple(answer_to(kept[i], base.answers[i], tuned.answers[i]) for i in answered)
     if answers and where.is_dir():
-        keep_answers(where, tuning, answers)
+        try:
+            keep_answers(where, tuning, answers)
+        except RunError as error:  # somebody else's run, perhaps: what was measured is worth more
+            observer.note(str(error))
     return Evaluated(base, tuned, tuning, answers)
 
 
