@@ -11,9 +11,10 @@ from tests.support.report import Maker, Outline, closed, evaluation
 
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.report import report_several, several
+from fedkseed.report import drawing, report_several, several
 from fedkseed.report.chart import Chart
 from fedkseed.report.charts import charts
+from fedkseed.report.drawing import Curve
 from fedkseed.report.page import page
 from fedkseed.report.reading import read
 from fedkseed.report.summary import lost_shares, spent
@@ -152,6 +153,15 @@ def test_runs_of_unlike_costs_are_on_a_logarithmic_axis_and_say_what_is_not_on_i
     assert "logarithmic" not in found["compared_loss_by_time"]
     alike = {name: read(three[0]) for name in "ab"}
     assert all("logarithmic" not in one.caption for one in several.charts_of(alike))
+
+
+@pytest.mark.parametrize("name", ["_hidden", "$x_y$", "a\nb\x1b[31m", "_", "x" * 99])
+def test_a_legend_shows_any_name_as_one_line(name: str) -> None:
+    curves = drawing.curves([Curve(several._short(n), [0, 1], [1.0, 2.0]) for n in (name, "b")], "x", False)
+    svg = drawing.render("name", "title", curves).svg
+    assert "\x1b" not in svg
+    assert svg.count("text") >= 2
+    assert len(several._short(name).splitlines()) == 1
 
 
 def test_names_are_the_ends_of_paths_that_tell_runs_apart() -> None:

@@ -11,6 +11,7 @@ from fedkseed.report.drawing import LINES, Curve
 from fedkseed.report.markup import Html, Text, document, figures, quiet, table, tag
 from fedkseed.report.reading import Round, RunRecord, is_finite
 from fedkseed.report.summary import Spent, before_and_after, change, spent, traffic
+from fedkseed.text import visible
 
 LONGEST_NAME = 24
 UNLIKE = 20.0
@@ -93,7 +94,8 @@ def _chart(
 
 def _short(name: str) -> str:
     """A name for a legend, which matplotlib reads as neither mathematics nor a hidden line."""
-    shown = name if len(name) <= LONGEST_NAME else f"\N{HORIZONTAL ELLIPSIS}{name[1 - LONGEST_NAME :]}"
+    shown = visible(name)
+    shown = shown if len(shown) <= LONGEST_NAME else f"\N{HORIZONTAL ELLIPSIS}{shown[1 - LONGEST_NAME :]}"
     return shown.replace("$", r"\$").lstrip("_") or "run"
 
 
