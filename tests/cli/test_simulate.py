@@ -26,6 +26,7 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, ti
     assert [line.split(":")[0].split(" is ")[0] for line in lines] == [
         "training records",
         "held-out records",
+        "evaluating on 3 of 3 held-out records",
         "model",
         "forecast",
         "forecast",

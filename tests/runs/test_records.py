@@ -212,7 +212,7 @@ def test_a_name_that_is_no_clients_name_is_one_line(fedkseed: CommandLine, tiny:
         "".join(json.dumps({"instruction": "name", "response": "dog", "context": name}) + "\n" for name in ("a\x07b", "c", "d"))
     )
     result = fedkseed("simulate", *flags(settings | {"data": tmp_path / "bad.jsonl", "eval_data": tiny / "records.jsonl"}))
-    assert_one_line(result, 2, "bad.jsonl", "client", "1 to 64 bytes of printable text", "a\\u0007b")
+    assert_one_line(result, 2, "bad.jsonl", "client", "1 to 64 bytes of printable text", "a\\x07b")
 
 
 # --- Natural Instructions ---

@@ -15,7 +15,7 @@ from fedkseed.evaluation import AllScores, Scores
 from fedkseed.federation import Checkpoint
 from fedkseed.files import write_atomically
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.scoring import Choices, measure
+from fedkseed.runs.scoring import Choices, Evaluated, measure
 
 
 def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_category: bool, output: Path | None) -> None:
@@ -36,14 +36,16 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
         raise ConfigError(f"--output {output}: there is no such folder; give a file in a folder that exists")
     with looking_on() as observer:
         found = measure(run, ledger, choices, observer)
-    _show(found.base, found.tuned, found.tuning.round, by_category)
+    _show(found, by_category)
     if output is not None:
         _write(output, found.base, found.tuned, found.tuning)
 
 
-def _show(base: AllScores, tuned: AllScores, rounds: int, by_category: bool) -> None:
-    after, now = f"after {rounds} rounds", _rows(tuned.overall)
-    show_table(("", "base", after), [(name, value, now[name]) for name, value in _rows(base.overall).items()])
+def _show(found: Evaluated, by_category: bool) -> None:
+    base, tuned = found.base, found.tuned
+    after, now = f"after {found.tuning.round} rounds", _rows(tuned.overall, found.num_records)
+    before = _rows(base.overall, found.num_records)
+    show_table(("", "base", after), [(name, value, now[name]) for name, value in before.items()])
     if not by_category:
         return
     answered = base.overall.num_answers > 0
@@ -57,11 +59,11 @@ def _show(base: AllScores, tuned: AllScores, rounds: int, by_category: bool) -> 
     show_table(header, rows)
 
 
-def _rows(scores: Scores) -> dict[str, str]:
+def _rows(scores: Scores, num_records: int) -> dict[str, str]:
     rows = {
         "held-out loss": f"{scores.loss:.4f}",
         "perplexity": f"{scores.perplexity:.2f}",
-        "records": f"{scores.num_examples:,}",
+        f"records of {num_records:,}": f"{scores.num_examples:,}",
         "response tokens": f"{scores.num_tokens:,}",
     }
     if scores.num_answers:

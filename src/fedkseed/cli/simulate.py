@@ -245,6 +245,8 @@ def _choices(field: FieldInfo) -> list[str]:
 
 def _metavar(field: FieldInfo) -> str:
     """What a flag's value looks like: the choices, or the kind of value."""
+    if field.annotation == RunConfig.model_fields["eval_limit"].annotation:
+        return "INTEGER|all"
     if choices := _choices(field):
         beside = "|".join(choices)
         return beside if len(beside) <= WIDEST_CHOICES else "NAME"

@@ -17,7 +17,10 @@ from fedkseed.comparison.plan import Comparison, Entry
 from fedkseed.errors import ConfigError, FedKSeedError, RunError, TooFewRepliesError
 from fedkseed.files import write_atomically
 from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.held_out import affordable
 from fedkseed.runs.metrics import Metrics
+from fedkseed.runs.observer import Nobody
+from fedkseed.runs.records import prepare
 from fedkseed.runs.settings import SimulationConfig, flags
 from fedkseed.text import visible
 
@@ -94,6 +97,7 @@ def carry_out(
         ConfigError: a run in the folder has other settings than the comparison.
         RunError: a run cannot be started or gone on with; the message names its log.
     """
+    comparison = _evaluating_alike(comparison, output, note)
     grids = {entry.slug: _grid(comparison, entry, output) for entry in comparison.methods}
     runner = _Runner(jobs, command, note)
     runner.run([trial for trials in grids.values() for trial in trials])
@@ -115,6 +119,24 @@ def carry_out(
         if damage := trial.recorded().damage:
             note(f"{trial.name}: {damage}; it is left out")
     return rows
+
+
+def _evaluating_alike(comparison: Comparison, output: Path, note: Callable[[str], None]) -> Comparison:
+    """The comparison with a number of held-out records that all its runs evaluate on, where its file does not say."""
+    entries = comparison.methods
+    if any("eval_limit" in settings for settings in [comparison.settings, *(entry.settings for entry in entries)]):
+        return comparison
+    begun = sorted(output.glob(f"*/*/{CONFIG}"))
+    if begun:
+        limit = RunFolder.open(begun[0].parent).config.eval_limit
+    else:
+        configs = [comparison.config(entry, comparison.seeds[0], entry.lr[0]) for entry in entries]
+        records = prepare(configs[0].model_copy(update={"eval_limit": "all"}), Nobody())
+        limit = min(len(records.held_out), *(affordable(config, records.sizes) for config in configs))
+        note(
+            f"all runs evaluate on {limit:,} of {len(records.held_out):,} held-out records that fit; eval_limit says otherwise"
+        )
+    return comparison.model_copy(update={"settings": {**comparison.settings, "eval_limit": limit or "all"}})
 
 
 def _grid(comparison: Comparison, entry: Entry, output: Path) -> tuple[Trial, ...]:

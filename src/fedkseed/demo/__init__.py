@@ -23,6 +23,7 @@ SETTINGS: MappingProxyType[str, Any] = MappingProxyType(
         "num_seeds": 4096,
         "local_optimizer": "adam",
         "eval_every": 1,
+        "eval_limit": "all",
         "dtype": "float32",
     }
 )

@@ -19,6 +19,7 @@ from fedkseed.evaluation import evaluate_loss
 from fedkseed.kseed.pages import is_replaced
 from fedkseed.randomness import generator
 from fedkseed.runs.algorithms import Federation
+from fedkseed.runs.held_out import num_evaluations
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import SimulationConfig
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch, TextTask
@@ -75,9 +76,9 @@ def forecast(config: SimulationConfig, federation: Federation, records: Records,
         watch.read()
     replies = rounds * len(requests)
     seconds = {name: value * steps * replies for name, value in spent.items()}
-    rebuilds = replies + _evaluations(config, server.checkpoint.round)
+    rebuilds = replies + num_evaluations(config, server.checkpoint.round)
     seconds["rebuild"] = spent["rebuild"] * rebuilds
-    seconds["evaluation"] = evaluation * _evaluations(config, server.checkpoint.round)
+    seconds["evaluation"] = evaluation * num_evaluations(config, server.checkpoint.round)
     down, up = float(np.mean([len(request.encode()) for request in requests])), float(len(reply))
     if config.facts.sends == "scalars":
         up += (steps - 1) * config.directions * (2 if config.wire == "float16" else 4)
@@ -126,13 +127,6 @@ def _evaluation_seconds(model: Any, records: Records) -> float:
     begin = time.perf_counter()
     evaluate_loss(model, batches[middle], EVAL_BATCH, records.pad_id)
     return (time.perf_counter() - begin) * sum(tokens) / tokens[middle]
-
-
-def _evaluations(config: SimulationConfig, done: int) -> int:
-    """How many evaluations are to come: every so many rounds, after the last one, and of the base model."""
-    return sum(
-        n % config.eval_every == 0 or n == config.num_rounds for n in range(done + 1 if done else 0, config.num_rounds + 1)
-    )
 
 
 def _parts(config: SimulationConfig, done: int, share: float) -> float:

@@ -24,6 +24,7 @@ from fedkseed.data import (
 from fedkseed.errors import ConfigError, DataError, ProtocolError
 from fedkseed.federation.envelope import check_name
 from fedkseed.randomness import generator
+from fedkseed.runs.held_out import affordable
 from fedkseed.runs.inputs import Inputs
 from fedkseed.runs.learner import USUAL_LENGTH, Learner, load_learner
 from fedkseed.runs.observer import Observer
@@ -37,7 +38,8 @@ class Records:
     """Tokenised data, dealt out, and what the model's answers mean for it.
 
     Attributes:
-        config: the settings, with the length that the model takes where they left it open.
+        config: the settings, with the length that the model takes and the number of records that are evaluated on where they
+            left these open.
         clients: each client's examples, by its name.
         held_out: what is evaluated on.
         references: the records that these were encoded from.
@@ -94,7 +96,12 @@ def prepare(
             f"--min-replies is {config.min_replies} and a round asks {cohort} of {len(clients)} clients; "
             "lower it, or raise --fraction-train or --num-clients"
         )
-    chosen = sample(len(evaluation.examples), config.eval_limit, config.seed)
+    sizes = {name: len(part) for name, part in parts.items()}
+    limit = affordable(config, sizes) if config.eval_limit is None else config.eval_limit
+    chosen = sample(len(evaluation.examples), limit, config.seed)
+    observer.note(f"evaluating on {len(chosen):,} of {len(held_out):,} held-out records{_why(config, len(chosen), evaluation)}")
+    if config.eval_limit is None:
+        config = config.model_copy(update={"eval_limit": len(chosen)})
     references = [held_out[evaluation.kept[i]] for i in chosen]
     examples = [evaluation.examples[i] for i in chosen]
     return Records(config, clients, examples, references, learner.pad_id, evaluation.stop_ids, frozen)
@@ -163,9 +170,18 @@ def load_examples(
     return [examples[i] for i in kept], [examples[i] for i in held_out]
 
 
-def sample(num_examples: int, limit: int | None, seed: int, purpose: str = "evaluation sample") -> list[int]:
+def _why(config: RunConfig, chosen: int, evaluation: EncodedData) -> str:
+    """Why these are fewer than could be evaluated on."""
+    if chosen == len(evaluation.examples):
+        return ""
+    if config.eval_limit is not None:
+        return ", a seeded draw"
+    return ", a seeded draw, so that it costs at most a tenth of the training; --eval-limit all takes all"
+
+
+def sample(num_examples: int, limit: int | Literal["all"] | None, seed: int, purpose: str = "evaluation sample") -> list[int]:
     """Positions of examples in their order: of all, or of a seeded draw of `limit`."""
-    if limit is None or limit >= num_examples:
+    if limit is None or limit == "all" or limit >= num_examples:
         return list(range(num_examples))
     chosen: list[int] = generator(seed, purpose).choice(num_examples, limit, replace=False).tolist()
     return sorted(chosen)

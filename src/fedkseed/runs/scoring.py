@@ -58,12 +58,14 @@ class Evaluated:
         base: of the base model.
         tuned: of the tuned one.
         tuning: what tunes it.
+        num_records: how many records there are; the scores are over those that fit and were drawn.
         answers: to those records that were answered, of both.
     """
 
     base: AllScores
     tuned: AllScores
     tuning: Checkpoint
+    num_records: int
     answers: tuple[Answer, ...] = ()
 
 
@@ -145,7 +147,7 @@ def measure(
             keep_answers(where, tuning, answers)
         except RunError as error:  # somebody else's run, perhaps: what was measured is worth more
             observer.note(str(error))
-    return Evaluated(base, tuned, tuning, answers)
+    return Evaluated(base, tuned, tuning, len(records), answers)
 
 
 def _run_config(path: Path) -> RunConfig | None:

@@ -50,7 +50,11 @@ class RunConfig(FederationConfig):
         None, description="Leave the tensors alone whose names match, such as '*embed*'; may be given several times."
     )
     eval_every: Count = Field(1, description="Evaluate every so many rounds, and after the last.")
-    eval_limit: Count | None = Field(None, description="Evaluate on a seeded draw of so many held-out records.")
+    eval_limit: Count | Literal["all"] | None = Field(
+        None,
+        description="Evaluate on a seeded draw of so many held-out records, or on all (default: so many that it costs at most "
+        "a tenth of the training).",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="Precision of the weights: float32, float16, bfloat16, or auto, the checkpoint's own."
     )
@@ -189,7 +193,7 @@ class SimulationConfig(RunConfig):
         return self
 
 
-FOUND_OUT = ("max_length", "date")
+FOUND_OUT = ("max_length", "date", "eval_limit")
 """The settings that are found out when a run starts, where they are left open."""
 PATTERNS = ("train", "freeze")
 """The settings that are lists of patterns."""
@@ -257,7 +261,10 @@ WORDS = Words(
         + (", or take --lr auto, which finds one as fedkseed tune does" if name == "lr" else "")
     ),
     unknown=lambda name: f"setting {name!r}",
-    advice={"lr": "; give a number, or --lr auto, which finds one as fedkseed tune does"},
+    advice={
+        "lr": "; give a number, or --lr auto, which finds one as fedkseed tune does",
+        "eval_limit": "; give a number of records, or all",
+    },
 )
 
 
