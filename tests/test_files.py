@@ -1,15 +1,20 @@
 """Atomic files: the old content or the new one, whatever fails. (kseed/test_ledger.py: a fault or kill at each step.)"""
 
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fedkseed.files import Lock, write_atomically
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.noise.pool import SeedPool
 
 
 def names(folder: Path) -> list[str]:
@@ -105,6 +110,9 @@ TWO_WRITERS = """
 import sys
 from pathlib import Path
 from fedkseed.files import Lock, write_atomically
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.identity import BaseIdentity
+from fedkseed.noise.pool import SeedPool
 path, letter = Path(sys.argv[1]), sys.argv[2].encode()
 for _ in range(200):
     write_atomically(path, letter * 100_000)
@@ -121,6 +129,44 @@ def test_of_two_writers_one_is_last_and_the_file_is_always_whole(tmp_path: Path)
         assert len(set(content)) == 1
     assert [writer.returncode for writer in writers] == [0, 0]
     assert names(tmp_path) == ["file"]
+
+
+SAVING = """
+import sys
+from pathlib import Path
+from fedkseed.files import write_atomically
+path, content = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+while True:
+    write_atomically(path, content)
+"""
+
+
+def test_a_ledger_is_always_whole_for_two_writers_that_are_killed_and_for_readers_beside_them(tmp_path: Path) -> None:
+    """Each time both are killed at some moment, and what they leave half done is gone with the next write."""
+    path, draw = tmp_path / "ledger.safetensors", random.Random(3)
+    base = BaseIdentity.of({"w": bytes(range(32))})
+    ledgers = [Ledger.start(SeedPool(key, 512), base, "float32") for key in (1, 2)]
+    for ledger in ledgers:
+        (tmp_path / f"{ledger.pool.key}").write_bytes(ledger.encode())
+    digests, seen, reads = {ledger.digest() for ledger in ledgers}, set[str](), 0
+    ledgers[0].save(path)
+    for _ in range(12):
+        writers = [subprocess.Popen([sys.executable, "-c", SAVING, path, tmp_path / f"{i}"]) for i in (1, 2)]
+        before, end = path.stat().st_ino, time.monotonic() + 60
+        while path.stat().st_ino == before and time.monotonic() < end:  # until one of them writes
+            time.sleep(0.001)
+        moment = time.monotonic() + draw.uniform(0, 0.1)
+        while time.monotonic() < moment or not reads:
+            seen.add(Ledger.load(path).digest())
+            reads += 1
+        for writer in writers:
+            writer.kill()
+        for writer in writers:
+            writer.wait()
+        seen.add(Ledger.load(path).digest())
+    assert seen == digests
+    ledgers[0].save(path)
+    assert names(tmp_path) == ["1", "2", "ledger.safetensors"]
 
 
 def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:

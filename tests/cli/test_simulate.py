@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,36 @@ def test_resuming_on_a_full_disk_is_one_line(fedkseed: CommandLine, copied: Path
     before = contents(copied)
     assert_one_line(fedkseed("simulate", "--resume", copied, largest_file=100), 1, "cannot write")
     assert contents(copied) | {".lock": b""} == before | {".lock": b""}  # which says whose it was
+
+
+# --- One run, one writer ---
+
+HOLDING = (
+    "import sys; from pathlib import Path; from fedkseed.files import Lock;"
+    "print(Lock(Path(sys.argv[1])).acquire(), flush=True); sys.stdin.read()"
+)
+
+
+def test_a_run_that_is_being_written_is_read_by_all_and_written_by_nobody_else(
+    fedkseed: CommandLine, copied: Path, tmp_path: Path
+) -> None:
+    """The lock is gone with its process, however that ends; the file that stands for it stays."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(copied / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "None\n"
+    before = contents(copied)
+    for extra in ([], ["--num-rounds", 4], ["--num-rounds", 4, "--accept-changes"]):
+        result = fedkseed("simulate", "--resume", copied, *extra)
+        assert_one_line(result, 2, f"{copied} is being written by process {writer.pid}; wait until it is done, or end it first")
+    for command in (["inspect", copied], ["report", copied], ["evaluate", copied, "--limit", 1]):
+        assert fedkseed(*command).code == 0
+    assert fedkseed("export", copied, tmp_path / "out", "--ledger-only").code == 0
+    assert contents(copied) == before
+    writer.kill()
+    writer.communicate()
+    assert fedkseed("simulate", "--resume", copied, "--num-rounds", 4).code == 0
 
 
 # --- Resuming what cannot be resumed ---
