@@ -368,6 +368,21 @@ class Stop(Exception):  # noqa: N818
     """What a watcher raises to stop a run."""
 
 
+def test_damaged_events_and_scores_cost_a_line_and_no_number(finished: Finished, copied: Path) -> None:
+    """The damaged line is left out; scores are made anew, which here nobody can."""
+    metrics = run_folder(copied, SLUGS[0], SEEDS[0]) / "metrics.jsonl"
+    metrics.write_text("17\n" + metrics.read_text())
+    notes: list[str] = []
+    rows = carry_out(finished.comparison, copied, 1, NOTHING, notes.append)
+    assert [note for note in notes if "cannot be read" in note] == [
+        f"FedAvg, seed 1: 1 line of {metrics} cannot be read (line 1: no event); it is left out"
+    ]
+    assert write_report(finished.comparison, rows, copied).markdown() == finished.table
+    (run_folder(copied, SLUGS[0], SEEDS[0]) / "scores.json").write_text("[" * 2000)
+    with pytest.raises(RunError, match="could not be scored"):
+        carry_out(finished.comparison, copied, 1, NOTHING, notes.append)
+
+
 def stopped_after_a_round(folder: Path) -> None:
     """The run in a folder as if it had been killed after its first round."""
     config = RunFolder.open(folder).config
