@@ -105,7 +105,7 @@ def test_evaluating_a_round_is_evaluating_its_ledger(run: RunFolder) -> None:
         ((3.0, 2.5, 2.75), "the smallest held-out loss is 2.5000, after round 1; --round best takes its ledger"),
         ((3.0, 3.1, 3.2), "the smallest held-out loss is 3.0000, the base model's; --round best takes its ledger"),
         ((3.0, 2.9, 2.8), None),
-        ((math.nan, math.nan, math.nan), None),
+        ((3.0, math.nan, 2.9), None),
     ],
 )
 def test_the_best_is_named_where_it_is_not_the_last(
