@@ -23,10 +23,11 @@ from tests.support.tiny import tiny_settings
 from fedkseed.cli.app import app
 from fedkseed.comparison import Comparison, carry_out, read_comparison, write_report
 from fedkseed.comparison.report import Measured, Point, _at
-from fedkseed.comparison.trials import Row, _trial
+from fedkseed.comparison.trials import Row, Trial, _check_same, _trial
 from fedkseed.errors import ConfigError, RunError
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.records import prepare
+from fedkseed.runs.settings import build
 from fedkseed.runs.simulation import Simulation
 
 NOTHING = functools.partial(sys.exit, 3)  # a command that only fails: whoever calls it ends with a RunError
@@ -466,6 +467,14 @@ def test_other_settings_than_those_of_a_finished_run_are_refused(
     with pytest.raises(ConfigError, match=rf"was begun with {at[-1]} = "):
         carry_out(other, copied, 1, NOTHING, lambda _: None)
     assert states(copied) == before
+
+
+def test_what_a_run_found_out_is_no_other_setting(tiny: Path, tmp_path: Path) -> None:
+    left_open = build(tiny_settings(tiny) | {"max_length": None})
+    RunFolder.create(tmp_path / "run", left_open.model_copy(update={"max_length": 64}))
+    _check_same(Trial("a", tmp_path / "run", left_open))
+    with pytest.raises(ConfigError, match=r"was begun with max_length = 64, the comparison says 48"):
+        _check_same(Trial("a", tmp_path / "run", build(tiny_settings(tiny, max_length=48))))
 
 
 def test_more_answers_are_scored(finished: Finished, copied: Path, tiny: Path, tmp_path: Path) -> None:

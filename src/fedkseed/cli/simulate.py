@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -253,8 +254,8 @@ def _metavar(field: FieldInfo) -> str:
     kinds = [field.annotation, *get_args(field.annotation)]
     for kind in kinds:
         kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-        if kind in (int, float, str, Path):
-            return {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}[kind]
+        if kind in (int, float, str, Path, date):
+            return {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", date: "DATE"}[kind]
     return "VALUE"
 
 

@@ -21,7 +21,7 @@ from fedkseed.runs.held_out import affordable
 from fedkseed.runs.metrics import Metrics
 from fedkseed.runs.observer import Nobody
 from fedkseed.runs.records import prepare
-from fedkseed.runs.settings import SimulationConfig, flags
+from fedkseed.runs.settings import SimulationConfig, flags, found_out
 from fedkseed.text import visible
 
 NO_REPLIES = 75
@@ -269,7 +269,8 @@ def _check_same(trial: Trial) -> None:
     """Refuse to go on with a run that was begun with other settings."""
     if not (trial.folder / CONFIG).exists():
         return
-    before, now = RunFolder.open(trial.folder).config.model_dump(), trial.config.model_dump()
+    begun = RunFolder.open(trial.folder).config
+    before, now = begun.model_dump(), found_out(trial.config, begun).model_dump()
     for name in now:
         if before[name] != now[name] and trial.config.facts.takes(name):
             raise ConfigError(

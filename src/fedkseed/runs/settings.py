@@ -243,6 +243,11 @@ def started(config: C) -> C:
     return config.model_copy(update={"date": datetime.date.today()})
 
 
+def found_out(config: C, before: RunConfig) -> C:
+    """The same settings, with what a run has found out where they leave it open."""
+    return config.model_copy(update={name: getattr(before, name) for name in FOUND_OUT if getattr(config, name) is None})
+
+
 def flag(name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")

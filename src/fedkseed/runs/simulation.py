@@ -27,7 +27,7 @@ from fedkseed.runs.observer import Nobody, Observer, Probe
 from fedkseed.runs.provenance import check_same, made_with
 from fedkseed.runs.records import Records, prepare
 from fedkseed.runs.resolution import eps_warning
-from fedkseed.runs.settings import AUTO, FOUND_OUT, SimulationConfig, build, settings_given, started
+from fedkseed.runs.settings import AUTO, SimulationConfig, build, found_out, settings_given, started
 from fedkseed.runs.task import EVAL_BATCH, Stopwatch
 from fedkseed.runs.trackers import check_trackers
 from fedkseed.runs.tuning import find
@@ -191,8 +191,7 @@ def simulate(
         config = started(config)
     else:
         before = folder.config
-        found_out = {name: getattr(before, name) for name in FOUND_OUT if getattr(config, name) is None}
-        config = config.model_copy(update={**found_out, "num_rounds": max(config.num_rounds, before.num_rounds)})
+        config = found_out(config, before).model_copy(update={"num_rounds": max(config.num_rounds, before.num_rounds)})
         check_same(folder, folder.load_checkpoint(), config, None, accept_changes)  # what takes no reading of records
     learner = load_learner(config, watch, inputs)
     records = prepare(config, watch, inputs, learner)
