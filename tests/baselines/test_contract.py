@@ -467,6 +467,11 @@ OTHER_VALUES: dict[str, Any] = {
     "server_lr": 0.5,
     "two_point_clients": 0.25,
     "checkpointing": "on",
+    "max_grad": 50.0,
+    "max_value": 50.0,
+    "train": "model.norm.weight",
+    "freeze": "model.norm.weight",
+    "directions": 3,
 }
 
 
@@ -496,7 +501,7 @@ def test_the_settings_of_a_run_lack_what_the_algorithm_does_not_take(done: Calla
     written = tomllib.loads((done(algorithm).path / "config.toml").read_text())
     assert written["algorithm"] == algorithm
     for setting in SOME_TAKE:
-        if setting != "loss_clip":  # None is not written
+        if setting not in ("loss_clip", "train", "freeze"):  # None is not written
             assert (setting in written) == ALGORITHMS[algorithm].takes(setting), setting
     assert RunFolder.open(done(algorithm).path).config == done(algorithm).simulation.config
 
@@ -544,10 +549,9 @@ def test_the_commands_on_a_baselines_run(fedkseed: CommandLine, tiny: Path, tmp_
         assert told["tensors"] == f"{len(tuned.tensors)} with {sum(x.numel() for x in tuned.tensors.values()):,} numbers"
 
     before = contents(run)
-    for options in ([], ["--ledger-only"]):
-        result = fedkseed("export", run, tmp_path / "exported", *options)
-        assert_one_line(result, 2, f"{run} is the run of a baseline, which has no ledger", str(file))
-        assert not (tmp_path / "exported").exists()
+    result = fedkseed("export", run, tmp_path / "exported", "--ledger-only")
+    assert_one_line(result, 2, f"--ledger-only: {run} is the run of a baseline, which has no ledger")
+    assert not (tmp_path / "exported").exists()
     assert contents(run) == before
     result = fedkseed("report", run)
     assert (result.code, result.stderr) == (0, "")

@@ -164,7 +164,7 @@ def test_the_row_and_the_settings_agree() -> None:
     for name in CHANGES:
         assert [row.name for row in ALGORITHMS.values() if row.takes(name)] == ["fedkseed-grad"]
         assert name in SOME_TAKE
-        assert (fields[name].description or "").startswith("fedkseed-grad: ") or name == "checkpointing"
+        assert (fields[name].description or "").startswith("Of fedkseed-grad: ") or name == "checkpointing"
     assert (ROW.sends, ROW.measures, ROW.draws) == ("changes", "gradient", None)
     assert (ROW.has_ledger, ROW.needs_noise, ROW.needs_peft, ROW.passes_per_step) == (True, True, False, 3)
 

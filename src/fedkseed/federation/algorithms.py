@@ -84,7 +84,7 @@ OWN_TENSORS = ("train", "freeze")
 SEEDS = (*PROBES, *OWN_TENSORS, "num_seeds", "wire", "dtype")
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
-    "checkpointing", "max_value",
+    "checkpointing",
 )  # fmt: skip
 SCALARS = ("directions",)
 IMPORTANCE = ("importance_clip", "importance_start")
@@ -105,7 +105,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm(
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",
-            "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES),
+            "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES, *TENSORS),
         ),
         Algorithm(
             "fedavg", "FedAvg", "all parameters by SGD",
