@@ -46,7 +46,7 @@ def losses(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
 
 
 def diverging(notes: list[str]) -> list[str]:
-    return [note for note in notes if "diverges" in note]
+    return [note.removeprefix("warning: ") for note in notes if "diverges" in note]
 
 
 @drivers

@@ -9,10 +9,11 @@ import pytest
 from tests.support.command_line import CommandLine, assert_one_line, flags
 from tests.support.natural_instructions import in_words, published_sizes, task, write_folder
 from tests.support.runs import Watcher, read_metrics, simulation
-from tests.support.tiny import tiny_settings
+from tests.support.tiny import tiny_settings, write_records
 
-from fedkseed.data import Example
+from fedkseed.data import Example, encode, read_examples
 from fedkseed.errors import ConfigError, DataError
+from fedkseed.models.loading import load_tokenizer
 from fedkseed.runs.records import Records, deal, load_examples, prepare, sample
 from fedkseed.runs.settings import build
 
@@ -253,3 +254,29 @@ def test_epochs_through_a_simulation(tiny: Path, tasks: Path, tmp_path: Path) ->
     run.train()
     assert {probe.client: probe.steps for probe in watcher.probes} == {"task001": 2 * 1, "task002": 2 * 3}
     assert len(read_metrics(tmp_path / "run")[1]["clients"]) == 2
+
+
+# --- What is dropped ---
+
+
+@pytest.mark.parametrize(("long", "empty", "warns"), [(0, 0, False), (1, 0, False), (4, 0, True), (0, 4, True), (4, 4, True)])
+def test_more_than_a_twentieth_dropped_is_a_warning_with_the_length_that_keeps_the_rest(
+    tiny: Path, tmp_path: Path, long: int, empty: int, warns: bool
+) -> None:
+    words = ["a", "big", "small", "and"]
+    kept = [Example("name the animal", " ".join(words), "dog", "animal")] * (40 - long - empty)
+    lengthy = [Example("name the animal", " ".join(words * 3), "dog", "animal")] * long
+    data = write_records(tmp_path / "d.jsonl", [*kept, *lengthy, *[Example("name", "a", " ", "animal")] * empty])
+    tokenizer = load_tokenizer(tiny / "model")
+    whole = encode(read_examples(data), tokenizer, 64)
+    prompts = sorted({example.prompt_length for example in whole.examples})
+    watcher = Watcher()
+    prepare(build(tiny_settings(tiny, data=data, eval_data=tiny / "records.jsonl", max_length=prompts[0] + 3)), watcher)
+    (note,) = [note for note in watcher.notes if "training records: " in note]
+    assert note.startswith("warning: ") == warns
+    assert f"{40 - long - empty} used, {long + empty} dropped" in note
+    if long > 2:
+        assert f"--max-length {prompts[-1] + 1} would keep 95 %" in note
+        assert len(encode(read_examples(data), tokenizer, prompts[-1] + 1).examples) >= 0.95 * (40 - empty)
+    else:
+        assert "would keep" not in note

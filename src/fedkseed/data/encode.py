@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class EncodedData:
         num_truncated: kept examples that lost tokens (the end counts).
         num_tokens_cut: the tokens those lost.
         stop_ids: the ids that end a response, EOS first; an answer ends at any of them.
+        needed: the max_length from which on an example is kept, of each that has a response.
     """
 
     examples: tuple[EncodedExample, ...]
@@ -76,11 +78,21 @@ class EncodedData:
     num_truncated: int
     num_tokens_cut: int
     stop_ids: tuple[int, ...] = ()
+    needed: tuple[int, ...] = ()
 
     @property
     def num_dropped(self) -> int:
         """How many examples are left out."""
         return len(self.dropped)
+
+    @property
+    def share_dropped(self) -> float:
+        """Which part of all examples is left out."""
+        return self.num_dropped / ((self.num_dropped + len(self.examples)) or 1)
+
+    def length_keeping(self, share: float) -> int | None:
+        """The least max_length that keeps a share of the examples that have a response; None if there are none."""
+        return sorted(self.needed)[math.ceil(share * len(self.needed)) - 1] if self.needed else None
 
 
 def why_dropped(dropped: Sequence[Dropped]) -> str:
@@ -139,11 +151,14 @@ def encode(
     encoded: list[EncodedExample] = []
     kept: list[int] = []
     dropped: list[Dropped] = []
+    needed: list[int] = []
     num_truncated = num_tokens_cut = 0
     for i, (item, prompt, response) in enumerate(zip(rendered, prompts, responses, strict=True)):
         if prompt[: len(start)] != start:
             prompt = start + prompt
         whole = [*prompt, *response, *ends[item.end]]
+        if response and item.response.strip() and not item.fault:
+            needed.append(max(len(prompt), 1) + 1)
         example = EncodedExample(np.array(whole[:max_length], np.int32), len(prompt))
         if reason := item.fault or _nothing_to_learn(item, response, example, max_length):
             dropped.append(Dropped(examples[i].where, reason))
@@ -162,7 +177,9 @@ def encode(
             f"raise max_length or give records with shorter prompts and non-empty responses ({why_dropped(dropped)})"
         )
     stop_ids = dict.fromkeys([eos, *(ids[-1] for ids in ends.values())])
-    return EncodedData(tuple(encoded), np.array(kept, np.int64), tuple(dropped), num_truncated, num_tokens_cut, tuple(stop_ids))
+    return EncodedData(
+        tuple(encoded), np.array(kept, np.int64), tuple(dropped), num_truncated, num_tokens_cut, tuple(stop_ids), tuple(needed)
+    )
 
 
 def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> Rendered:

@@ -19,7 +19,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.events import evaluation_event, round_event
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.metrics import best_round
-from fedkseed.runs.observer import Observer
+from fedkseed.runs.observer import WARNING, Observer
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.trackers import tracking
 
@@ -139,10 +139,10 @@ class Driver:
         event["refused"] |= dict(unreadable or {})
         event["missing"] = [client for client in outcome.missing if client not in event["refused"]]
         for client, reason in sorted(event["refused"].items()):
-            self.observer.note(f"round {outcome.server_round}: reply of {self._called(client)} refused: {reason}")
+            self.observer.note(f"{WARNING}round {outcome.server_round}: reply of {self._called(client)} refused: {reason}")
         if event["missing"]:
             self.observer.note(
-                f"round {outcome.server_round}: no reply of {', '.join(map(self._called, event['missing']))} in time"
+                f"{WARNING}round {outcome.server_round}: no reply of {', '.join(map(self._called, event['missing']))} in time"
             )
         if outcome.status == "failed":
             raise TooFewRepliesError(
@@ -200,7 +200,7 @@ class Driver:
         if math.isfinite(loss) and loss <= DIVERGED * best:
             return
         self.observer.note(
-            f"round {self.round}: the held-out loss is {loss:.4f}, it was {best:.4f}: the run diverges. "
+            f"{WARNING}round {self.round}: the held-out loss is {loss:.4f}, it was {best:.4f}: the run diverges. "
             f"Start anew with a lower --lr than {self.config.lr:g}"
             ", or with --lr auto; fedkseed tune explains it"
         )

@@ -27,10 +27,12 @@ from fedkseed.randomness import generator
 from fedkseed.runs.held_out import affordable
 from fedkseed.runs.inputs import Inputs
 from fedkseed.runs.learner import USUAL_LENGTH, Learner, load_learner
-from fedkseed.runs.observer import Observer
+from fedkseed.runs.observer import WARNING, Observer
 from fedkseed.runs.settings import RunConfig, SimulationConfig
 
 EVAL_FRACTION = 0.05
+TOLERATED = 0.05
+"""Share of records that may be dropped without a warning."""
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,18 @@ def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, lis
 
 
 def describe(what: str, encoded: EncodedData) -> str:
-    """One line about how many records are used, and what was lost of the others."""
+    """One line about how many records are used, and what was lost of the others: a warning if that is much."""
     lost = f" ({why_dropped(encoded.dropped)})" if encoded.dropped else ""
-    return (
+    line = (
         f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped{lost}, "
         f"{encoded.num_truncated:,} cut ({encoded.num_tokens_cut:,} tokens)"
     )
+    if encoded.share_dropped <= TOLERATED:
+        return line
+    line, length = f"{WARNING}{line}; {100 * encoded.share_dropped:.0f} % are dropped", encoded.length_keeping(1 - TOLERATED)
+    return f"{line}: --max-length {length} would keep {100 * (1 - TOLERATED):.0f} %" if _too_long(encoded, length) else line
+
+
+def _too_long(encoded: EncodedData, length: int | None) -> bool:
+    """Whether a larger length would keep more."""
+    return length is not None and sum(need <= length for need in encoded.needed) > len(encoded.examples)
