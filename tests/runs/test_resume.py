@@ -326,7 +326,7 @@ def test_an_interrupt_exits_130_with_the_hint_and_a_whole_ledger(fedkseed: Comma
         when = (str(run / "metrics.jsonl"), 4, 0.013 * moment, signal.SIGINT)
         result = fedkseed("simulate", *flags(settings), "--run", run, send=when)
         rounds = Ledger.load(run / "ledger.safetensors").round
-        hint = f"interrupted; round {rounds} is safe. Go on with: fedkseed simulate --resume {run}"
+        hint = f"interrupted; round {rounds} is safe in {run}. Go on with:\n  fedkseed simulate --resume {run}\n"
         assert hint in result.stdout + result.stderr
         assert "Traceback" not in result.stdout + result.stderr
         assert result.code == 130
@@ -342,7 +342,7 @@ def test_an_interrupt_before_the_first_round_is_done_says_so(fedkseed: CommandLi
     when = (str(run / "metrics.jsonl"), 1, 0.1, signal.SIGINT)  # the evaluation of the base model is done
     result = fedkseed("simulate", *flags(tiny_settings(tiny, local_steps=60000)), "--run", run, send=when)
     assert result.code == 130
-    assert f"no round was done yet. Go on with: fedkseed simulate --resume {run}" in result.stdout + result.stderr
+    assert f"no round was done yet in {run}. Go on with:\n  fedkseed simulate --resume {run}\n" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert not (run / "ledger.safetensors").exists()
 
