@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_settings, write_records
 from fedkseed.data import Example, encode, read_examples
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.models.loading import load_tokenizer
-from fedkseed.runs.records import Records, deal, load_examples, prepare, sample
+from fedkseed.runs.records import Records, deal, describe, load_examples, prepare, sample
 from fedkseed.runs.settings import build
 
 
@@ -280,3 +280,14 @@ def test_more_than_a_twentieth_dropped_is_a_warning_with_the_length_that_keeps_t
         assert len(encode(read_examples(data), tokenizer, prompts[-1] + 1).examples) >= 0.95 * (40 - empty)
     else:
         assert "would keep" not in note
+
+
+def test_a_length_that_the_model_does_not_take_is_not_advised(tiny: Path) -> None:
+    fits = Example("name the animal", "a big", "dog", "animal")
+    longer = Example("name the animal", "a big small and or " * 10, "dog", "animal")
+    encoded = encode([fits] * 5 + [longer] * 5, load_tokenizer(tiny / "model"), 20)
+    assert "would keep 95 %" in describe("training", encoded)
+    assert "would keep 95 %" in describe("training", encoded, 512)
+    told = describe("training", encoded, 40)
+    assert "would keep" not in told
+    assert told.endswith("and the model takes 40")

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from fedkseed import __version__
 from fedkseed.cli.console import complain, log_to_standard_error
-from fedkseed.cli.interrupts import INTERRUPTED, interruptible
+from fedkseed.cli.interrupts import INTERRUPTED, Interrupted, interruptible
 from fedkseed.cli.simulate import simulate, tune
 from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.errors import ConfigError, FedKSeedError
@@ -20,12 +20,15 @@ TRAIN, USE, MACHINE = "Train", "Look at a run, use its model", "This machine"
 
 
 class Commands(TyperGroup):
-    """The commands; Ctrl-C where none of them says what is safe is one word."""
+    """The commands; what Ctrl-C has to say comes last, and is one word where no command says what is safe."""
 
     def invoke(self, ctx: Context) -> Any:
         """See click."""
         try:
             return super().invoke(ctx)
+        except Interrupted as end:
+            end.tell()
+            raise
         except KeyboardInterrupt:
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None

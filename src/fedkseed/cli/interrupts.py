@@ -18,9 +18,22 @@ Advice = tuple[str, Sequence[object]]
 """What is safe, and the command that goes on."""
 
 
+class Interrupted(typer.Exit):
+    """The end of a command by Ctrl-C, with what is to be said once its display is gone."""
+
+    def __init__(self, safe: str, command: Sequence[object]) -> None:
+        super().__init__(INTERRUPTED)
+        self._safe, self._command = safe, command
+
+    def tell(self) -> None:
+        """Say it."""
+        complain(f"interrupted; {self._safe}. Go on with:")
+        say_command(self._command, Console(stderr=True))
+
+
 @contextmanager
 def interruptible(advice: str | Callable[[], Advice]) -> Iterator[None]:
-    """Ctrl-C inside ends the command with exit code 130 after saying what is safe and how to go on.
+    """Ctrl-C inside ends the command with an `Interrupted`, which says what is safe and how to go on.
 
     Args:
         advice: what is safe, where the same command is to be given again; or a function that says both.
@@ -29,9 +42,7 @@ def interruptible(advice: str | Callable[[], Advice]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         safe, command = (advice, again()) if isinstance(advice, str) else advice()
-        complain(f"interrupted; {safe}. Go on with:")
-        say_command(command, Console(stderr=True))
-        raise typer.Exit(INTERRUPTED) from None
+        raise Interrupted(safe, command) from None
 
 
 def again() -> list[str]:

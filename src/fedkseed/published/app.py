@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from fedkseed.cli.interrupts import Interrupted
 from fedkseed.errors import ConfigError, FedKSeedError
 from fedkseed.published.flags import PUBLISHED, parser
 from fedkseed.runs.settings import SimulationConfig
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = re.sub(r"--[a-z][a-z-]*", lambda match: PUBLISHED.get(match[0], match[0]), str(error))
         print(f"main.py: {visible(text)}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except typer.Exit as done:  # after Ctrl-C has said what is safe
+    except typer.Exit as done:
+        if isinstance(done, Interrupted):
+            done.tell()
         sys.exit(done.exit_code)
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)

@@ -126,7 +126,7 @@ def encoded_for(config: RunConfig, learner: Learner, examples: Sequence[Example]
     length = learner.max_length(config.max_length, config.soft_prompt)
     heard = partial(observer.progress, f"tokenising {what} records")
     encoded = encode(examples, learner.tokenizer, length, config.prompts(), heard)
-    observer.note(describe(what, encoded))
+    observer.note(describe(what, encoded, learner.traits.context))
     learner.check_ids(encoded.examples)
     return encoded
 
@@ -230,8 +230,14 @@ def deal(examples: Sequence[Example], config: SimulationConfig) -> dict[str, lis
     return dict(zip(client_names(config.num_clients), (part.tolist() for part in parts), strict=True))
 
 
-def describe(what: str, encoded: EncodedData) -> str:
-    """One line about how many records are used, and what was lost of the others: a warning if that is much."""
+def describe(what: str, encoded: EncodedData, context: int | None = None) -> str:
+    """One line about how many records are used, and what was lost of the others: a warning if that is much.
+
+    Args:
+        what: what they are called.
+        encoded: the records.
+        context: how many tokens the model takes, if that is known.
+    """
     lost = f" ({why_dropped(encoded.dropped)})" if encoded.dropped else ""
     line = (
         f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped{lost}, "
@@ -240,9 +246,13 @@ def describe(what: str, encoded: EncodedData) -> str:
     if encoded.share_dropped <= TOLERATED:
         return line
     line, length = f"{WARNING}{line}; {100 * encoded.share_dropped:.0f} % are dropped", encoded.length_keeping(1 - TOLERATED)
-    return f"{line}: --max-length {length} would keep {100 * (1 - TOLERATED):.0f} %" if _too_long(encoded, length) else line
+    if length is None or not _too_long(encoded, length):
+        return line
+    if context is not None and length > context:
+        return f"{line}: it takes --max-length {length} to keep {100 * (1 - TOLERATED):.0f} %, and the model takes {context}"
+    return f"{line}: --max-length {length} would keep {100 * (1 - TOLERATED):.0f} %"
 
 
-def _too_long(encoded: EncodedData, length: int | None) -> bool:
+def _too_long(encoded: EncodedData, length: int) -> bool:
     """Whether a larger length would keep more."""
-    return length is not None and sum(need <= length for need in encoded.needed) > len(encoded.examples)
+    return sum(need <= length for need in encoded.needed) > len(encoded.examples)

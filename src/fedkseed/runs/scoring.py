@@ -120,7 +120,7 @@ def measure(
     encoded = encode(
         records, learner.tokenizer, max_length, own.prompts(choices.template), partial(observer.progress, "tokenising")
     )
-    observer.note(describe("evaluation", encoded))
+    observer.note(describe("evaluation", encoded, learner.traits.context))
     learner.check_ids(encoded.examples)
     chosen = sample(len(encoded.examples), choices.limit or own.eval_limit, seed)
     examples, kept = [encoded.examples[i] for i in chosen], [records[encoded.kept[i]] for i in chosen]
