@@ -276,7 +276,7 @@ def _report(comparison: Comparison, results: Sequence[Result], base: tuple[float
     notes = [
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
         f"Equal examples: {equal.examples:,} in all (steps times batch size); equal passes: {equal.passes:,} forward "
-        "passes of a record (a step costs 2 without backpropagation, 3 with it).",
+        "passes of a record (a step costs 2 without backpropagation, of n directions n + 1, and 3 with it).",
     ]
     if comparison.control:
         notes.append(
