@@ -25,7 +25,7 @@ SHELLS = ("sh", "bash", "shell", "console")
 PROGRAMS = ("make", "fedkseed")
 """What README's commands call. In a block without a language, the first word tells a command from what one printed."""
 STANDS_FOR = {"MODEL": "model", "databricks-dolly-15k.jsonl": "records.jsonl"}
-QUICK = {"simulate": ["--num-rounds", "2", "--local-steps", "2"]}
+QUICK = {"simulate": ["--num-rounds", "2", "--local-steps", "2", "--max-length", "64"]}
 """Given after README's own flags, and the last one counts."""
 IN_SENTENCES = {
     "--resume runs/first": "simulate --resume runs/first",
