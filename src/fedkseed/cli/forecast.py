@@ -19,7 +19,7 @@ def describe(found: Forecast, facts: Algorithm) -> list[str]:
     passes = "forward passes" if facts.measures == "two-point" else "forward and backward passes"
     total = found.total_seconds or 1.0
     shares = sorted(((seconds / total, name) for name, seconds in found.seconds.items()), reverse=True)
-    told = [f"{100 * share:.0f} % {ACTIVITIES.get(name, passes)}" for share, name in shares if share >= 0.005]
+    told = [f"{100 * share:.0f}\u00a0% {ACTIVITIES.get(name, passes)}" for share, name in shares if share >= 0.005]
     both = found.bytes_down + found.bytes_up
     return [
         f"forecast: about {_duration(found.total_seconds)} on this machine, of which {', '.join(told)}",
