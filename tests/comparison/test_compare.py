@@ -477,6 +477,16 @@ def test_what_a_run_found_out_is_no_other_setting(tiny: Path, tmp_path: Path) ->
         _check_same(Trial("a", tmp_path / "run", build(tiny_settings(tiny, max_length=48))))
 
 
+def test_runs_that_dropped_long_prompts_are_not_gone_on_with_by_cutting_them(tiny: Path, tmp_path: Path) -> None:
+    """A kept run's settings do not name what they are older than."""
+    config = build(tiny_settings(tiny))
+    file = RunFolder.create(tmp_path / "run", config).path / "config.toml"
+    file.write_text(file.read_text().replace('long_prompts = "cut"\n', ""))
+    _check_same(Trial("a", tmp_path / "run", config.model_copy(update={"long_prompts": "drop"})))
+    with pytest.raises(ConfigError, match=r"was begun with long_prompts = 'drop', the comparison says 'cut'"):
+        _check_same(Trial("a", tmp_path / "run", config))
+
+
 def test_more_answers_are_scored(finished: Finished, copied: Path, tiny: Path, tmp_path: Path) -> None:
     """What was answered before is not what the file asks for now."""
     for path in copied.glob("runs/*/scores.json"):

@@ -57,6 +57,17 @@ def tokenised(tokenizer: PreTrainedTokenizerBase, examples: list[Example] = EXAM
     return data, len(heard)
 
 
+def test_what_the_disk_holds_is_cut_or_dropped_as_asked(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = [*EXAMPLES, Example("A very long request. " * 30, "", "Yes.", "")]
+    cut = encode(examples, tokenizer, 64, long_prompts="cut")
+    assert len(kept(folder)) == 1
+    drop = encode(examples, tokenizer, 64)
+    assert len(kept(folder)) == 1
+    assert (cut.num_prompts_cut, drop.num_prompts_cut) == (1, 0)
+    assert ids(cut)[:-1] == ids(drop)
+    assert_same(cut, encode(examples, tokenizer, 64, long_prompts="cut"))
+
+
 def test_the_same_ids_from_the_disk_as_without(
     folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,17 @@ from tests.support.tiny import CHAT
 from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
-from fedkseed.data import TEMPLATES, Dropped, Example, Rendered, encode, get_template, read_examples, why_dropped
+from fedkseed.data import (
+    TEMPLATES,
+    Dropped,
+    EncodedExample,
+    Example,
+    Rendered,
+    encode,
+    get_template,
+    read_examples,
+    why_dropped,
+)
 from fedkseed.errors import DataError, InvalidValueError, ModelError
 
 BOS, EOS = 1, 2
@@ -131,6 +141,85 @@ def test_every_record_is_kept_or_counted(
         assert example.prompt_length < len(example.input_ids) <= max_length
         np.testing.assert_array_equal(example.input_ids, full[i].input_ids[:max_length])
     assert all(full[i].prompt_length >= max_length for i in set(full) - set(data.kept.tolist()))
+
+
+# --- Prompts that fill the length ---
+
+
+@given(
+    texts=st.lists(st.tuples(st.text(max_size=60), st.text(max_size=30), st.text(max_size=40)), min_size=1, max_size=6),
+    max_length=st.integers(2, 60),
+)
+def test_cut_changes_no_record_that_drop_keeps(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str, str]], max_length: int
+) -> None:
+    anchor = Example("", "", "x", "", alone=True)  # keeps `encode` from refusing the lot
+    examples = [*(Example(*text, "") for text in texts), anchor]
+    try:
+        drop = encode(examples, tokenizer, max_length)
+    except DataError:
+        return
+    cut = encode(examples, tokenizer, max_length, long_prompts="cut")
+    whole = encode(examples, tokenizer, 1_000_000)
+    before = dict(zip(drop.kept.tolist(), drop.examples, strict=True))
+    full = dict(zip(whole.kept.tolist(), whole.examples, strict=True))
+    assert set(before) <= set(cut.kept.tolist())
+    for i, example in zip(cut.kept.tolist(), cut.examples, strict=True):
+        if i in before:
+            assert example.prompt_length == before[i].prompt_length
+            np.testing.assert_array_equal(example.input_ids, before[i].input_ids)
+        else:
+            assert_prompt_cut(full[i], example, max_length)
+    rescued = len(cut.examples) - len(drop.examples)
+    assert cut.num_prompts_cut == rescued == drop.num_dropped - cut.num_dropped
+    assert set(full) == set(cut.kept.tolist()) or max_length < 4
+    lost = [len(full[i].input_ids) - len(e.input_ids) for i, e in zip(cut.kept.tolist(), cut.examples, strict=True)]
+    assert (cut.num_truncated, cut.num_tokens_cut) == (sum(n > 0 for n in lost), sum(lost))
+    assert cut.needed == drop.needed
+
+
+def assert_prompt_cut(whole: EncodedExample, cut: EncodedExample, max_length: int) -> None:
+    """The beginning and the end of the prompt in equal parts, BOS aside, then the response, up to a quarter."""
+    prompt, response = np.split(whole.input_ids, [whole.prompt_length])
+    left, answer = np.split(cut.input_ids, [cut.prompt_length])
+    assert len(cut.input_ids) == max_length
+    assert len(answer) == min(len(response), max_length // 4)
+    np.testing.assert_array_equal(answer, response[: len(answer)])
+    tail = (len(left) - 1) // 2
+    assert tail >= 1
+    np.testing.assert_array_equal(left, [*prompt[: len(left) - tail], *prompt[-tail:]])
+    assert left[0] == BOS
+
+
+@pytest.mark.parametrize(("response", "whole"), [("Yes.", True), ("A tale of a bear, and of all that he did. " * 9, False)])
+def test_a_response_survives_a_prompt_that_fills_the_length(
+    tokenizer: PreTrainedTokenizerBase, response: str, whole: bool
+) -> None:
+    example = Example("Say what it is.", "A very long tale. " * 40, response, "")
+    with pytest.raises(DataError, match="none of 1 records has a response token within max_length 64"):
+        encode([example], tokenizer, 64, long_prompts="drop")
+    data = encode([example], tokenizer, 64, long_prompts="cut")
+    (cut,) = data.examples
+    assert_prompt_cut(encode([example], tokenizer, 10_000).examples[0], cut, 64)
+    assert (cut.input_ids[-1] == EOS) == whole
+    prompt = str(tokenizer.decode(cut.input_ids[: cut.prompt_length], skip_special_tokens=True)).strip()
+    assert prompt.startswith("Instruction:\nSay what")
+    assert prompt.endswith("Response:")
+    assert (data.num_prompts_cut, data.num_truncated, data.num_dropped) == (1, 1, 0)
+
+
+def test_a_length_without_room_for_both_drops_as_before(tokenizer: PreTrainedTokenizerBase) -> None:
+    for max_length in (2, 3):
+        with pytest.raises(DataError, match=rf"1 no response token within {max_length}\)"):
+            encode(EXAMPLES[:1], tokenizer, max_length, long_prompts="cut")
+    (least,) = encode(EXAMPLES[:1], tokenizer, 4, long_prompts="cut").examples
+    assert (least.prompt_length, least.num_targets) == (3, 1)  # BOS, one of each end
+
+
+def test_what_has_no_response_is_dropped_however_long(tokenizer: PreTrainedTokenizerBase) -> None:
+    blank = Example("A very long request. " * 30, "", " ", "")
+    data = encode([blank, EXAMPLES[0]], tokenizer, 64, long_prompts="cut")
+    assert (data.num_dropped, data.num_prompts_cut) == (1, 0)
 
 
 def test_chunks_do_not_show(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:

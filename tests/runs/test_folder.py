@@ -45,6 +45,16 @@ def test_a_new_run_holds_its_settings_and_nothing_else(run: RunFolder, config: S
     assert run.metrics() == []
 
 
+def test_a_run_older_than_long_prompts_dropped_them(run: RunFolder) -> None:
+    file = run.path / "config.toml"
+    text = file.read_text()
+    assert 'long_prompts = "cut"\n' in text
+    file.write_text(text.replace('long_prompts = "cut"\n', ""))
+    assert RunFolder.open(run.path).config.long_prompts == "drop"
+    file.write_text(text)
+    assert RunFolder.open(run.path).config.long_prompts == "cut"
+
+
 def test_the_folders_above_a_run_are_made(tmp_path: Path, config: SimulationConfig) -> None:
     assert RunFolder.create(tmp_path / "a" / "b" / "run", config).path.is_dir()
 

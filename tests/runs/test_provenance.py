@@ -194,6 +194,17 @@ def test_a_setting_that_the_checkpoint_has_never_heard_of_is_at_its_default(conf
     assert check_same(run, ledger.stamped({"settings": 5}), config, KNOWN, accept_changes=True)
 
 
+def test_a_checkpoint_older_than_long_prompts_was_made_with_drop(config: SimulationConfig, tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", config.model_dump())
+    ledger = Ledger.load(run.checkpoint_path)
+    assert ledger.made_with is not None
+    settings = {name: value for name, value in ledger.made_with["settings"].items() if name != "long_prompts"}
+    older = ledger.stamped({"settings": settings, "records": None})
+    with pytest.raises(ConfigError, match=r"^--long-prompts is cut, it was drop when round 1 of"):
+        check_same(run, older, config, KNOWN)
+    assert check_same(run, older, config.model_copy(update={"long_prompts": "drop"}), KNOWN) == []
+
+
 def test_no_setting_is_free_unknown_and_the_digest_is_the_ledgers_own(config: SimulationConfig, tmp_path: Path) -> None:
     assert SimulationConfig.model_fields.keys() >= FREE
     run = begun(tmp_path / "run", config.model_dump())

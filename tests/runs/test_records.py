@@ -259,9 +259,10 @@ def test_epochs_through_a_simulation(tiny: Path, tasks: Path, tmp_path: Path) ->
 # --- What is dropped ---
 
 
+@pytest.mark.parametrize("long_prompts", ["cut", "drop"])
 @pytest.mark.parametrize(("long", "empty", "warns"), [(0, 0, False), (1, 0, False), (4, 0, True), (0, 4, True), (4, 4, True)])
-def test_more_than_a_twentieth_dropped_is_a_warning_with_the_length_that_keeps_the_rest(
-    tiny: Path, tmp_path: Path, long: int, empty: int, warns: bool
+def test_more_than_a_twentieth_dropped_or_cut_is_a_warning_with_the_length_that_keeps_the_rest(
+    tiny: Path, tmp_path: Path, long: int, empty: int, warns: bool, long_prompts: str
 ) -> None:
     words = ["a", "big", "small", "and"]
     kept = [Example("name the animal", " ".join(words), "dog", "animal")] * (40 - long - empty)
@@ -271,12 +272,18 @@ def test_more_than_a_twentieth_dropped_is_a_warning_with_the_length_that_keeps_t
     whole = encode(read_examples(data), tokenizer, 64)
     prompts = sorted({example.prompt_length for example in whole.examples})
     watcher = Watcher()
-    prepare(build(tiny_settings(tiny, data=data, eval_data=tiny / "records.jsonl", max_length=prompts[0] + 3)), watcher)
+    changes = {"data": data, "eval_data": tiny / "records.jsonl", "max_length": prompts[0] + 3}
+    prepare(build(tiny_settings(tiny, **changes, long_prompts=long_prompts)), watcher)
     (note,) = [note for note in watcher.notes if "training records: " in note]
     assert note.startswith("warning: ") == warns
-    assert f"{40 - long - empty} used, {long + empty} dropped" in note
+    rescued = long if long_prompts == "cut" else 0
+    assert f"{40 - long - empty + rescued} used, {long + empty - rescued} dropped" in note
+    assert (f"tokens), {long} prompts cut" in note) == (rescued > 0)
+    if warns:
+        harm = "dropped or lose part of their prompt" if rescued else "dropped"
+        assert f"; {100 * (long + empty) / 40:.0f} % are {harm}" in note
     if long > 2:
-        assert f"--max-length {prompts[-1] + 1} would keep 95 %" in note
+        assert f"--max-length {prompts[-1] + 1} would keep 95 %{' whole' if rescued else ''}" in note
         assert len(encode(read_examples(data), tokenizer, prompts[-1] + 1).examples) >= 0.95 * (40 - empty)
     else:
         assert "would keep" not in note

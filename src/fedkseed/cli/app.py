@@ -13,6 +13,7 @@ from fedkseed.cli.console import complain, log_to_standard_error
 from fedkseed.cli.interrupts import INTERRUPTED, Interrupted, interruptible
 from fedkseed.cli.simulate import simulate, tune
 from fedkseed.cli.verbosity import Quiet, Verbose
+from fedkseed.data import LongPrompts
 from fedkseed.errors import ConfigError, FedKSeedError
 
 TRAIN, USE, MACHINE = "Train", "Look at a run, use its model", "This machine"
@@ -108,6 +109,10 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Longest record in tokens (default: the run's own, else what the model takes, at most 1024)."),
     ] = None,
+    long_prompts: Annotated[
+        LongPrompts | None,
+        typer.Option(help="A record whose prompt alone fills that: cut or drop (default: the run's own, else cut)."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate on a seeded draw of so many records.")] = None,
     answers: Annotated[int, typer.Option(min=0, help="Answer so many of them: exact match and Rouge-L.")] = 0,
     by_category: Annotated[bool, typer.Option("--by-category", help="Show each category or task too.")] = False,
@@ -123,7 +128,8 @@ def evaluate(
             from fedkseed.cli.evaluate import evaluate as show
             from fedkseed.runs.scoring import Choices
 
-        show(run, ledger, Choices(model, data, columns, template, max_length, limit, answers, which), by_category, output)
+        choices = Choices(model, data, columns, template, max_length, limit, answers, which, long_prompts)
+        show(run, ledger, choices, by_category, output)
 
 
 @app.command(rich_help_panel=USE)

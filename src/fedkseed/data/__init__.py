@@ -3,7 +3,7 @@
 from fedkseed.data.batch import IGNORED, Batch, collate, pad_token_id
 from fedkseed.data.chat import Chat, parse_arguments
 from fedkseed.data.columns import COLUMNS, Columns, columns_text, parse_columns
-from fedkseed.data.encode import Dropped, EncodedData, EncodedExample, encode, why_dropped
+from fedkseed.data.encode import Dropped, EncodedData, EncodedExample, LongPrompts, encode, why_dropped
 from fedkseed.data.example import Example, Turn
 from fedkseed.data.natural_instructions import is_natural_instructions, read_tasks
 from fedkseed.data.objects import read_records
@@ -25,6 +25,7 @@ __all__ = [
     "EncodedExample",
     "Example",
     "Known",
+    "LongPrompts",
     "Rendered",
     "Template",
     "Turn",

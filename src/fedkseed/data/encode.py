@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,11 @@ CHUNK = 1024
 """Examples in one call of the tokenizer, which spreads a call over threads."""
 MOST_REASONS = 4
 """Reasons for dropping records that a line names."""
+RESERVED = 4
+"""Of a cut record at most one part in so many is its response: the rest is for the prompt."""
+
+LongPrompts = Literal["cut", "drop"]
+"""What becomes of a record whose prompt alone fills max_length."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,11 +70,13 @@ class EncodedData:
     Attributes:
         examples: those with something to learn, in the order they came in.
         kept: int64[len(examples)]: their positions among the examples given (to look up a category, say).
-        dropped: examples left out: no response, a prompt that fills max_length, a conversation that the template refuses.
+        dropped: examples left out: no response, a prompt that fills max_length and is not to be cut, a conversation that the
+            template refuses.
         num_truncated: kept examples that lost tokens (the end counts).
         num_tokens_cut: the tokens those lost.
+        num_prompts_cut: how many of those lost tokens of their prompt.
         stop_ids: the ids that end a response, EOS first; an answer ends at any of them.
-        needed: the max_length from which on an example is kept, of each that has a response.
+        needed: the max_length from which on an example is kept with its whole prompt, of each that has a response.
     """
 
     examples: tuple[EncodedExample, ...]
@@ -77,6 +84,7 @@ class EncodedData:
     dropped: tuple[Dropped, ...]
     num_truncated: int
     num_tokens_cut: int
+    num_prompts_cut: int = 0
     stop_ids: tuple[int, ...] = ()
     needed: tuple[int, ...] = ()
 
@@ -86,12 +94,13 @@ class EncodedData:
         return len(self.dropped)
 
     @property
-    def share_dropped(self) -> float:
-        """Which part of all examples is left out."""
-        return self.num_dropped / ((self.num_dropped + len(self.examples)) or 1)
+    def share_harmed(self) -> float:
+        """Which part of all examples is left out, or lost tokens of its prompt."""
+        return (self.num_dropped + self.num_prompts_cut) / ((self.num_dropped + len(self.examples)) or 1)
 
     def length_keeping(self, share: float) -> int | None:
-        """The least max_length that keeps a share of the examples that have a response; None if there are none."""
+        """The least max_length that keeps a share of the examples that have a response, whole prompts and all; None if there
+        are none."""
         return sorted(self.needed)[math.ceil(share * len(self.needed)) - 1] if self.needed else None
 
 
@@ -113,6 +122,7 @@ def encode(
     max_length: int,
     template: Template = plain,
     on_progress: Callable[[int, int], None] | None = None,
+    long_prompts: LongPrompts = "drop",
 ) -> EncodedData:
     """Tokenise examples: `[BOS] prompt | response end`, cut on the right to max_length tokens.
 
@@ -120,7 +130,8 @@ def encode(
     from the prompt's ids alone, sees what training saw. The prompt gets the leading special tokens (BOS) that the
     tokenizer gives any text, unless the template wrote them already. The end is how the template ends an assistant's turn, up
     to its first special token, else EOS. The names of special tokens in a record's own text are text. An example that is a
-    text alone has no prompt but BOS, and ends with EOS. What cannot be learnt is dropped.
+    text alone has no prompt but BOS, and ends with EOS. What cannot be learnt is dropped; but where it is the prompt alone that
+    fills max_length, `cut` takes tokens out of the prompt's middle (see `_room`).
     Token ids of many examples are kept on the disk (see `fedkseed.data.cache`).
 
     Args:
@@ -129,6 +140,7 @@ def encode(
         max_length: in tokens, at least 2.
         template: see `fedkseed.data.template`.
         on_progress: hears how many of the examples are tokenised.
+        long_prompts: what becomes of a record whose prompt alone fills max_length.
 
     Raises:
         InvalidValueError: max_length below 2.
@@ -152,21 +164,25 @@ def encode(
     kept: list[int] = []
     dropped: list[Dropped] = []
     needed: list[int] = []
-    num_truncated = num_tokens_cut = 0
+    num_truncated = num_tokens_cut = num_prompts_cut = 0
     for i, (item, prompt, response) in enumerate(zip(rendered, prompts, responses, strict=True)):
         if prompt[: len(start)] != start:
             prompt = start + prompt
-        whole = [*prompt, *response, *ends[item.end]]
+        answer = [*response, *ends[item.end]]
+        length = len(prompt) + len(answer)
         if response and item.response.strip() and not item.fault:
             needed.append(max(len(prompt), 1) + 1)
-        example = EncodedExample(np.array(whole[:max_length], np.int32), len(prompt))
+            if long_prompts == "cut" and len(prompt) >= max_length and (room := _room(len(start), len(answer), max_length)):
+                prompt = _without_middle(prompt, len(start), room)
+                num_prompts_cut += 1
+        example = EncodedExample(np.array([*prompt, *answer][:max_length], np.int32), len(prompt))
         if reason := item.fault or _nothing_to_learn(item, response, example, max_length):
             dropped.append(Dropped(examples[i].where, reason))
             continue
         encoded.append(example)
         kept.append(i)
-        num_truncated += len(whole) > max_length
-        num_tokens_cut += max(0, len(whole) - max_length)
+        num_truncated += length > max_length
+        num_tokens_cut += length - len(example.input_ids)
     if examples and not encoded:
         if all(item.fault for item in rendered):
             raise DataError(
@@ -178,8 +194,31 @@ def encode(
         )
     stop_ids = dict.fromkeys([eos, *(ids[-1] for ids in ends.values())])
     return EncodedData(
-        tuple(encoded), np.array(kept, np.int64), tuple(dropped), num_truncated, num_tokens_cut, tuple(stop_ids), tuple(needed)
+        tuple(encoded),
+        np.array(kept, np.int64),
+        tuple(dropped),
+        num_truncated,
+        num_tokens_cut,
+        num_prompts_cut,
+        tuple(stop_ids),
+        tuple(needed),
     )
+
+
+def _room(num_leading: int, num_answer: int, max_length: int) -> int:
+    """How many tokens a prompt is cut to: what its response leaves, which is kept whole up to a quarter of max_length.
+
+    0 where there is no room for BOS, a token of the prompt's beginning, one of its end and one of the response.
+    """
+    reserved = min(num_answer, max_length // RESERVED)
+    room = max_length - reserved
+    return room if reserved and room >= num_leading + 2 else 0
+
+
+def _without_middle(prompt: list[int], num_leading: int, room: int) -> list[int]:
+    """A prompt's first and last tokens, which hold the instruction and the mark that an answer follows; as LongBench cuts."""
+    tail = (room - num_leading) // 2
+    return prompt[: room - tail] + prompt[-tail:]
 
 
 def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, template: Template) -> Rendered:

@@ -35,6 +35,7 @@ def translate(args: argparse.Namespace) -> SimulationConfig:
         "local_unit": "epochs" if args.batch_or_epoch == "epoch" else "steps",
         "batch_size": args.batch_size,
         "max_length": args.max_length,
+        "long_prompts": "drop",
         "lr": args.lr,
         "eps": args.zo_eps,
         "num_seeds": args.K,

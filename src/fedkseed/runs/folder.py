@@ -24,7 +24,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
 from fedkseed.runs.ledgers import KeptLedgers
 from fedkseed.runs.metrics import Metrics, best_round, read_metrics
-from fedkseed.runs.settings import DEALING, DRIVER, WORDS, RunConfig, SimulationConfig
+from fedkseed.runs.settings import BEFORE, DEALING, DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
 CONFIG, METRICS, LOCK, LEDGERS = "config.toml", "metrics.jsonl", ".lock", "ledgers"
@@ -314,7 +314,7 @@ def _kind_of(config: RunConfig) -> type[RunConfig]:
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a run's `config.toml` says: the settings, and the driver's notes.
+    """What a run's `config.toml` says, or an old one leaves unsaid: the settings, and the driver's notes.
 
     Raises:
         RunFolderError: there is no run.
@@ -332,4 +332,4 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     driver = settings.pop(DRIVER, {})
     if driver and "data" not in settings:  # runs on Flower once noted how records are dealt out, which none were
         settings = {name: value for name, value in settings.items() if name not in DEALING}
-    return settings, driver if isinstance(driver, dict) else {}
+    return BEFORE | settings, driver if isinstance(driver, dict) else {}

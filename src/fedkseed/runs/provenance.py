@@ -16,7 +16,7 @@ from fedkseed.errors import ConfigError
 from fedkseed.federation import Checkpoint
 from fedkseed.runs.folder import RunFolder, settings_of
 from fedkseed.runs.records import Records
-from fedkseed.runs.settings import RunConfig, SimulationConfig, flag
+from fedkseed.runs.settings import BEFORE, RunConfig, SimulationConfig, flag
 
 FREE = frozenset({"num_rounds", "eval_every", "eval_limit", "eval_data", "model", "data", "template"})
 """Settings that may change: what is evaluated, how long the run is, and names of what is known by its content."""
@@ -83,13 +83,13 @@ def check_same(
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What differs, and how; what a checkpoint of another version does not know of is at its default."""
+    """What differs, and how; what a checkpoint of another version does not know of is as it was then."""
     old = before["settings"] if isinstance(before.get("settings"), dict) else {}
     new = now["settings"]
     for name in sorted(old.keys() | new.keys()):
         field = SimulationConfig.model_fields.get(name)
         default = field.get_default() if field is not None and not field.is_required() else None
-        was, found = old.get(name, default), new.get(name, default)
+        was, found = old.get(name, BEFORE.get(name, default)), new.get(name, default)
         if was != found:
             yield flag(name), f"{flag(name)} is {found!s:.60}, it was {was!s:.60}"
     old_records, new_records = before.get("records"), now.get("records")

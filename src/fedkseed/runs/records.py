@@ -32,7 +32,7 @@ from fedkseed.runs.settings import RunConfig, SimulationConfig
 
 EVAL_FRACTION = 0.05
 TOLERATED = 0.05
-"""Share of records that may be dropped without a warning."""
+"""Share of records that may be dropped or lose tokens of their prompt without a warning."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def encoded_for(config: RunConfig, learner: Learner, examples: Sequence[Example]
     """
     length = learner.max_length(config.max_length, config.soft_prompt)
     heard = partial(observer.progress, f"tokenising {what} records")
-    encoded = encode(examples, learner.tokenizer, length, config.prompts(), heard)
+    encoded = encode(examples, learner.tokenizer, length, config.prompts(), heard, config.long_prompts)
     observer.note(describe(what, encoded, learner.traits.context))
     learner.check_ids(encoded.examples)
     return encoded
@@ -243,16 +243,20 @@ def describe(what: str, encoded: EncodedData, context: int | None = None) -> str
         f"{what} records: {len(encoded.examples):,} used, {encoded.num_dropped:,} dropped{lost}, "
         f"{encoded.num_truncated:,} cut ({encoded.num_tokens_cut:,} tokens)"
     )
-    if encoded.share_dropped <= TOLERATED:
+    if encoded.num_prompts_cut:
+        line = f"{line}, {encoded.num_prompts_cut:,} prompts cut"
+    if encoded.share_harmed <= TOLERATED:
         return line
-    line, length = f"{WARNING}{line}; {100 * encoded.share_dropped:.0f} % are dropped", encoded.length_keeping(1 - TOLERATED)
+    harm, whole = ("dropped or lose part of their prompt", " whole") if encoded.num_prompts_cut else ("dropped", "")
+    line, length = f"{WARNING}{line}; {100 * encoded.share_harmed:.0f} % are {harm}", encoded.length_keeping(1 - TOLERATED)
     if length is None or not _too_long(encoded, length):
         return line
+    wanted = f"{100 * (1 - TOLERATED):.0f} %{whole}"
     if context is not None and length > context:
-        return f"{line}: it takes --max-length {length} to keep {100 * (1 - TOLERATED):.0f} %, and the model takes {context}"
-    return f"{line}: --max-length {length} would keep {100 * (1 - TOLERATED):.0f} %"
+        return f"{line}: it takes --max-length {length} to keep {wanted}, and the model takes {context}"
+    return f"{line}: --max-length {length} would keep {wanted}"
 
 
 def _too_long(encoded: EncodedData, length: int) -> bool:
-    """Whether a larger length would keep more."""
-    return sum(need <= length for need in encoded.needed) > len(encoded.examples)
+    """Whether a larger length would keep more, or more whole prompts."""
+    return sum(need <= length for need in encoded.needed) > len(encoded.examples) - encoded.num_prompts_cut

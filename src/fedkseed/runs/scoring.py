@@ -6,10 +6,10 @@ import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedkseed.baselines import TunedTensors, restore
-from fedkseed.data import Example, encode, read_source
+from fedkseed.data import Example, LongPrompts, encode, read_source
 from fedkseed.errors import ConfigError, RunError
 from fedkseed.evaluation import AllScores, score
 from fedkseed.federation import Checkpoint
@@ -37,6 +37,7 @@ class Choices:
         max_length: longest record in tokens.
         limit: evaluate on a seeded draw of so many.
         answers: answer a seeded draw of so many of these.
+        long_prompts: what becomes of records whose prompt fills that: cut or drop.
         round: of the run, take the ledger that it kept after this round, or after the "best" one.
     """
 
@@ -48,6 +49,7 @@ class Choices:
     limit: int | None = None
     answers: int = 0
     round: str | int | None = None
+    long_prompts: LongPrompts | None = None
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,16 @@ def measure(
     tuning = TunedTensors.load(file) if baseline else Ledger.load(file)
     source = _source(config, choices, where)
     own = config if config is not None else RunConfig.model_validate({"model": source, "lr": 1.0})
+    long_prompts = choices.long_prompts or own.long_prompts
+    if long_prompts not in get_args(LongPrompts):
+        raise ConfigError(f"--long-prompts is {long_prompts!r}; expected {' or '.join(get_args(LongPrompts))}")
     learner = learner_of(source, own.dtype, "cpu", choices.max_length or own.max_length, inputs=given)
     soft_prompt = baseline.soft_prompt if baseline else 0
     max_length = learner.max_length(choices.max_length or own.max_length, soft_prompt)
     records = given.data or _records(config, choices, where, max_length)
     seed = config.seed if config else 0
-    encoded = encode(
-        records, learner.tokenizer, max_length, own.prompts(choices.template), partial(observer.progress, "tokenising")
-    )
+    heard = partial(observer.progress, "tokenising")
+    encoded = encode(records, learner.tokenizer, max_length, own.prompts(choices.template), heard, long_prompts)
     observer.note(describe("evaluation", encoded, learner.traits.context))
     learner.check_ids(encoded.examples)
     chosen = sample(len(encoded.examples), choices.limit or own.eval_limit, seed)

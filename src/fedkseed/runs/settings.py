@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fedkseed.data import TEMPLATES, Known, columns_text, get_template, parse_arguments, parse_columns, resolve_source
+from fedkseed.data import (
+    TEMPLATES,
+    Known,
+    LongPrompts,
+    columns_text,
+    get_template,
+    parse_arguments,
+    parse_columns,
+    resolve_source,
+)
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.files import read_toml
@@ -31,6 +40,10 @@ class RunConfig(FederationConfig):
     max_length: Annotated[int, Field(ge=2)] | None = Field(
         None,
         description="Longest record in tokens; longer ones are cut (default: 1024, or what the model takes if that is less).",
+    )
+    long_prompts: LongPrompts = Field(
+        "cut",
+        description="A record whose prompt alone fills --max-length: cut the prompt's middle, so that a response fits, or drop it.",
     )
     template: str = Field("plain", description=f"Prompt template: {', '.join(TEMPLATES)} (the tokenizer's), or a TOML file.")
     template_arguments: str | None = Field(
@@ -195,6 +208,8 @@ class SimulationConfig(RunConfig):
 
 FOUND_OUT = ("max_length", "date", "eval_limit")
 """The settings that are found out when a run starts, where they are left open."""
+BEFORE = {"long_prompts": "drop"}
+"""What runs did that are older than a setting, where that is not its default."""
 PATTERNS = ("train", "freeze")
 """The settings that are lists of patterns."""
 AUTO = "auto"
