@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from tests.support.command_line import CommandLine, Result, assert_one_line, flags
 from tests.support.runs import held_out, read_metrics
-from tests.support.tiny import tiny_settings
+from tests.support.tiny import tiny_settings, write_records
 
 import fedkseed as fk
 from fedkseed.data import EncodedExample, Example, encode, read_examples
+from fedkseed.errors import ConfigError
 from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
@@ -121,6 +122,27 @@ def test_a_published_ledger_needs_a_model_and_data_and_no_run(
     again = fedkseed(*call, "--max-length", 48, "--limit", 10)
     assert rows(again)["records"] == ["10", "10"]
     assert rows(again) == rows(fedkseed(*call, "--max-length", 48, "--limit", 10))
+
+
+def test_a_prompt_that_fills_the_length_is_cut_or_dropped_as_the_run_or_the_caller_says(
+    fedkseed: CommandLine, run: Path, copied: Path, tiny: Path, tmp_path: Path
+) -> None:
+    data = write_records(
+        tmp_path / "d.jsonl",
+        [Example("name the animal", text, "dog", "animal") for text in ("a big dog and " * 20, *[""] * 20)],
+    )
+    bare = ("evaluate", "--ledger", run.parent / "published.ledger", "--model", tiny / "model", "--data", data)
+    call = (*bare, "--max-length", 48)
+    for words, number in (((), "21"), (("--long-prompts", "cut"), "21"), (("--long-prompts", "drop"), "20")):
+        assert rows(fedkseed(*call, *words))["records"] == [number, number]
+    wrong = fedkseed(*call, "--long-prompts", "fold")
+    assert wrong.code == 2
+    assert "'fold' is not one of 'cut', 'drop'" in wrong.stderr
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace('long_prompts = "cut"\n', ""))
+    assert rows(fedkseed("evaluate", copied, "--data", data, "--max-length", 48, "--limit", 99))["records"] == ["20", "20"]
+    with pytest.raises(ConfigError, match=r"^--long-prompts is 'fold'; expected cut or drop$"):
+        fk.evaluate(copied, data=str(data), long_prompts="fold")
 
 
 def test_another_template_is_another_loss(fedkseed: CommandLine, run: Path) -> None:

@@ -14,10 +14,14 @@ from tests.support.drivers import Driven, in_simulation, on_flower, on_flower_by
 from tests.support.flower_grid import as_in_a_task, engine, federation, run_config, started
 from tests.support.flower_sites import SITES, make_sites
 from tests.support.runs import held_out, read_metrics
+from tests.support.tiny import write_records
 
 import fedkseed as fk
+from fedkseed.data import Example
 from fedkseed.errors import ConfigError, RunFolderError
 from fedkseed.flower.config import read_config
+from fedkseed.flower.envelope import Hello
+from fedkseed.flower.participant import Participant
 from fedkseed.flower.server_app import build_strategy
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
@@ -335,6 +339,14 @@ def test_a_run_that_was_started_otherwise_is_refused_and_its_folder_left_alone(
     with pytest.raises(ConfigError, match=r"run-config alpha is 0\.5, the run in .* was started with None; go on with the"):
         build_strategy(read_config(other))
     assert (contents(field.folder), contents(dealt.folder)) == before
+
+
+def test_a_node_cuts_or_drops_long_prompts_as_the_run_says(sites: Path, tmp_path: Path) -> None:
+    examples = [Example("name the animal", text, "dog", "animal") for text in ("", "", "a big dog and " * 20)]
+    own = {"name": "site-a", "data": str(write_records(tmp_path / "d.jsonl", examples))}
+    for changes, number in (({}, 3), ({"long_prompts": "drop"}, 2)):
+        node = Participant(run_config(sites, tmp_path / "run", **changes), own)
+        assert Hello.decode(node.hello(b"")).num_examples == number
 
 
 def test_a_node_in_the_field_need_not_know_how_an_engine_deals_out(sites: Path, tmp_path: Path) -> None:

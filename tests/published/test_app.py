@@ -140,6 +140,10 @@ def test_use_prompts_false_means_no(home: Path, words: list[str], value: bool) -
     assert config_of(*words, "--dataset", "dolly", "--zerotask", "0").template == "dolly"
 
 
+def test_a_prompt_that_fills_the_length_is_dropped_as_in_the_published_code(home: Path) -> None:
+    assert config_of().long_prompts == config_of("--dataset", "dolly", "--zerotask", "0").long_prompts == "drop"
+
+
 def test_it_runs_as_a_module_too(tmp_path: Path) -> None:
     """From any folder, as from an installed wheel; `main.py` is but a shim."""
     command = [sys.executable, "-m", "fedkseed.published"]

@@ -43,7 +43,7 @@ class RunConfig(FederationConfig):
     )
     long_prompts: LongPrompts = Field(
         "cut",
-        description="A record whose prompt alone fills --max-length: cut the prompt's middle, so that a response fits, or drop it.",
+        description="A record whose prompt alone fills --max-length: cut the prompt's middle, to fit a response, or drop.",
     )
     template: str = Field("plain", description=f"Prompt template: {', '.join(TEMPLATES)} (the tokenizer's), or a TOML file.")
     template_arguments: str | None = Field(
