@@ -47,7 +47,7 @@ class FederationConfig(BaseModel):
     eps: Step = Field(5e-4, description="Half the distance of the two probes of a two-point step.")
     directions: Annotated[int, Field(ge=1, le=1024)] = Field(
         1,
-        description="1: a step has two probes along one seed; n: it has one-sided slopes along n seeds, on one batch, "
+        description="With 1 a step has two probes along one seed, with n one-sided slopes along n seeds, on one batch, "
         "for n + 1 forward passes.",
     )
     num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="Number of candidate seeds (K).")
