@@ -436,7 +436,7 @@ DIRECT: list[tuple[Callable[[], Message], str]] = [
     (lambda: replace(request(), size=100, patches=(Patch(1, 0, ()),)), "100 hadamard seeds have no table of as many numbers"),
     (lambda: replace(request(), size=64, patches=(Patch(1, 0, ()),)), "64 hadamard seeds have no table of as many numbers"),
     (lambda: replace(request(), family="gaussian"), "128 gaussian seeds have no table"),
-    (lambda: replace(request(), eps=1e-50), "eps is 1e-50; expected a number from 1e-37 to 1e+37"),
+    (lambda: replace(request(), eps=1e-50), r"eps is 1e-50; expected a number from 1e-37 to 1e\+37"),
     (lambda: replace(request(), max_grad=65505.0), "max_grad is 65505.0; expected at most 65504"),
     (lambda: replace(request(), client="\ud800"), "client name"),
     (lambda: replace(reply(), kind=2), "kind is 2"),

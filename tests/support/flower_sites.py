@@ -86,7 +86,7 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "infinite": (lambda data: with_scalar(data, -np.inf), "not finite"),
     "beyond max_grad": (lambda data: with_scalar(data, 20000), "a projected gradient is 20000; at most 10000"),
     "no loss": (lambda data: fields_changed(data, 14, float("nan")), "loss is nan"),
-    "too many scalars": (lambda data: fields_changed(data, 12, bytes(2 * 7)), "7 scalars came for 6 steps"),
+    "too many scalars": (lambda data: fields_changed(data, 12, bytes(2 * 7)), "7 scalars came for 6 seeds"),
     "wrong round": (lambda data: another(data, server_round=9), "reply to another request: server_round is 9"),
     "wrong attempt": (lambda data: another(data, attempt=2), "reply to another request: attempt is 2"),
     "wrong run": (lambda data: another(data, run_id=bytes(8)), "reply to another request: run_id"),
