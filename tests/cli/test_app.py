@@ -52,6 +52,10 @@ def test_a_wrong_command_line_is_a_usage_error(fedkseed: CommandLine, args: list
     assert "Usage: fedkseed" in result.stderr
 
 
+def test_a_command_that_is_nearly_one_leads_to_it_once(fedkseed: CommandLine) -> None:
+    assert fedkseed("simulat").stderr.count("'simulate'") == 1
+
+
 @pytest.mark.parametrize(
     "command", [("inspect",), ("evaluate",), ("export", None, "out"), ("report",), ("simulate", "--resume")], ids=lambda c: c[0]
 )

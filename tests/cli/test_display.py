@@ -282,3 +282,34 @@ def test_a_command_can_be_pasted(word: str) -> None:
     assert visible(quoted) == quoted
     said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
     assert said == os.fsencode(word)
+
+
+@pytest.mark.parametrize("looking", ["watching", "looking_on"])
+def test_a_line_said_while_there_is_a_bar_goes_above_it(config: Any, monkeypatch: pytest.MonkeyPatch, looking: str) -> None:
+    from fedkseed.cli import display
+    from fedkseed.cli.console import new_console, say
+
+    console, out = terminal(60)
+    monkeypatch.setattr(display, "new_console", lambda: console)
+    with display.watching(config) if looking == "watching" else display.looking_on() as observer:
+        observer.progress("evaluating", 1, 2)
+        say("done: a ledger")
+    assert "done: a ledger" in plain_text(out)  # on the bar's own console, which puts it above the bar
+    assert new_console() is not console
+
+
+def test_a_complaint_on_a_terminal_breaks_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedkseed.cli.console import complain
+
+    text = "word " * 30 + "[/] /a/folder/whose/name/is/long"
+    complain(text)
+    assert capsys.readouterr().err == f"fedkseed: {text}\n"  # one line in a log
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    complain(text)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3
+    assert all(len(line) <= 40 for line in lines)
+    assert " ".join(line.strip() for line in lines) == f"fedkseed: {text}"

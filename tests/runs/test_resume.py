@@ -382,7 +382,9 @@ def test_resuming_a_finished_run_changes_nothing(fedkseed: CommandLine, uninterr
     whole(fedkseed, run, uninterrupted.settings)
     before = {name: (run / name).read_bytes() for name in FILES[1:] if name != "ledgers"}
     for extra in ([], ["--num-rounds", 3]):
-        assert fedkseed("simulate", "--resume", run, *extra).code == 0
+        result = fedkseed("simulate", "--resume", run, *extra)
+        assert result.code == 0
+        assert "all 3 rounds were done already" in result.stdout
         found = {path.name: path.read_bytes() for path in run.iterdir() if path.name not in (FILES[0], "ledgers")}
         assert (found, kept(run)) == (before, uninterrupted.kept)
 

@@ -40,6 +40,7 @@ app = typer.Typer(
     cls=Commands,
     help="Federated fine-tuning of all parameters of a language model, for a few kilobytes a round.",
     no_args_is_help=True,
+    suggest_commands=False,  # click does, and twice is once too often
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -122,9 +123,9 @@ def evaluate(
 ) -> None:
     """Show the held-out loss of the base model and of the tuned one, and on request how good their answers are."""
     with interruptible(NOTHING_LOST):
-        from fedkseed.cli.display import Lines, waiting
+        from fedkseed.cli.display import LOADING, Lines, waiting
 
-        with waiting(Lines().note, "loading torch and transformers"):
+        with waiting(Lines().note, LOADING):
             from fedkseed.cli.evaluate import evaluate as show
             from fedkseed.runs.scoring import Choices
 
@@ -140,15 +141,21 @@ def report(
 ) -> None:
     """Write a run's report: one page and its charts. Of several runs it is one page with their curves over one another."""
     with interruptible("the run is as it was"):
-        from fedkseed.cli.report import report_command
+        from fedkseed.cli.display import Lines, waiting
 
-        report_command(runs, which, output)
+        with waiting(Lines().note, "drawing the page"):
+            from fedkseed.cli.report import report_command
+
+            report_command(runs, which, output)
 
 
 @app.command(rich_help_panel=USE)
 def inspect(ledger: RunOrLedger, which: Round = None) -> None:
     """Show what a ledger holds: base, pool, rounds, coefficients."""
-    from fedkseed.cli.inspect import inspect as show
+    from fedkseed.cli.display import LOADING, Lines, waiting
+
+    with waiting(Lines().note, LOADING):
+        from fedkseed.cli.inspect import inspect as show
 
     show(ledger, which)
 
@@ -169,8 +176,11 @@ def export(
 ) -> None:
     """Write the tuned model as a Hugging Face folder (a baseline's adapter as PEFT's), or the ledger in its published form."""
     with interruptible(f"{output} is whole or not there, and the run is as it was"):
-        from fedkseed.cli.export import Dtype
-        from fedkseed.cli.export import export as write
+        from fedkseed.cli.display import LOADING, Lines, waiting
+
+        with waiting(Lines().note, LOADING):
+            from fedkseed.cli.export import Dtype
+            from fedkseed.cli.export import export as write
 
         if dtype not in get_args(Dtype):
             raise ConfigError(f"--dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")

@@ -6,7 +6,9 @@ import logging
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -21,6 +23,7 @@ FIRST_COLUMN = 30
 """Columns that the names in front of a table's rows take at most."""
 UNLIMITED = 10_000
 """Columns of what is no terminal: a log's lines and tables are not broken."""
+_DRAWN_ON: ContextVar[Console | None] = ContextVar("drawn_on", default=None)
 
 
 def is_quiet() -> bool:
@@ -33,8 +36,20 @@ def is_verbose() -> bool:
     return 0 < LOG.level <= logging.DEBUG
 
 
+@contextmanager
+def drawing_on(console: Console) -> Iterator[None]:
+    """While a live display draws on a console all lines go there; another's would leave a stale bar behind."""
+    token = _DRAWN_ON.set(console)
+    try:
+        yield
+    finally:
+        _DRAWN_ON.reset(token)
+
+
 def new_console() -> Console:
     """Standard output, as it is now."""
+    if (drawn_on := _DRAWN_ON.get()) is not None:
+        return drawn_on
     console = Console()
     return console if console.is_terminal else Console(width=UNLIMITED)
 
@@ -57,7 +72,7 @@ def say_command(words: Sequence[object], console: Console | None = None) -> None
 
 def complain(text: object) -> None:
     """A line on standard error."""
-    print(f"fedkseed: {visible(text)}", file=sys.stderr)
+    say(f"fedkseed: {text}", Console(stderr=True))
 
 
 def shell_word(word: str) -> str:

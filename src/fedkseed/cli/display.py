@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from fedkseed.cli.console import is_quiet, is_verbose, new_console, say
+from fedkseed.cli.console import drawing_on, is_quiet, is_verbose, new_console, say
 from fedkseed.runs.events import details, summary
 from fedkseed.runs.observer import WARNING, Nobody, Probe
 from fedkseed.runs.settings import SimulationConfig
@@ -140,7 +140,7 @@ def watching(config: SimulationConfig) -> Iterator[PlainDisplay]:
     if not console.is_terminal or is_quiet():
         yield PlainDisplay(config, console)
         return
-    with live(console) as bars:
+    with drawing_on(console), live(console) as bars:
         yield LiveDisplay(config, bars)
 
 
@@ -151,7 +151,7 @@ def looking_on() -> Iterator[Lines]:
     if not console.is_terminal or is_quiet():
         yield Lines(console)
         return
-    with live(console) as bars:
+    with drawing_on(console), live(console) as bars:
         yield Lines(bars=bars)
 
 

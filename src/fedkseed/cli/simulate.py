@@ -196,6 +196,8 @@ def train(
             simulation = Simulation(folder, records, observer, model, log, config, accept_changes)
         with waiting(observer.note, "measuring a step, to say how long the run will take"):
             forecast = simulation.forecast()
+        if forecast is None:
+            observer.note(f"all {simulation.config.num_rounds} rounds were done already")
         for line in describe(forecast, simulation.config.facts) if forecast else ():
             observer.note(line)
         if before is not None:

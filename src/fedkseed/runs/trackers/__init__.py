@@ -68,7 +68,7 @@ def check_trackers(names: Iterable[str], said: str = "--log") -> tuple[str, ...]
     chosen = tuple(dict.fromkeys(names))
     for name in chosen:
         if name not in TRACKERS:
-            raise ConfigError(f"{said} is {name!r}; expected {', '.join(TRACKERS)}")
+            raise ConfigError(f"{said} is {name!r}; expected one of {', '.join(TRACKERS)}")
         if find_spec(TRACKERS[name].package) is None:
             raise ConfigError(
                 f"{said} {name} needs an extra; install it with: pip install 'fedkseed[{name}]', or leave {said} out"
