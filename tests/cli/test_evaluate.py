@@ -97,6 +97,12 @@ def test_the_whole_is_the_token_weighted_mean_of_the_categories(
     assert "records of 61 " in result.stdout
 
 
+def test_one_category_is_a_line_in_place_of_an_empty_table(fedkseed: CommandLine, finished: Path) -> None:
+    result = fedkseed("evaluate", finished, "--limit", 1, "--by-category")
+    assert result.code == 0
+    assert result.stdout.endswith("\nby category: nothing to tell apart; these records are all of one category, or have none\n")
+
+
 def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(fedkseed: CommandLine, copied: Path) -> None:
     (copied / "answers.json").mkdir()
     result = fedkseed("evaluate", copied, "--answers", 1)

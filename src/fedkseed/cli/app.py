@@ -76,7 +76,10 @@ def compare(
     Started again, it goes on with what is not done; finished runs are not repeated.
     """
     with interruptible("finished runs are kept, and those that had begun go on from their last round"):
-        from fedkseed.cli.compare import compare as carry_out
+        from fedkseed.cli.display import LOADING, Lines, waiting
+
+        with waiting(Lines().note, LOADING):
+            from fedkseed.cli.compare import compare as carry_out
 
         carry_out(file, output, jobs, app)
 

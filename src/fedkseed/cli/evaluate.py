@@ -48,6 +48,10 @@ def _show(found: Evaluated, by_category: bool) -> None:
     show_table(("", "base", after), [(name, value, now[name]) for name, value in before.items()])
     if not by_category:
         return
+    say()
+    if not base.categories:
+        say("by category: nothing to tell apart; these records are all of one category, or have none")
+        return
     answered = base.overall.num_answers > 0
     header = ["category", "records", "loss: base", after, *(["Rouge-L: base", after] if answered else [])]
     rows = []
@@ -55,7 +59,6 @@ def _show(found: Evaluated, by_category: bool) -> None:
         both = (scores, tuned.categories[name])
         rouge = [_percent(one.rouge_l) for one in both] if answered else []
         rows.append([name, f"{scores.num_examples:,}", *(f"{one.loss:.4f}" for one in both), *rouge])
-    say()
     show_table(header, rows)
 
 
