@@ -109,7 +109,7 @@ def test_report(fedkseed: CommandLine, driven: Driven) -> None:
     result = fedkseed("report", driven.folder)
     assert (result.code, result.stderr) == (0, "")
     page = (driven.folder / "report" / "index.html").read_text()
-    assert result.stdout == f"report: {driven.folder / 'report' / 'index.html'}\n"
+    assert result.stdout.endswith(f"report: {driven.folder / 'report' / 'index.html'}\n")  # a slow machine says what it does
     assert driven.ledger.digest() in page
     assert "Columns of 3 clients: 3 were asked" in page
     for name in SITES:
