@@ -95,7 +95,7 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another's name": (lambda data: another(data, client="site-a"), "reply to another request: client is 'site-a'"),
     "no weight": (lambda data: fields_changed(data, 9, 0), "num_examples is 0"),
     "negative weight": (lambda data: fields_changed(data, 9, -5), "num_examples is -5"),
-    "huge weight": (lambda data: another(data, num_examples=10**12), "num_examples is 1000000000000; this client came with 15"),
+    "huge weight": (lambda data: another(data, num_examples=10**12), "num_examples is 1000000000000; this client came with "),
     "a negative loss": (lambda data: fields_changed(data, 14, -1.0), "loss is -1; 0 to"),
     "an absurd loss": (lambda data: fields_changed(data, 14, 1e9), "loss is 1e+09; 0 to"),
 }
