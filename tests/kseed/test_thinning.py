@@ -8,9 +8,10 @@ from tests.support.changes import BASE
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.coding import encode
+from fedkseed.kseed.distance import distance
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
-from fedkseed.kseed.thinning import WIRES, distance, thinned
+from fedkseed.kseed.thinning import WIRES, thinned
 
 K = 4096
 

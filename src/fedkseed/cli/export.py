@@ -9,8 +9,9 @@ from fedkseed.baselines import TunedTensors, adapter, restore
 from fedkseed.cli.console import complain, say
 from fedkseed.cli.display import Lines, waiting
 from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, RunFolderError
+from fedkseed.kseed.distance import distance
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.thinning import distance, thinned
+from fedkseed.kseed.thinning import thinned
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.folder import CONFIG, tuned_file
 

@@ -1,10 +1,11 @@
-"""How far a tuned model is from its base, from the K numbers alone."""
+"""How far a tuned model is from its base, or from another one, from the K numbers alone."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedkseed.kseed.ledger import Ledger
 
@@ -19,7 +20,18 @@ def moved_rms(ledger: Ledger) -> float:
     Returns:
         In the weights' own unit; where pages move weights in proportion, as a share of the weight.
     """
-    lengths = [np.linalg.norm(page.coefficients().astype(np.float64)) for page in ledger.pages]
-    if not ledger.pages:
-        lengths = [np.linalg.norm(ledger.coefficients.astype(np.float64))]
-    return math.hypot(*map(float, lengths))
+    return math.hypot(*(float(np.linalg.norm(a)) for a in _coefficients(ledger)))
+
+
+def distance(ledger: Ledger, other: Ledger) -> float:
+    """How far two ledgers of the same pools lie apart, relative to how far the first lies from the base (see `moved_rms`)."""
+    apart = math.hypot(
+        *(float(np.linalg.norm(a - b)) for a, b in zip(_coefficients(ledger), _coefficients(other), strict=True))
+    )
+    moved = moved_rms(ledger)
+    return apart / moved if moved else 0.0
+
+
+def _coefficients(ledger: Ledger) -> list[NDArray[np.float64]]:
+    """Those of each page, float64[K]; of a run of scalars its only ones."""
+    return [page.coefficients().astype(np.float64) for page in ledger.pages] or [ledger.coefficients.astype(np.float64)]

@@ -36,18 +36,3 @@ def thinned(ledger: Ledger, bits: int) -> Ledger:
     if after >= before:
         raise InvalidValueError(f"with {bits} bits the ledger takes {after:,} bytes, {before:,} as it is; choose fewer bits")
     return found
-
-
-def distance(ledger: Ledger, other: Ledger) -> float:
-    """How far two ledgers of the same pools lie apart, relative to how far the first lies from the base.
-
-    A page moves a weight by a sum of independent signs, or normal numbers, times its coefficients, and the pages' moves are
-    independent: so the root of the sum of all squared coefficients is the root mean square over the weights.
-    """
-    pairs = list(zip(_coefficients(ledger), _coefficients(other), strict=True))
-    moved = sum(float(np.sum(a**2)) for a, _ in pairs)
-    return float(np.sqrt(sum(float(np.sum((a - b) ** 2)) for a, b in pairs) / moved)) if moved else 0.0
-
-
-def _coefficients(ledger: Ledger) -> list[np.ndarray]:
-    return [page.coefficients().astype(np.float64) for page in ledger.pages] or [ledger.coefficients.astype(np.float64)]
