@@ -23,8 +23,8 @@ from tests.support.changes import (
 import fedkseed as fk
 from fedkseed.errors import ModelError, ProtocolError
 from fedkseed.federation import FederationConfig
-from fedkseed.kseed.change_client import ChangeClient, seeds_of
-from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply
+from fedkseed.kseed.change_client import ChangeClient
+from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, seeds_of
 from fedkseed.kseed.change_server import ChangeServer, new_page
 from fedkseed.kseed.coding import LARGEST
 from fedkseed.kseed.gradient_steps import gradient_steps

@@ -17,7 +17,7 @@ from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
-from fedkseed.models.pages import ClosedPage
+from fedkseed.models.closed_page import ClosedPage
 
 MOVEMENTS = ("absolute", "proportional")
 kinds = pytest.mark.parametrize("kind", laws.FLOAT_TYPES, ids=str)

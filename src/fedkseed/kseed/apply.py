@@ -12,9 +12,10 @@ from fedkseed.errors import LedgerError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.base import MemoryBase
 from fedkseed.models.binding import check_apart, check_tunable
+from fedkseed.models.closed_page import ClosedPage
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import read_files
-from fedkseed.models.pages import ClosedPage, add_pages, runs_of
+from fedkseed.models.pages import add_pages, runs_of
 from fedkseed.models.parameters import NamedParameter, named_parameters, value_digest
 from fedkseed.models.sweeps import Backends, backends_for
 

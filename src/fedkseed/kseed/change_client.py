@@ -11,7 +11,7 @@ import torch
 
 from fedkseed.errors import ModelError, NoBackwardError, ProtocolError
 from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
-from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest
+from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest, seeds_of
 from fedkseed.kseed.coding import Coded, encode
 from fedkseed.kseed.gradient_steps import Foldable, gradient_steps
 from fedkseed.kseed.optimizer import OPTIMIZERS
@@ -112,13 +112,6 @@ class ChangeClient:
             numbers=numbers,
             dropped=dropped,
         )
-
-
-def seeds_of(request: ChangeRequest) -> list[int]:
-    """The seeds of a request's two-point steps: both sides draw them from its head, so that none of them chooses."""
-    where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, request.client
-    drawn: list[int] = generator(*where, "seeds").choice(request.size, request.steps).tolist()
-    return drawn
 
 
 def patched(pages: tuple[Page, ...], request: ChangeRequest) -> tuple[Page, ...]:

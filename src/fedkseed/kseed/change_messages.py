@@ -31,9 +31,10 @@ from fedkseed.kseed.coding import BITS, Coded, coded_bytes
 from fedkseed.kseed.messages import MAX_FLOAT16
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Basis, Page, check_basis
-from fedkseed.models.pages import Movement
+from fedkseed.models.closed_page import Movement
 from fedkseed.noise.families import BY_CODE
 from fedkseed.noise.pool import MAX_SIZE, SeedPool
+from fedkseed.randomness import generator
 
 REQUEST, REPLY = "c?", "c!"
 MAX_BYTES = 1 << 27
@@ -252,3 +253,10 @@ class ChangeReply(Reply):
             raise ProtocolError(f"numbers are {shown(numbers)}; expected bytes")
         head = (run_id, server_round, attempt, client, base, digest)
         return cls(*head, num_examples, loss, kind, steps, Coded(WIRES[wire], step, numbers), positions)
+
+
+def seeds_of(request: ChangeRequest) -> list[int]:
+    """The seeds of a request's two-point steps: both sides draw them from its head, so that none of them chooses."""
+    where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, request.client
+    drawn: list[int] = generator(*where, "seeds").choice(request.size, request.steps).tolist()
+    return drawn

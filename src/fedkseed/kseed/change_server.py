@@ -12,8 +12,7 @@ from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.rounds import CHANGE_NORM, Outcome, Rounds
 from fedkseed.federation.schedule import learning_rate
-from fedkseed.kseed.change_client import seeds_of
-from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch
+from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch, seeds_of
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import OPTIMIZERS

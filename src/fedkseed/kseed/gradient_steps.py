@@ -16,7 +16,7 @@ from fedkseed.errors import NoBackwardError
 from fedkseed.kseed.coding import LARGEST
 from fedkseed.kseed.optimizer import Optimizer
 from fedkseed.kseed.pages import Basis, to_coefficients
-from fedkseed.models.pages import ClosedPage, Movement
+from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.noise.pool import SeedPool
 
 F64 = NDArray[np.float64]

@@ -27,8 +27,8 @@ from fedkseed.files import safetensors_entry, safetensors_header, write_atomical
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes
 from fedkseed.kseed.pages import Basis, Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.models.closed_page import Movement
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.models.pages import Movement
 from fedkseed.noise.pool import SeedPool
 
 FORMAT, PAGED_FORMAT = 1, 2

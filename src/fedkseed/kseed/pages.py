@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.coding import BITS, Coded
-from fedkseed.models.pages import ClosedPage, Movement
+from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.noise.families import FAMILIES, block_size, transform
 from fedkseed.noise.pool import SeedPool
 

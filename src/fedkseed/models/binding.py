@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedkseed.errors import BindingError, InvalidValueError
 from fedkseed.models.base import Base, FileBase, MemoryBase
+from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.models.pages import ClosedPage, ClosedPages, Movement
+from fedkseed.models.pages import ClosedPages
 from fedkseed.models.parameters import NamedParameter, fit_again, named_parameters, tensor_digest, value_digest
 from fedkseed.models.projection import FLOATS, Projection, check_gradient
 from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place, scaled

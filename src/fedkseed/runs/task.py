@@ -21,9 +21,9 @@ from fedkseed.errors import ModelError
 from fedkseed.evaluation import EvalLoss, evaluate_loss, mean_loss
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.binding import Binding, bind
+from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import base_path
-from fedkseed.models.pages import ClosedPage, Movement
 from fedkseed.models.parameters import named_parameters
 from fedkseed.models.projection import Projection
 from fedkseed.runs.memory import give_back_at_once
