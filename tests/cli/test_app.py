@@ -44,7 +44,9 @@ def test_every_setting_has_a_flag_with_its_description(fedkseed: CommandLine) ->
         assert str(field.description).split()[0] in shown.stdout
 
 
-@pytest.mark.parametrize("args", [["simulate", "--nonsense", "1"], ["nonsense"], ["inspect"]])
+@pytest.mark.parametrize(
+    "args", [["simulate", "--nonsense", "1"], ["nonsense"], ["inspect"], ["watch", "x", "--port", "65536"]]
+)
 def test_a_wrong_command_line_is_a_usage_error(fedkseed: CommandLine, args: list[str]) -> None:
     result = fedkseed(*args)
     assert result.code == 2
@@ -57,7 +59,9 @@ def test_a_command_that_is_nearly_one_leads_to_it_once(fedkseed: CommandLine) ->
 
 
 @pytest.mark.parametrize(
-    "command", [("inspect",), ("evaluate",), ("export", None, "out"), ("report",), ("simulate", "--resume")], ids=lambda c: c[0]
+    "command",
+    [("inspect",), ("evaluate",), ("export", None, "out"), ("report",), ("watch",), ("simulate", "--resume")],
+    ids=lambda c: c[0],
 )
 @pytest.mark.parametrize("there", [False, True], ids=["nothing", "an empty folder"])
 def test_a_run_that_is_missing_is_one_mistake_with_one_exit_code(

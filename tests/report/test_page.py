@@ -257,7 +257,7 @@ def test_what_a_run_says_is_escaped(make: Maker) -> None:
     assert "<b>" not in html
     assert "<i>" not in html
     text = Outline(html).text
-    assert text.count(NASTY) == 4  # a client, the start of another's name in two tables, a reason
+    assert text.count(NASTY) == 5  # a client, the start of another's name in two tables and the last round, a reason
     assert "<b>bold</b>" in text
     assert "<i>run & $x$" in text
 

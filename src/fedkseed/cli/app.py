@@ -153,6 +153,21 @@ def report(
 
 
 @app.command(rich_help_panel=USE)
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen on 127.0.0.1; 0 takes any that is free.")] = 8765,
+) -> None:
+    """Show a run's report in a browser while the run goes on: only to this machine, only to read."""
+    with interruptible("the run is as it was"):
+        from fedkseed.cli.display import LOADING, Lines, waiting
+
+        with waiting(Lines().note, LOADING):
+            from fedkseed.cli.watch import watch_command
+
+        watch_command(run, port)
+
+
+@app.command(rich_help_panel=USE)
 def inspect(ledger: RunOrLedger, which: Round = None) -> None:
     """Show what a ledger holds: base, pool, rounds, coefficients."""
     from fedkseed.cli.display import LOADING, Lines, waiting

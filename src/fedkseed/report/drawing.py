@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -106,10 +107,23 @@ def css_variables(palette: Palette) -> str:
 
 def render(name: str, title: str, draw: Draw) -> Picture:
     """Draw a picture as SVG and as PNG; the same input gives the same bytes, wherever matplotlib is the same."""
+    with _style(name):
+        return Picture(_svg(draw), _png(title, draw))
+
+
+def render_svg(name: str, draw: Draw) -> str:
+    """The SVG of `render` alone, in less than half of the time."""
+    with _style(name):
+        return _svg(draw)
+
+
+@contextmanager
+def _style(name: str) -> Iterator[None]:
+    """Matplotlib's settings as the pictures want them, whatever they are outside."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})
-        return Picture(_svg(draw), _png(title, draw))
+        yield
 
 
 def _figure(palette: Palette) -> Figure:

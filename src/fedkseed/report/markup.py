@@ -80,12 +80,15 @@ def figures(charts: Sequence[Chart], pictures: Mapping[str, str]) -> list[Html]:
     return [tag("h2", "Charts"), tag("div", shown, class_="charts")]
 
 
-def document(name: str, body: Sequence[Html]) -> str:
+ON_DISK = tag("p", "Made by fedkseed report. The charts lie beside this page as PNG files.")
+"""The foot of a page that is a file."""
+
+
+def document(name: str, body: Sequence[Html], foot: Html = ON_DISK) -> str:
     """A whole page; `name` is that of what it reports."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>fedkseed report: {escape(visible(name))}</title><style>\n{_style()}</style>"
     )
-    foot = tag("footer", tag("p", "Made by fedkseed report. The charts lie beside this page as PNG files."))
-    content = "\n".join(map(html, [*body, foot]))
+    content = "\n".join(map(html, [*body, tag("footer", foot)]))
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'

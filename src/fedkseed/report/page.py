@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from fedkseed.report import units
 from fedkseed.report.chart import Chart
-from fedkseed.report.markup import Html, Text, card, details, document, figures, quiet, table, tag
-from fedkseed.report.reading import RunRecord, is_finite
+from fedkseed.report.markup import ON_DISK, Html, Text, card, details, document, figures, quiet, table, tag
+from fedkseed.report.reading import Round, RunRecord, is_finite
 from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.settings import RunConfig
@@ -23,7 +23,7 @@ MAX_ROWS = 200
 NAMES_SHOWN = 5
 
 
-def page(path: Path, record: RunRecord, charts: Sequence[Chart], pictures: Mapping[str, str]) -> str:
+def page(path: Path, record: RunRecord, charts: Sequence[Chart], pictures: Mapping[str, str], foot: Html = ON_DISK) -> str:
     """The whole page; `pictures` are the charts' SVG by name."""
     name = path.resolve().name
     body = [
@@ -39,7 +39,7 @@ def page(path: Path, record: RunRecord, charts: Sequence[Chart], pictures: Mappi
             ],
         ),
     ]
-    return document(name, body)
+    return document(name, body, foot)
 
 
 def _status(record: RunRecord) -> list[Html]:
@@ -56,12 +56,27 @@ def _status(record: RunRecord) -> list[Html]:
     else:
         text = f"Round {record.rounds_done} of {config.num_rounds}, still going or stopped: this is what is there so far."
         lines.append(tag("p", text, class_="status open"))
+    if record.rounds and (absent := _absent(record.rounds[-1])):
+        lines.append(tag("p", absent, class_="status bad"))
     if record.diverged_at is not None:
         text = f"Diverged: a loss is not a finite number, first in round {record.diverged_at}. Start anew with a lower"
         lines.append(tag("p", [tag("span", [text, " ", tag("code", "--lr"), "."])], class_="status bad"))
     if record.damage is not None:
         lines.append(tag("p", f"{record.damage}; it is left out.", class_="status bad"))
     return lines
+
+
+def _absent(last: Round) -> str:
+    """Whose replies the last round went without; empty if nobody's."""
+    parts = [f"{what} {_some(names)}" for what, names in (("no reply of", last.missing), ("refused:", last.refused)) if names]
+    return f"Round {last.server_round}: {'; '.join(parts)}." if parts else ""
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few names, and how many more there are."""
+    distinct = sorted(set(names))
+    more = f" and {len(distinct) - NAMES_SHOWN:,} more" if len(distinct) > NAMES_SHOWN else ""
+    return ", ".join(distinct[:NAMES_SHOWN]) + more
 
 
 def _clients_of(record: RunRecord) -> str:
@@ -239,9 +254,7 @@ def _refusals(record: RunRecord) -> list[Html]:
         return [tag("div", tag("p", "Every client that was asked sent a reply, and every reply was accepted."), class_="panel")]
     rows: list[list[Text]] = []
     for reason, names in reasons[:MAX_ROWS]:
-        distinct = sorted(set(names))
-        more = f" and {len(distinct) - NAMES_SHOWN:,} more" if len(distinct) > NAMES_SHOWN else ""
-        rows.append([reason, ", ".join(distinct[:NAMES_SHOWN]) + more, f"{len(names):,}"])
+        rows.append([reason, _some(names), f"{len(names):,}"])
     caption = "Replies that were refused or did not come; the rounds went on without them."
     if len(reasons) > MAX_ROWS:
         caption += f" The {MAX_ROWS} most frequent of {len(reasons):,} reasons are shown."
