@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedkseed.federation.config import FederationConfig
     from fedkseed.federation.task import DifferentiableTask, Task
     from fedkseed.kseed.apply import apply
+    from fedkseed.kseed.arithmetic import merge
     from fedkseed.kseed.client import Client
     from fedkseed.kseed.ledger import Ledger
     from fedkseed.kseed.server import Server, seed_pool
@@ -40,6 +41,7 @@ _HOMES = {
     "apply": "fedkseed.kseed.apply",
     "bind": "fedkseed.models.binding",
     "evaluate": "fedkseed.runs.scoring",
+    "merge": "fedkseed.kseed.arithmetic",
     "seed_pool": "fedkseed.kseed.server",
     "simulate": "fedkseed.runs.simulation",
     "tune": "fedkseed.runs.tuning",
@@ -60,6 +62,7 @@ __all__ = [
     "apply",
     "bind",
     "evaluate",
+    "merge",
     "seed_pool",
     "simulate",
     "tune",

@@ -16,7 +16,7 @@ from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.data import LongPrompts
 from fedkseed.errors import ConfigError, FedKSeedError
 
-TRAIN, USE, MACHINE = "Train", "Look at a run, use its model", "This machine"
+TRAIN, USE, ARITHMETIC, MACHINE = "Train", "Look at a run, use its model", "Several tuned models", "This machine"
 """Groups of commands in the help."""
 
 
@@ -203,6 +203,40 @@ def export(
         if dtype not in get_args(Dtype):
             raise ConfigError(f"--dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")
         write(ledger, output, model, dtype, ledger_only, which, bits)  # type: ignore[arg-type]
+
+
+@app.command(rich_help_panel=ARITHMETIC)
+def merge(
+    ledgers: Annotated[
+        list[Path], typer.Argument(help="Runs' folders or ledger files.", metavar="RUN|LEDGER...", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option(help="Ledger file to write.", metavar="FILE", show_default=False)],
+    weights: Annotated[
+        str | None, typer.Option(help="A number for each, with commas between; 1,-1 subtracts (default: their mean).")
+    ] = None,
+) -> None:
+    """Write the weighted sum of tuned models over one base as a ledger."""
+    with interruptible(f"{to} is whole or not there"):
+        from fedkseed.cli.display import LOADING, Lines, waiting
+
+        with waiting(Lines().note, LOADING):
+            from fedkseed.cli.arithmetic import merge as write
+
+        write(ledgers, weights, to)
+
+
+@app.command(rich_help_panel=ARITHMETIC)
+def diff(
+    one: Annotated[Path, typer.Argument(help="A run's folder or a ledger file.", metavar="RUN|LEDGER", show_default=False)],
+    other: Annotated[Path, typer.Argument(help="Another over the same base.", metavar="RUN|LEDGER", show_default=False)],
+) -> None:
+    """Show how far two tuned models lie from their base and from each other, from their numbers alone."""
+    from fedkseed.cli.display import LOADING, Lines, waiting
+
+    with waiting(Lines().note, LOADING):
+        from fedkseed.cli.arithmetic import diff as show
+
+    show(one, other)
 
 
 @app.command(rich_help_panel=MACHINE)

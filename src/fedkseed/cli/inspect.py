@@ -1,12 +1,16 @@
 """`fedkseed inspect`: what a ledger holds."""
 
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from fedkseed.baselines import TunedTensors
 from fedkseed.cli.console import complain, say
+from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.pages import Page
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
 from fedkseed.runs.metrics import best_round
@@ -36,17 +40,25 @@ def inspect(path: Path, which: str | None = None) -> None:
         "base": f"{ledger.base.fingerprint} ({len(ledger.base.digests)} parameters, {len(ledger.base.frozen)} frozen)",
         "precision": ledger.precision,
         "coefficients": f"{np.count_nonzero(a)} of {a.size} not zero; |a|: mean {a.mean():.3g}, largest {a.max():.3g}",
-        "distance": f"{np.sqrt(np.sum(ledger.coefficients.astype(np.float64) ** 2)):.3g} per parameter (root of sum a^2)",
+        "distance": f"{moved_rms(ledger):.3g} per parameter (root of sum a^2)",
     }
     if ledger.pages:
-        page, published = ledger.pages[-1], len(ledger.published().encode())
-        rows["pages"] = f"{len(ledger.pages)} of {page.basis} numbers, {page.movement}; the last is shown above"
+        rows["pages"] = f"{len(ledger.pages)}, the last is shown above; " + "; ".join(_kinds(ledger.pages))
         rows["parts"] = f"{', '.join(str(len(one.parts)) for one in ledger.pages)}, of {ledger.precision}"
-        rows["to publish"] = f"{published:,} bytes"
+        rows["to publish"] = f"{len(ledger.published().encode()):,} bytes"
     if ledger.history is not None:
         counts = ledger.history.grad_counts
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
     _show(rows | _of_run(path))
+
+
+def _kinds(pages: Sequence[Page]) -> list[str]:
+    """What pages hold, those that are alike together."""
+    kinds = [
+        f"{page.basis} numbers of K = {page.pool.size}, {page.movement}{'' if page.scale == 1 else f', times {page.scale:g}'}"
+        for page in pages
+    ]
+    return [f"{len(list(alike))} of {kind}" for kind, alike in groupby(kinds)]
 
 
 def _inspect_tensors(path: Path, file: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedkseed.errors import LedgerError
+from fedkseed.kseed.arithmetic import merge
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.base import MemoryBase
 from fedkseed.models.binding import check_apart, check_tunable
@@ -23,25 +24,26 @@ Reader = Callable[[NamedParameter], torch.Tensor]
 """The base values of a parameter."""
 
 
-def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "auto") -> Ledger:
+def apply(model: torch.nn.Module, ledger: Ledger | str | Path | Sequence[Ledger | str | Path], backend: str = "auto") -> Ledger:
     """Turn a base model into the tuned model, in place and without a copy of its weights.
 
     Args:
         model: the base model, as it was loaded, in any precision. Where its values are not the base's but those of the files
             that it was loaded from are, these are read; the tuned weights are rounded to its precision last.
-        ledger: a ledger or its file, a run's checkpoint or the published form.
+        ledger: a ledger or its file, a run's checkpoint or the published form; or several, whose tunings add up.
         backend: `auto`, or the name of a noise backend.
 
     Returns:
-        The ledger.
+        The ledger; of several their sum.
 
     Raises:
-        LedgerError: the ledger cannot be read, or the model is not its base (the first tensor that differs is named).
+        InvalidValueError: an empty list of ledgers.
+        LedgerError: the ledger cannot be read, or several do not add up (see `fedkseed.merge`), or the model is not its base
+            (the first tensor that differs is named).
         BindingError: the model cannot be tuned; see `fedkseed.bind`.
         BackendError: no backend works on the parameters' devices, or the named one cannot run here or there.
     """
-    if not isinstance(ledger, Ledger):
-        ledger = Ledger.load(ledger)
+    ledger = one_ledger(ledger)
     entries = named_parameters(model)
     tuned = [entry for entry in entries if entry.name not in ledger.base.frozen]
     check_tunable(tuned)
@@ -63,6 +65,13 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path, backend: str = "a
             _add(ledger, backends, {entry.name: values})
         entry.parameter.detach().copy_(values)
     return ledger
+
+
+def one_ledger(ledger: Ledger | str | Path | Sequence[Ledger | str | Path]) -> Ledger:
+    """A ledger, that of a file, or the sum of several; see `apply`."""
+    if isinstance(ledger, (str, Path)):
+        return Ledger.load(ledger)
+    return ledger if isinstance(ledger, Ledger) else merge(ledger, [1.0] * len(ledger))
 
 
 def _add(ledger: Ledger, backends: Backends, parameters: Mapping[str, torch.Tensor]) -> None:

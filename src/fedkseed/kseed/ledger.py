@@ -2,7 +2,7 @@
 
 A ledger file is a safetensors file with one metadata entry of canonical JSON. The checkpoint of a run holds the float64
 accumulators and what FedKSeed-Pro remembers; the published form holds the rounded coefficients alone. Format 1 is a page of
-scalars, format 2 a list of pages with the parts that they were sent in (`fedkseed.kseed.pages`).
+scalars, formats 2 and 3 are lists of pages (`fedkseed.kseed.paged_format`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, get_args
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,14 +24,15 @@ from safetensors.numpy import save as save_tensors
 
 from fedkseed.errors import FedKSeedError, InvalidValueError, LedgerError
 from fedkseed.files import safetensors_entry, safetensors_header, write_atomically
-from fedkseed.kseed.coding import BITS, Coded, coded_bytes
-from fedkseed.kseed.pages import Basis, Page
+from fedkseed.kseed.paged_format import MIXED_FORMAT, PAGED_FORMAT, paged_content, read_pages, read_state, tensor_of
+from fedkseed.kseed.pages import Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
 from fedkseed.models.closed_page import Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 
-FORMAT, PAGED_FORMAT = 1, 2
+FORMAT = 1
+FORMATS = (FORMAT, PAGED_FORMAT, MIXED_FORMAT)
 METADATA = "fedkseed"
 MAX_COLUMNS = 64
 """Most tensors in a ledger's file, many times what any has: each one more costs time before it is refused."""
@@ -114,6 +115,22 @@ class Ledger:
                 'give precision="float32" too'
             )
         object.__setattr__(self, "coefficients", coefficients)
+
+    __array_ufunc__ = None  # a number of NumPy times a ledger is the ledger's to say
+
+    def __add__(self, other: Ledger) -> Ledger:
+        """Both tunings on one base; see `fedkseed.merge`, also for what it raises."""
+        return _merged([self, other], [1.0, 1.0]) if isinstance(other, Ledger) else NotImplemented
+
+    def __sub__(self, other: Ledger) -> Ledger:
+        """This tuning without the other one."""
+        return _merged([self, other], [1.0, -1.0]) if isinstance(other, Ledger) else NotImplemented
+
+    def __mul__(self, factor: float) -> Ledger:
+        """So many times this tuning."""
+        return _merged([self], [factor]) if isinstance(factor, (int, float, np.number)) else NotImplemented
+
+    __rmul__ = __mul__
 
     def __repr__(self) -> str:
         kind = "checkpoint" if self.is_checkpoint else "published"
@@ -234,10 +251,9 @@ class Ledger:
             why = f" ({error!s:.100})" if isinstance(error, ValueError) else ""
             raise LedgerError(f"not a ledger, or damaged{why}; expected a file that fedkseed wrote") from error
         found = metadata.get("format") if isinstance(metadata, dict) else None
-        if found not in (FORMAT, PAGED_FORMAT):
+        if found not in FORMATS:
             raise LedgerError(
-                f"ledger format is {found!s:.40}; this version reads {FORMAT} and {PAGED_FORMAT}: "
-                "use the fedkseed that wrote it"
+                f"ledger format is {found!s:.40}; this version reads {FORMAT} to {FORMATS[-1]}: use the fedkseed that wrote it"
             )
         try:
             ledger = cls._from_content(metadata, tensors) if found == FORMAT else cls._from_pages(metadata, tensors)
@@ -257,7 +273,10 @@ class Ledger:
         }
         tensors: dict[str, NDArray[Any]] = {"base_digests": self.base.digests.astype(SHORT_DIGEST)}
         if self.pages:
-            self._add_pages(metadata, tensors)
+            changes, more = paged_content(self.pages, self.precision, self.state or {})
+            del metadata["pool"], metadata["precision"]
+            metadata |= changes
+            tensors |= more
         elif self.history is not None:
             tensors["accumulators"] = self.history.accumulators.astype("<f8")
             tensors["grad_sums"] = self.history.grad_sums.astype("<f8")
@@ -268,42 +287,11 @@ class Ledger:
             tensors["coefficients"] = np.frombuffer(packed.numbers, DTYPES[self.precision])
         return metadata, tensors
 
-    def _add_pages(self, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
-        """What format 2 has beside or in place of format 1's content."""
-        metadata["format"] = PAGED_FORMAT
-        metadata["pool"].pop("key")
-        metadata |= {"basis": self.pages[0].basis, "movement": self.pages[0].movement}
-        metadata["pages"] = [{"key": f"{page.pool.key:016x}", "parts": len(page.parts)} for page in self.pages]
-        parts = [part for page in self.pages for part in page.parts]
-        tensors["steps"] = np.array([part.step for part in parts], "<f4")
-        tensors["numbers"] = np.frombuffer(b"".join(part.numbers for part in parts), np.uint8)
-        tensors |= {f"state.{name}": column.astype("<f8") for name, column in (self.state or {}).items()}
-
     @classmethod
     def _from_pages(cls, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Ledger:
-        size, family, wire = metadata["pool"]["size"], metadata["pool"]["family"], metadata["precision"]
-        basis, movement, listed = metadata["basis"], metadata["movement"], metadata["pages"]
-        if basis not in get_args(Basis) or movement not in get_args(Movement) or wire not in BITS or not listed:
-            raise ValueError(f"basis {basis!r}, movement {movement!r}, wire {wire!r}, {len(listed)} pages")
-        counts, each = [page["parts"] for page in listed], coded_bytes(size, wire)
-        if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"numbers of parts {counts!r:.80}")
-        steps = _tensor(tensors, "steps", np.dtype("<f4"), sum(counts)).astype(float).tolist()
-        numbers = _tensor(tensors, "numbers", np.dtype(np.uint8), each * sum(counts)).tobytes()
-        parts = [Coded(wire, step, numbers[i * each : (i + 1) * each]) for i, step in enumerate(steps)]
-        for part in parts:
-            part.check("a page's part", size)
-        pages, at = [], 0
-        for page, count in zip(listed, counts, strict=True):
-            pages.append(Page(SeedPool(int(page["key"], 16), size, family), basis, movement, tuple(parts[at : at + count])))
-            at += count
-        state = {name.removeprefix("state."): column for name, column in tensors.items() if name.startswith("state.")}
-        for name, column in state.items():
-            if not np.isfinite(_tensor(tensors, f"state.{name}", np.dtype("<f8"), None)).all():
-                raise ValueError(f"column {name} of the state is not finite")
-            if len(column) not in (1, size):
-                raise ValueError(f"column {name} of the state has {len(column)} numbers, expected {size}")
-        return cls.of_pages(_base(metadata, tensors), _round(metadata), pages, wire, state or None)
+        pages, wire = read_pages(metadata, tensors)
+        state = read_state(tensors, pages[-1].pool.size)
+        return cls.of_pages(_base(metadata, tensors), _round(metadata), pages, wire, state)
 
     @classmethod
     def _from_content(cls, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Ledger:
@@ -312,18 +300,24 @@ class Ledger:
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}")
         if "accumulators" not in tensors:
-            numbers = _tensor(tensors, "coefficients", DTYPES[precision], pool.size)
+            numbers = tensor_of(tensors, "coefficients", DTYPES[precision], pool.size)
             exponent = metadata["exponent"]
             if type(exponent) is not int or abs(exponent) > MAX_EXPONENT:
                 raise ValueError(f"exponent {exponent!r:.40}")
             coefficients = Packed(precision, exponent, numbers.tobytes()).unpack()
             return cls(pool, base, precision, _round(metadata), pool.check_coefficients(coefficients), None)
         columns: dict[str, str] = {"accumulators": "<f8", "grad_sums": "<f8", "grad_counts": "<i8"}
-        history = History(**{name: _tensor(tensors, name, np.dtype(kind), pool.size) for name, kind in columns.items()})
+        history = History(**{name: tensor_of(tensors, name, np.dtype(kind), pool.size) for name, kind in columns.items()})
         sums = history.grad_sums
         if not np.isfinite(sums).all() or sums.min() < 0 or history.grad_counts.min() < 0:
             raise ValueError("a seed's sum or number of gradients is negative or not finite")
         return cls(pool, base, precision, _round(metadata), rounded(history.accumulators, precision), history)
+
+
+def _merged(ledgers: list[Ledger], weights: list[float]) -> Ledger:
+    from fedkseed.kseed.arithmetic import merge  # which needs this module
+
+    return merge(ledgers, weights)
 
 
 def _canonical(metadata: dict[str, Any]) -> str:
@@ -336,7 +330,7 @@ def _base(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> BaseIde
         raise ValueError("frozen is not a list of names")
     if not (isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{64}", fingerprint)):
         raise ValueError("the base's fingerprint is not 64 hexadecimal digits")
-    return BaseIdentity(fingerprint, _tensor(tensors, "base_digests", SHORT_DIGEST, None), tuple(frozen))
+    return BaseIdentity(fingerprint, tensor_of(tensors, "base_digests", SHORT_DIGEST, None), tuple(frozen))
 
 
 def _round(metadata: dict[str, Any]) -> int:
@@ -344,10 +338,3 @@ def _round(metadata: dict[str, Any]) -> int:
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"round {number!r}")
     return number
-
-
-def _tensor(tensors: dict[str, NDArray[Any]], name: str, dtype: np.dtype[Any], size: int | None) -> NDArray[Any]:
-    array = tensors[name]
-    if array.dtype != dtype or array.ndim != 1 or size not in (None, len(array)):
-        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, expected {dtype}[{size or 'n'}]")
-    return array

@@ -2,6 +2,7 @@
 
 A page's numbers are a sum of parts, each as it travelled. On a wire of four bits or more a page has one part, which every
 round replaces; on one of two bits or a sign it has one for each of its rounds, and whoever has some needs only the others.
+A run's pages have the scale 1; arithmetic of ledgers gives them others (docs/ledgers.md).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Page:
         pool: its perturbations.
         basis: which numbers it holds.
         movement: how it moves a weight; see `fedkseed.Binding.open_page`.
-        parts: the numbers are their sum, in float64 and in this order.
+        parts: the numbers are their sum, in float64 and in this order, times the scale; all of one wire.
+        scale: any finite number.
 
     Raises:
         InvalidValueError: the pool has no table, and the basis is that.
@@ -64,6 +66,7 @@ class Page:
     basis: Basis
     movement: Movement
     parts: tuple[Coded, ...] = ()
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_basis(self.pool.size, self.pool.family, self.basis)
@@ -73,7 +76,7 @@ class Page:
         total = np.zeros(self.pool.size)
         for part in self.parts:
             total += part.decode(self.pool.size)
-        return total
+        return total * self.scale if self.scale != 1 else total
 
     def coefficients(self) -> NDArray[np.float32]:
         """What a model is rebuilt from, float32[K], not to be written to."""
@@ -86,13 +89,37 @@ class Page:
         coefficients.flags.writeable = False
         return coefficients
 
+    @property
+    def wire(self) -> str:
+        """That of its parts; of a page without any float32, on which nothing is nothing too."""
+        return self.parts[0].wire if self.parts else "float32"
+
     def closed(self) -> ClosedPage:
         """As a binding takes it, once it no longer changes."""
         return ClosedPage(self.pool, self.coefficients(), self.movement)
 
 
+MAX_NUMBERS = 2**24
+"""Most numbers of all pages of a ledger: 256 pages of the largest pools. A page without parts takes no room in a file."""
+
+
+def check_pages(pages: Sequence[Page]) -> None:
+    """Refuse pages that no model can be rebuilt from, by what their scales make of them.
+
+    Raises:
+        InvalidValueError: a coefficient is beyond float32, or they hold more than `MAX_NUMBERS`.
+    """
+    if (total := sum(page.pool.size for page in pages)) > MAX_NUMBERS:
+        raise InvalidValueError(f"{len(pages):,} pages hold {total:,} numbers; a ledger has at most {MAX_NUMBERS:,}")
+    for i, page in enumerate(pages):
+        with np.errstate(over="ignore", invalid="ignore"):
+            coefficients = page.coefficients() if page.parts else np.zeros(1, np.float32)
+        if not np.isfinite(coefficients).all():
+            raise InvalidValueError(f"page {i + 1} of {len(pages)} times {page.scale:g} has a coefficient beyond float32")
+
+
 def pages_digest(pages: Sequence[Page]) -> bytes:
-    """SHA-256 of pages: their pools and all their parts."""
+    """SHA-256 of pages of a run: their pools and all their parts."""
     digest = hashlib.sha256()
     for page in pages:
         pool = page.pool
