@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedkseed.errors import LedgerError
 from fedkseed.kseed.arithmetic import check_same_base
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.pages import Movement
+from fedkseed.models.closed_page import Movement
 from fedkseed.noise.pool import SeedPool
 
 Directions = tuple[SeedPool, Movement]

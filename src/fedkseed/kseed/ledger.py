@@ -27,7 +27,6 @@ from fedkseed.files import safetensors_entry, safetensors_header, write_atomical
 from fedkseed.kseed.paged_format import MIXED_FORMAT, PAGED_FORMAT, paged_content, read_pages, read_state, tensor_of
 from fedkseed.kseed.pages import Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
-from fedkseed.models.closed_page import Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 

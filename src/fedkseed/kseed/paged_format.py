@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes
 from fedkseed.kseed.pages import Basis, Page, check_pages
-from fedkseed.models.pages import Movement
+from fedkseed.models.closed_page import Movement
 from fedkseed.noise.pool import SeedPool
 
 PAGED_FORMAT, MIXED_FORMAT = 2, 3
