@@ -20,7 +20,14 @@ from tests.support.tiny import write_records
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "results" / "README.md", *ROOT.glob("examples/*/README.md")])
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (DOCS / "python.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks("python.md")
 
 
 def run(program: str, folder: Path) -> str:
@@ -47,6 +54,15 @@ def test_a_federation_over_a_model_of_ones_own_learns_without_a_gradient(tmp_pat
     assert before > 0.5
     assert after < 0.05
     assert (tmp_path / "tuned.safetensors").stat().st_size < 2000
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_adapters_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """In this process, which has imported what takes seconds."""
+    (tmp_path / "MODEL").symlink_to(model_folder())
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks("adapter.md")), {})
+    assert "<Ledger, published: 4 rounds, 4,096 of K = 4,096 hadamard seeds in use" in capfd.readouterr().out
 
 
 def test_every_public_name_is_documented() -> None:

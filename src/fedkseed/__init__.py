@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedkseed.errors import FedKSeedError
     from fedkseed.federation.config import FederationConfig
     from fedkseed.federation.task import DifferentiableTask, Task
+    from fedkseed.kseed.adapter import ledger_of, prepare, release
     from fedkseed.kseed.apply import apply
     from fedkseed.kseed.arithmetic import merge
     from fedkseed.kseed.client import Client
@@ -41,7 +42,10 @@ _HOMES = {
     "apply": "fedkseed.kseed.apply",
     "bind": "fedkseed.models.binding",
     "evaluate": "fedkseed.runs.scoring",
+    "ledger_of": "fedkseed.kseed.adapter",
     "merge": "fedkseed.kseed.arithmetic",
+    "prepare": "fedkseed.kseed.adapter",
+    "release": "fedkseed.kseed.adapter",
     "seed_pool": "fedkseed.kseed.server",
     "simulate": "fedkseed.runs.simulation",
     "tune": "fedkseed.runs.tuning",
@@ -62,7 +66,10 @@ __all__ = [
     "apply",
     "bind",
     "evaluate",
+    "ledger_of",
     "merge",
+    "prepare",
+    "release",
     "seed_pool",
     "simulate",
     "tune",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch.utils.hooks import RemovableHandle
 
 from fedkseed.errors import BindingError, InvalidValueError
 from fedkseed.models.base import Base, FileBase, MemoryBase
@@ -209,25 +210,51 @@ class Binding:
         Raises:
             InvalidValueError: a tunable parameter has a gradient already, or requires none any more; or see `project`.
         """
-        for entry in self._tunable:
-            if entry.parameter.grad is not None:
-                raise InvalidValueError(f"{entry.name} has a gradient already; call model.zero_grad() before folding")
-            if not entry.parameter.requires_grad:
-                raise InvalidValueError(f"{entry.name} requires no gradient any more; call requires_grad_(True) before folding")
+        self._check_gradients()
         projection = Projection(self.pool, self._backends, indices)
-
-        def fold(name: str, parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                self._fold(projection, name, gradient)
-
         with self._untied() as leaves:
-            hooks = [leaf.register_post_accumulate_grad_hook(partial(fold, name)) for name, leaf in leaves]
+            hooks = self._hook(leaves, lambda: projection)
             try:
                 yield projection
             finally:
                 for hook in hooks:
                     hook.remove()
+
+    def fold_into(self, projection: Callable[[], Projection]) -> list[RemovableHandle]:
+        """Fold the gradients of every backward pass from now on; see `folding`, and `projection` for what to fold into.
+
+        Tied parameters stay tied, so autograd adds up a tied one's gradients before they are folded.
+
+        Args:
+            projection: asked once for each gradient, in a thread of autograd's.
+
+        Returns:
+            What ends it: `remove()` each.
+
+        Raises:
+            InvalidValueError: see `folding`.
+        """
+        self._check_gradients()
+        return self._hook([(entry.name, entry.parameter) for entry in self._tunable], projection)
+
+    def projection(self) -> Projection:
+        """What gradients are folded into, along all seeds of the open page; nothing so far."""
+        return Projection(self.pool, self._backends)
+
+    def _check_gradients(self) -> None:
+        for entry in self._tunable:
+            if entry.parameter.grad is not None:
+                raise InvalidValueError(f"{entry.name} has a gradient already; call model.zero_grad() before folding")
+            if not entry.parameter.requires_grad:
+                raise InvalidValueError(f"{entry.name} requires no gradient any more; call requires_grad_(True) before folding")
+
+    def _hook(self, leaves: list[tuple[str, Any]], projection: Callable[[], Projection]) -> list[RemovableHandle]:
+        def fold(name: str, parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                self._fold(projection(), name, gradient)
+
+        return [leaf.register_post_accumulate_grad_hook(partial(fold, name)) for name, leaf in leaves]
 
     @contextmanager
     def _untied(self) -> Iterator[list[tuple[str, Any]]]:
@@ -253,6 +280,16 @@ class Binding:
         finally:
             for owner, name, parameter in replaced:
                 owner[name] = parameter
+
+    def moved_from(self, coefficients: ArrayLike) -> str | None:
+        """The name of the first tunable parameter that is not what `rebuild` would make it, or None; nothing is changed."""
+        mixture = self.pool.mixture_of(coefficients)
+        for entry in self._tunable:
+            there = {entry.name: torch.empty_like(entry.parameter, requires_grad=False)}
+            self._from_base(there)(*self._pages.mixtures, mixture)
+            if not torch.equal(there[entry.name], entry.parameter.detach()):
+                return entry.name
+        return None
 
     def digest(self) -> str:
         """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""

@@ -15,6 +15,8 @@ import torch
 
 from fedkseed.errors import BindingError
 
+NUMBERS = "fedkseed"
+"""The child module that holds a prepared model's K numbers (`fedkseed.prepare`)."""
 WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -31,8 +33,13 @@ def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
     """All parameters of a bare module, tied ones once, sorted by canonical name.
 
     Raises:
-        BindingError: the model is wrapped, has no parameters, or one is on the meta device or sparse.
+        BindingError: the model is wrapped, being tuned, has no parameters, or one is on the meta device or sparse.
     """
+    if NUMBERS in dict(model.named_children()):
+        tuned = type(model).__name__
+        raise BindingError(
+            f"this {tuned} is being tuned (fk.prepare); call fk.release(model) first, or load its base model anew"
+        )
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, torch.nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,0 +1,296 @@
+"""Tuning in K numbers by an ordinary loop: `model, optimizer = fk.prepare(model, pool, lr)` (docs/adapter.md).
+
+The K numbers are a leaf tensor, the parameter of a child module of the model, and an optimiser of torch steps on them. Hooks do
+the rest: each weight's gradient is folded as soon as backward has made it, and freed; after a step the weights are rebuilt from
+the numbers *as their ledger holds them*. So at any time the model is the one that the ledger's file gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fedkseed.errors import InvalidValueError, LedgerError
+from fedkseed.kseed.coding import BITS, LARGEST, encode
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.optimizer import DECAY, SQUARE_DECAY, TINY
+from fedkseed.kseed.pages import Basis, Page
+from fedkseed.models.binding import Binding
+from fedkseed.models.closed_page import Movement
+from fedkseed.models.parameters import NUMBERS
+from fedkseed.models.projection import Projection
+from fedkseed.noise.families import block_size
+from fedkseed.noise.pool import SeedPool
+
+Factory = Callable[..., torch.optim.Optimizer]
+"""Makes an optimiser as torch's classes do: `factory([tensor], lr=lr)`."""
+ADAM: Factory = partial(torch.optim.Adam, betas=(DECAY, SQUARE_DECAY), eps=TINY)
+"""The clients' Adam (docs/gradients.md), as torch has it."""
+
+
+class KNumbers(torch.nn.Module):
+    """K numbers that a model is tuned by, as its child module; made by `prepare`. State dicts of the model are without it.
+
+    Attributes:
+        numbers: float32[K]; `grad` is the folded gradient of the backward passes since `zero_grad`.
+        num_steps: steps so far.
+        page: the numbers as the ledger holds them, which the weights are rebuilt from.
+    """
+
+    def __init__(self, bound: Binding, wire: str) -> None:
+        super().__init__()
+        pool = bound.pool
+        basis: Basis = "table" if pool.facts.has_table and block_size(pool.size) == pool.size else "coefficients"
+        device = next(entry.device for entry in bound.model.parameters() if entry.requires_grad)
+        self.numbers = torch.nn.Parameter(torch.zeros(pool.size, device=device))
+        self.num_steps = 0
+        self.page = Page(pool, basis, bound.movement)
+        self._bound, self._wire = bound, wire
+        self._before: torch.Tensor | None = None  # the numbers before the step that is being taken
+        self._loading: dict[str, Any] = {}
+        self._folds: dict[int, Projection] = {}  # by backward pass
+
+    # --- Backward: gradients of weights become one of the numbers ---
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have an optimiser over the numbers tune the model from now on."""
+        self._weights = list(bound_parameters(self._bound.model))
+        self._versions = [x._version for x in self._weights]
+        self._handles: list[Any] = [
+            *self._bound.fold_into(self._fold),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._add_state),
+            optimizer.register_load_state_dict_pre_hook(self._check_state),
+            optimizer.register_load_state_dict_post_hook(self._take_state),
+        ]
+        optimizer.register_step_pre_hook(self._before_step)  # stays, to say that the model was released
+
+    def _fold(self) -> Projection:
+        """What the running backward pass folds into; a pass within it (reentrant checkpointing) has its own."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._folds:
+            if (
+                torch.distributed.is_available()
+                and torch.distributed.is_initialized()
+                and torch.distributed.get_world_size() > 1
+            ):
+                raise InvalidValueError(
+                    f"{torch.distributed.get_world_size()} processes train this model together, which a prepared model cannot; "
+                    "start one process (a federation of several: docs/deploy.md)"
+                )
+            self._folds[task] = self._bound.projection()
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
+        return self._folds[task]
+
+    def _finish(self, task: int) -> None:
+        """At the end of a backward pass its gradient is added to the numbers' own."""
+        fold = self._folds.pop(task)
+        u = torch.from_numpy(fold.table() if self.page.basis == "table" else fold.numbers())
+        u = u.to(self.numbers.device, self.numbers.dtype)
+        with torch.no_grad():
+            self.numbers.grad = u if self.numbers.grad is None else self.numbers.grad + u
+
+    # --- Steps: the numbers move, the weights follow ---
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._folds.clear()  # of backward passes that failed
+        self._check_whole()
+        if any(callable(given) for given in (*args[1:], *kwargs.values())):
+            raise InvalidValueError("step was given a closure; call loss.backward() and then step() without one")
+        gradient = self.numbers.grad
+        if gradient is None:
+            raise InvalidValueError(
+                "step without a gradient: no backward pass of this model since the last zero_grad; call loss.backward() first"
+            )
+        if not torch.isfinite(gradient).all():
+            raise InvalidValueError(
+                f"the gradient of step {self.num_steps + 1} is not finite; call zero_grad() and take another batch, a lower "
+                "rate, or a GradScaler, which leaves such steps out"
+            )
+        self._before = self.numbers.detach().clone()
+
+    def _check_whole(self) -> None:
+        """Refuse a model that was released, or whose weights something else has changed."""
+        if not self._handles:
+            raise InvalidValueError("the model was released; call fk.prepare for a new optimizer")
+        frozen = sum(not x.requires_grad for x in self._weights)
+        if frozen:
+            raise InvalidValueError(
+                f"{frozen} of the tensors that are tuned require no gradient any more; call requires_grad_(True)"
+            )
+        if self._versions != [x._version for x in self._weights]:
+            raise InvalidValueError(
+                "the weights were changed by something else since the last step; load the optimizer's state_dict of that "
+                "moment too, or prepare a model anew"
+            )
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before, self._before = cast(torch.Tensor, self._before), None
+        try:
+            self._rebuild()
+        except InvalidValueError:
+            with torch.no_grad():
+                self.numbers.copy_(before)
+            raise
+        self.num_steps += 1
+
+    def _rebuild(self) -> None:
+        """Set the weights to what a ledger of the numbers gives."""
+        values = self.numbers.detach().cpu().double().numpy()
+        page = Page(self.page.pool, self.page.basis, self.page.movement, (encode(values, self._wire),))
+        self._bound.rebuild(page.coefficients())
+        self.page = page
+        self._versions = [x._version for x in self._weights]
+
+    # --- State: what an optimiser's checkpoint needs beside the optimiser's own ---
+
+    def _kind(self) -> dict[str, Any]:
+        """What must be the same where a state is loaded."""
+        pool = asdict(self.page.pool) | {"key": f"{self.page.pool.key:016x}"}  # of 64 bits, which not every format holds
+        of_page = {"basis": self.page.basis, "movement": self.page.movement, "wire": self._wire}
+        return pool | of_page | {"base": self._bound.identity().fingerprint}
+
+    def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        state[NUMBERS] = self._kind() | {"numbers": self.numbers.detach().clone(), "num_steps": self.num_steps}
+
+    def _check_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        ours = state.get(NUMBERS)
+        if not isinstance(ours, dict):
+            raise InvalidValueError("this state_dict is of another optimizer; expected one that fk.prepare gave")
+        for name, value in self._kind().items():
+            if ours.get(name) != value:
+                raise InvalidValueError(
+                    f"the state_dict's {name} is {ours.get(name)!r:.80}, this optimizer's {value!r:.80}; prepare the base "
+                    "model as it was prepared then"
+                )
+        numbers, steps = ours.get("numbers"), ours.get("num_steps")
+        if not isinstance(numbers, torch.Tensor) or numbers.shape != self.numbers.shape or type(steps) is not int:
+            raise InvalidValueError(
+                f"the state_dict has no {len(self.numbers)} numbers with their count of steps; it is damaged"
+            )
+        if not (numbers.abs() <= LARGEST).all():
+            raise InvalidValueError("a number of the state_dict is not finite or too large; it is damaged")
+        self._loading = ours
+
+    def _take_state(self, optimizer: torch.optim.Optimizer) -> None:
+        with torch.no_grad():
+            self.numbers.copy_(self._loading["numbers"])
+        self.numbers.grad = None
+        self.num_steps = self._loading["num_steps"]
+        self._loading = {}
+        self._rebuild()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing: a model's files are those of an ordinary model; the numbers are in the optimiser's."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is expected."""
+
+    # --- What comes out ---
+
+    def ledger(self) -> Ledger:
+        """See `ledger_of`."""
+        changed = self._bound.moved_from(self.page.coefficients())
+        if changed is not None:
+            raise LedgerError(
+                f"{changed} is not what the numbers give: something else has changed the model since step {self.num_steps}; "
+                "load the optimizer's state_dict of the moment that is meant (Trainer: optimizer.pt of the checkpoint)"
+            )
+        return Ledger.of_pages(self._bound.identity(), self.num_steps, [self.page], self._wire, None)
+
+    def detach(self) -> None:
+        """Remove all hooks but one, which says so."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def bound_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of a model that require a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def prepare(
+    model: torch.nn.Module,
+    pool: SeedPool,
+    lr: float,
+    *,
+    optimizer: Factory = ADAM,
+    wire: str = "float16",
+    movement: Movement = "absolute",
+    base: str | Path | None = None,
+    backend: str = "auto",
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Have a model tuned in K numbers by an ordinary training loop.
+
+        model, optimizer = fk.prepare(model, fk.SeedPool(key=0, size=4096), lr=1e-3)
+
+    The optimiser is one of torch over the K numbers, which are also a parameter of the model, so that `clip_grad_norm_`,
+    learning-rate schedulers, GradScaler, accumulation, `accelerate` and Hugging Face trainers do what they do otherwise. After
+    every step the weights are `cast(w0 + sum_k a_k z_k)` of the numbers as `wire` holds them: `ledger_of` gives these, and
+    `fedkseed.apply` the same bits from them anywhere. The optimiser's `state_dict` has the numbers before that rounding.
+
+    Args:
+        model: a bare module with the base weights, on its device. The parameters that require a gradient are tuned.
+        pool: the perturbations; all K cost what one costs where they are `hadamard`, and gaussian ones K times as much.
+        lr: the rate. With the default optimiser on K = 2^n hadamard seeds a weight moves by about so much in a step
+            (`proportional`: times the weight).
+        optimizer: a class of torch's optimisers, or anything that makes one by `optimizer([numbers], lr=lr)`.
+        wire: how the ledger holds a number: `float32`, `float16`, `int8`, `int4`, `int2` or `sign`.
+        movement: `absolute`, or `proportional`: a weight moves by itself times the sum.
+        base, backend: see `fedkseed.bind`.
+
+    Returns:
+        The same model, and the optimiser.
+
+    Raises:
+        InvalidValueError: an unknown wire or movement, or an optimiser over anything but the numbers it was given.
+        BindingError: the model cannot be tuned, or is being tuned already; see `fedkseed.bind`.
+        BackendError: see `fedkseed.bind`.
+    """
+    if wire not in BITS:
+        raise InvalidValueError(f"wire is {wire!r:.40}; expected one of {', '.join(BITS)}")
+    bound = Binding(model, pool, base, backend)
+    bound.open_page(pool, movement=movement)
+    child = KNumbers(bound, wire)
+    made = optimizer([child.numbers], lr=lr)
+    held = [x for group in getattr(made, "param_groups", [{"params": []}]) for x in group["params"]]
+    if len(held) != 1 or held[0] is not child.numbers:
+        raise InvalidValueError(
+            f"optimizer gave a {type(made).__name__} over {len(held)} tensors that are not the numbers it was given; expected "
+            "a class such as torch.optim.AdamW, or functools.partial of one"
+        )
+    child.attach(made)
+    model.add_module(NUMBERS, child)
+    return model, made
+
+
+def ledger_of(model: torch.nn.Module) -> Ledger:
+    """The ledger of a prepared model, in its published form: what `fedkseed.apply` makes the same model of, to the bit.
+
+    Raises:
+        InvalidValueError: the model was not prepared.
+        LedgerError: its weights are not those of its last step, since something else has changed them.
+    """
+    return _child(model).ledger()
+
+
+def release(model: torch.nn.Module) -> Ledger:
+    """End the tuning of a prepared model: it keeps its weights and is an ordinary model again; see `ledger_of`."""
+    child = _child(model)
+    ledger = child.ledger()
+    child.detach()
+    del child._bound.model._modules[NUMBERS]
+    return ledger
+
+
+def _child(model: torch.nn.Module) -> KNumbers:
+    found = [module for module in model.modules() if isinstance(module, KNumbers)]
+    if not found:
+        raise InvalidValueError(f"this {type(model).__name__} is not being tuned; call fk.prepare first")
+    return found[0]
