@@ -59,6 +59,10 @@ class LedgerError(FedKSeedError):
     """A ledger that cannot be read or written, or belongs to another base model or pool."""
 
 
+class AuditError(FedKSeedError):
+    """A run's log that does not lead to its ledger, or whose entries do not fit together."""
+
+
 class RunError(FedKSeedError):
     """A federation that cannot go on, or a run that cannot be written."""
 

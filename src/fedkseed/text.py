@@ -27,6 +27,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """A number of things, such as `1 round` and `1,200 rounds`; `more` where that is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
 class VisibleFormatter(logging.Formatter):
     """Records of a log, each a line of visible text, whatever its arguments hold."""
 

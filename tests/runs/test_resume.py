@@ -18,10 +18,11 @@ from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import tiny_settings
 
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.audit import audit
 from fedkseed.runs.metrics import read_metrics as recorded
 
 KILLED = -signal.SIGKILL
-FILES = [".lock", "config.toml", "ledger.safetensors", "ledgers", "metrics.jsonl"]
+FILES = [".lock", "audit.jsonl", "config.toml", "ledger.safetensors", "ledgers", "metrics.jsonl"]
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,22 @@ def kept(run: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def uninterrupted(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Three rounds; Pro, so that its history counts too; evaluations after rounds 0, 2 and 3."""
-    settings = tiny_settings(tiny, algorithm="fedkseed-pro", eval_every=2, local_steps=3)
+    settings = tiny_settings(tiny, algorithm="fedkseed-pro", eval_every=2, local_steps=3, audit_log="on")
     return whole(fedkseed, tmp_path_factory.mktemp("whole") / "run", settings)
 
 
 def assert_as_uninterrupted(run: Path, expected: Whole) -> None:
-    """The same ledgers, byte for byte, and each event once, in order, with the same numbers."""
+    """The same ledgers, byte for byte, and each event once, in order, with the same numbers; a log that leads to them."""
     assert (run / "ledger.safetensors").read_bytes() == expected.ledger
     assert kept(run) == expected.kept
     assert events(run) == expected.events
-    assert sorted(path.name for path in run.iterdir()) == FILES
+    assert sorted(path.name for path in run.iterdir()) == files(expected)
+    if (run / "audit.jsonl").exists():
+        assert audit(run).notes == ()
+
+
+def files(expected: Whole) -> list[str]:
+    return [name for name in FILES if name != "audit.jsonl" or expected.settings.get("audit_log") == "on"]
 
 
 def assert_loadable(run: Path, expected: Whole) -> None:
@@ -76,6 +83,14 @@ def assert_loadable(run: Path, expected: Whole) -> None:
         text = (run / "metrics.jsonl").read_text()
         assert text.count('"event": "round"') >= rounds
         assert 1 <= rounds <= expected.settings["num_rounds"]
+    if (run / "audit.jsonl").exists():
+        audit_of_a_killed_run(run)
+
+
+def audit_of_a_killed_run(run: Path) -> None:
+    """What is there leads to the ledger, or a round further; else this raises."""
+    if (run / "audit.jsonl").read_bytes().count(b"\n"):
+        audit(run)
 
 
 def go_on(fedkseed: CommandLine, run: Path, expected: Whole) -> None:
@@ -109,6 +124,8 @@ def test_every_file_is_written_whole_or_by_lines(kill_points: list[str]) -> None
     assert count["rename ledger.safetensors"] == 3
     assert count["rename config.toml"] == 1
     assert count["write metrics.jsonl"] == 3 + 3  # three rounds, three evaluations
+    assert count["write audit.jsonl"] == 3
+    assert kill_points.index("write audit.jsonl") < kill_points.index("rename ledger.safetensors")
     assert [count[f"rename round-{i:05}.safetensors"] for i in range(4)] == [1, 0, 1, 1]  # the ledgers of the evaluations
     assert count["fsync"] >= 2 * count["rename ledger.safetensors"] + 6
     assert "write ledger.safetensors" not in count  # only ever beside it
@@ -145,7 +162,7 @@ def of_pages(fedkseed: CommandLine, tiny: Path, tmp_path_factory: pytest.TempPat
     """Three rounds of changes: two pages, the remainder of one bit a number, an optimiser's state; a client of scalars."""
     settings = tiny_settings(
         tiny, algorithm="fedkseed-grad", num_seeds=128, lr=0.003, wire="sign", rounds_per_page=2, num_rounds=3,
-        server_optimizer="momentum", server_lr=0.5, two_point_clients=0.25, eval_every=3, local_steps=2,
+        server_optimizer="momentum", server_lr=0.5, two_point_clients=0.25, eval_every=3, local_steps=2, audit_log="on",
     )  # fmt: skip
     return whole(fedkseed, tmp_path_factory.mktemp("pages") / "run", settings)
 
@@ -160,6 +177,7 @@ def assert_as_pages(run: Path, expected: Whole) -> None:
     assert kept(run) == expected.kept
     assert without(events(run)) == without(expected.events)
     assert sorted(path.name for path in run.iterdir()) == FILES
+    assert audit(run).notes == ()
 
 
 @pytest.mark.parametrize("part", [0, *[pytest.param(part, marks=pytest.mark.slow) for part in range(1, 6)]])

@@ -179,6 +179,25 @@ def inspect(ledger: RunOrLedger, which: Round = None) -> None:
 
 
 @app.command(rich_help_panel=USE)
+def audit(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)],
+    without: Annotated[
+        str | None, typer.Option(metavar="CLIENT", help="Reckon what the same replies give without this client's.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="With --without: write that ledger, in its published form, to this file.")
+    ] = None,
+) -> None:
+    """Replay the log of a run (--audit-log on): whether its replies lead to its ledger, or which entry is wrong."""
+    from fedkseed.cli.display import Lines, waiting
+
+    with waiting(Lines().note, "replaying the log"):
+        from fedkseed.cli.audit import audit as replay
+
+        replay(run, without, to)
+
+
+@app.command(rich_help_panel=USE)
 def export(
     ledger: RunOrLedger,
     output: Annotated[Path, typer.Argument(help="Folder to make; with --ledger-only, file to write.", metavar="OUTPUT")],

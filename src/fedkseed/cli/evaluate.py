@@ -16,6 +16,7 @@ from fedkseed.federation import Checkpoint
 from fedkseed.files import write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.scoring import Choices, Evaluated, measure
+from fedkseed.text import counted
 
 
 def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_category: bool, output: Path | None) -> None:
@@ -43,7 +44,7 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
 
 def _show(found: Evaluated, by_category: bool) -> None:
     base, tuned = found.base, found.tuned
-    after, now = f"after {found.tuning.round} rounds", _rows(tuned.overall, found.num_records)
+    after, now = f"after {counted(found.tuning.round, 'round')}", _rows(tuned.overall, found.num_records)
     before = _rows(base.overall, found.num_records)
     show_table(("", "base", after), [(name, value, now[name]) for name, value in before.items()])
     if not by_category:

@@ -14,6 +14,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.thinning import thinned
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.folder import CONFIG, tuned_file
+from fedkseed.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def export(
     if ledger_only and isinstance(tuning, Ledger):
         published = tuning.published() if bits is None else thinned(tuning, bits)
         published.save(output)
-        say(f"{output}: {output.stat().st_size:,} bytes, {tuning.round} rounds, K = {tuning.pool.size}")
+        say(f"{output}: {output.stat().st_size:,} bytes, {counted(tuning.round, 'round')}, K = {tuning.pool.size}")
         if bits is not None:
             _say_cost(path, checkpoint, tuning, published, output, model)
         return
@@ -83,7 +84,7 @@ def export(
     if record is not None and record.damage:
         complain(f"{record.damage}; the card is without it")
     config, losses = _known(record, tuning)
-    with waiting(Lines().note, f"loading {model} and adding {tuning.round} rounds to it"):
+    with waiting(Lines().note, f"loading {model} and adding {counted(tuning.round, 'round')} to it"):
         tokenizer = load_tokenizer(model)
         tuned = _tuned(tuning, model, config, dtype)
     prompt = _taught(tokenizer, tuned, config) if config else None
@@ -93,7 +94,7 @@ def export(
     with waiting(Lines().note, f"writing {output}"):
         save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if attached else {}))
     what = "an adapter for" if attached else f"{sum(p.numel() for p in tuned.parameters()):,} parameters,"
-    say(f"{output}: {what} {model} after {tuning.round} rounds")
+    say(f"{output}: {what} {model} after {counted(tuning.round, 'round')}")
 
 
 def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, dtype: Dtype) -> Any:

@@ -14,6 +14,7 @@ from fedkseed.kseed.pages import Page
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
 from fedkseed.runs.metrics import best_round
+from fedkseed.text import counted
 
 
 def inspect(path: Path, which: str | None = None) -> None:
@@ -82,7 +83,7 @@ def _of_run(path: Path) -> dict[str, str]:
     run = RunFolder.open(path)
     found, kept, rows = run.recorded(), run.ledgers.rounds, dict[str, str]()
     if kept:
-        rows["kept"] = f"the ledgers of {len(kept)} rounds, {kept[0]} to {kept[-1]}; --round N shows one"
+        rows["kept"] = f"the ledgers of {counted(len(kept), 'round')}, {kept[0]} to {kept[-1]}; --round N shows one"
     if (best := best_round(found.losses)) is not None:
         rows["best round"] = f"{best}, held-out loss {found.losses[best]:.4f}"
     if found.damage:

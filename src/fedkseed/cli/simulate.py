@@ -197,7 +197,8 @@ def train(
         with waiting(observer.note, "measuring a step, to say how long the run will take"):
             forecast = simulation.forecast()
         if forecast is None:
-            observer.note(f"all {simulation.config.num_rounds} rounds were done already")
+            total = simulation.config.num_rounds
+            observer.note(f"all {total} rounds were done already" if total > 1 else "the only round was done already")
         for line in describe(forecast, simulation.config.facts) if forecast else ():
             observer.note(line)
         if before is not None:

@@ -52,6 +52,7 @@ class Outcome:
         contributions: the accepted replies, sorted by client.
         refusals: the others that came.
         missing: clients that were asked and sent nothing.
+        accepted: the bytes of the accepted replies, by client.
     """
 
     server_round: int
@@ -59,6 +60,7 @@ class Outcome:
     contributions: tuple[Contribution, ...]
     refusals: tuple[Refusal, ...]
     missing: tuple[str, ...]
+    accepted: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def dropped_steps(self) -> int:
@@ -122,7 +124,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         guess_loss: float | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, self.run_id, self._guess_loss = config, run_id, guess_loss
+        self.config, self.run_id, self.guess_loss = config, run_id, guess_loss
         self._attempt = 0
         self._failed: set[str] = set()
         self._num_examples: Mapping[str, int] = {}
@@ -188,6 +190,15 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         self.clients, self.cohort_size, self._num_examples = tuple(sorted(clients)), cohort_size, known
         self.forward_only = None if forward_only is None else frozenset(forward_only)
 
+    def roster(self) -> dict[str, Any]:
+        """What `admit` was last given, by the names of its arguments."""
+        asked_for_scalars = None if self.forward_only is None else sorted(self.forward_only)
+        return {
+            "clients": list(self.clients),
+            "num_examples": {name: self._num_examples[name] for name in self.clients if name in self._num_examples},
+            "forward_only": asked_for_scalars,
+        }
+
     @property
     def finished(self) -> bool:
         """Whether all rounds are done."""
@@ -202,7 +213,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             RunError: all rounds are done, or the last attempt at this one has failed.
         """
         if self.finished:
-            raise RunError(f"all {self.config.num_rounds} rounds are done; raise --num-rounds to go on")
+            done = f"all {self.config.num_rounds} rounds are" if self.config.num_rounds > 1 else "the only round is"
+            raise RunError(f"{done} done; raise --num-rounds to go on")
         if not self.clients:
             raise RunError("nobody is here; admit clients before a round is planned")
         if self._attempt >= MAX_ATTEMPTS:
@@ -232,6 +244,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         if not self._pending:
             raise RunError("no round is planned; call plan() before absorb()")
         accepted: dict[str, ReplyT] = {}
+        taken: dict[str, bytes] = {}
         refusals: list[Refusal] = []
         answered: set[str] = set()
         for sender, data in sorted(replies, key=lambda reply: reply[0]):
@@ -240,7 +253,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
                 reply = self._checked(sender, data)
                 if sender in accepted:
                     raise ProtocolError("a second reply to one request")
-                accepted[sender] = reply
+                accepted[sender], taken[sender] = reply, data
             except ProtocolError as error:
                 refusals.append(Refusal(sender, str(error)))
         weights = self._weights(accepted)
@@ -255,7 +268,22 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             self._attempt, self._failed, status = 0, set(), "closed"
         contributions = tuple(self._contribution(accepted[name], weights[name]) for name in weights)
         self._pending = {}
-        return Outcome(server_round, status, contributions, tuple(refusals), missing)
+        return Outcome(server_round, status, contributions, tuple(refusals), missing, taken)
+
+    def close_with(self, requests: Mapping[str, RequestT], replies: Mapping[str, bytes]) -> None:
+        """Move the checkpoint on by replies that were accepted elsewhere, unchecked, whatever requests they answer.
+
+        For a replay of what a run accepted without some of it: the requests are those of the run, whose model is another one.
+
+        Args:
+            requests: by client, as they were planned there; those of more clients than replied.
+            replies: bytes, by client; weights are shared among these alone. Of none, the round passes and nothing moves.
+        """
+        accepted = {name: self._decode(data) for name, data in replies.items()}
+        weights = self._weights(accepted)
+        self._pending = dict(requests)
+        self._close({name: accepted[name] for name in weights}, weights)
+        self._pending = {}
 
     def _checked(self, sender: str, data: bytes) -> ReplyT:
         reply, request = self._decode(data), self._pending.get(sender)
@@ -271,8 +299,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             raise ProtocolError(f"num_examples is {reply.num_examples}; this client came with {known}")
         if reply.num_examples > self.config.max_examples:
             raise ProtocolError(f"num_examples is {reply.num_examples}; at most {self.config.max_examples} are accepted")
-        if self._guess_loss is not None:
-            check_loss(reply.loss or 0.0, MOST_GUESSES * self._guess_loss)
+        if self.guess_loss is not None:
+            check_loss(reply.loss or 0.0, MOST_GUESSES * self.guess_loss)
         self._check(request, reply)
         return reply
 

@@ -29,6 +29,7 @@ from fedkseed.kseed.pages import Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
+from fedkseed.text import counted
 
 FORMAT = 1
 FORMATS = (FORMAT, PAGED_FORMAT, MIXED_FORMAT)
@@ -135,7 +136,7 @@ class Ledger:
         kind = "checkpoint" if self.is_checkpoint else "published"
         size, used = self.pool.size, np.count_nonzero(self.coefficients)
         return (
-            f"<Ledger, {kind}: {self.round} rounds, {used:,} of K = {size:,} {self.pool.family} seeds in use, "
+            f"<Ledger, {kind}: {counted(self.round, 'round')}, {used:,} of K = {size:,} {self.pool.family} seeds in use, "
             f"base {self.base.fingerprint[:16]}>"
         )
 

@@ -11,7 +11,7 @@ from fedkseed.report.drawing import LINES, Curve
 from fedkseed.report.markup import Html, Text, document, figures, quiet, table, tag
 from fedkseed.report.reading import Round, RunRecord, is_finite
 from fedkseed.report.summary import Spent, before_and_after, change, spent, traffic
-from fedkseed.text import visible
+from fedkseed.text import counted, visible
 
 LONGEST_NAME = 24
 UNLIKE = 20.0
@@ -132,7 +132,9 @@ def _card(place: int, name: str, record: RunRecord) -> Html:
     if moved is not None:
         told.append(f"{units.amount(moved.both)} per client and round, {units.size(moved.total)} in all")
     seconds = sum(r.seconds for r in record.rounds)
-    told.append(f"{record.rounds_done} of {config.num_rounds} rounds" + (f" in {units.duration(seconds)}" if seconds else ""))
+    told.append(
+        f"{record.rounds_done} of {counted(config.num_rounds, 'round')}" + (f" in {units.duration(seconds)}" if seconds else "")
+    )
     refused, missing = (sum(len(getattr(r, kind)) for r in record.rounds) for kind in ("refused", "missing"))
     dropped = sum(r.dropped_steps for r in record.rounds)
     lost = {"refused": refused, "not come": missing}

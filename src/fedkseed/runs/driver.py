@@ -16,6 +16,7 @@ from fedkseed.federation import Checkpoint, Outcome, Rounds
 from fedkseed.federation.envelope import Request
 from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.audit_log import AuditLog
 from fedkseed.runs.events import evaluation_event, round_event
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.metrics import best_round
@@ -55,6 +56,7 @@ class Driver:
         self.outcome: Outcome | None = None
         self._requests: list[tuple[Request, bytes]] = []
         self._repeated = 0
+        self._audit: AuditLog | None = None
         self._begin = time.perf_counter()
 
     @property
@@ -84,6 +86,10 @@ class Driver:
             if damage := self.run.cut_metrics(self.round):
                 self.observer.note(damage)
             self.run.ledgers.cut(self.round)
+            if self.config.audit_log == "on":
+                self._audit = AuditLog(self.run.path, self.server)
+                if damage := self._audit.cut():
+                    self.observer.note(WARNING + damage)
             with tracking(self._log, self.run, self.round, self.observer.note) as self._track:
                 return self._drive(attempt, evaluate)
 
@@ -103,6 +109,8 @@ class Driver:
         self._begin = time.perf_counter()
         self._requests = [(request, request.encode()) for request in self.server.plan()]
         self._repeated = 0
+        if self._audit is not None:
+            self._audit.planned(self._requests)
         return self._requests
 
     def whole(self, client: str) -> bytes | None:
@@ -112,6 +120,8 @@ class Driver:
             return None
         data: bytes = request.encode()
         self._repeated += len(data)
+        if self._audit is not None:
+            self._audit.repeated(client)
         return data
 
     def close(
@@ -135,6 +145,8 @@ class Driver:
             RunError: a file cannot be written.
         """
         self.outcome = outcome = self.server.absorb(replies)
+        if self._audit is not None:
+            self._audit.absorbed(outcome, self._requests[0][0].attempt, replies, unreadable or {})
         event = round_event(outcome, self._requests[0][0].lr)
         event["refused"] |= dict(unreadable or {})
         event["missing"] = [client for client in outcome.missing if client not in event["refused"]]
@@ -159,7 +171,7 @@ class Driver:
         }
         if isinstance(self.server.checkpoint, Ledger):
             event["moved_rms"] = moved_rms(self.server.checkpoint)
-        # metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
+        # log and metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
         self.run.append_metrics(event)
         self.run.save_checkpoint(self.server.checkpoint)
         self._tell(event)

@@ -71,6 +71,10 @@ class RunConfig(FederationConfig):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "float32", description="Precision of the weights: float32, float16, bfloat16, or auto, the checkpoint's own."
     )
+    audit_log: Literal["off", "on"] = Field(
+        "off",
+        description="Keep what was asked and answered in RUN/audit.jsonl, which fedkseed audit replays: each client's numbers.",
+    )
     device: str = Field("cpu", description="Where the model runs: cpu, cuda, or one GPU of several, such as cuda:1.")
 
     @field_validator("model", "template", mode="before")
