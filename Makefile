@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: test test-slow lint format bench bench-gpu demo clean
+.PHONY: test test-slow lint docs format bench bench-gpu demo clean
 
 test: $(READY)  ## the tests of every day
 	$(BIN)/python -m pytest
@@ -11,11 +11,15 @@ test: $(READY)  ## the tests of every day
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-lint: $(READY)  ## format, style, types, layers
+lint: $(READY)  ## format, style, types, layers, the site's links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+docs: $(READY)  ## the site, in docs/_build/html; a dead link or a name that is gone ends it
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --nitpicky docs docs/_build/html
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -31,11 +35,11 @@ demo: $(READY)  ## a whole federation in a few minutes, with a tiny model that c
 	$(BIN)/fedkseed demo
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist docs/_build
 
 # torch is asked for by its exact version first: a range may pull gigabytes of CUDA
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,flower,baselines]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,flower,baselines]'
 	touch $(READY)

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from fedkseed.demo import clients, model_folder
+from tests.support.documents import unknown
 from tests.support.tiny import write_records
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "results" / "README.md", *ROOT.glob("examples/*/README.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "results" / "README.md", *ROOT.glob("examples/*/README.md")])
 
 
 def blocks(page: str) -> list[str]:
@@ -70,6 +71,19 @@ def test_every_public_name_is_documented() -> None:
 
     page = (DOCS / "python.md").read_text(encoding="utf-8")
     assert [name for name in dir(fk) if f"fk.{name}" not in page and not name.startswith("__")] == []
+
+
+def test_every_public_name_is_in_the_api_and_comes_lazily() -> None:
+    import fedkseed as fk
+
+    named = re.findall(r"^\.\. auto\w+:: (\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == [name for name in dir(fk) if not name.startswith("__")]
+    assert all(getattr(fk, name).__doc__ for name in named)
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("tutorials/*.md")), DOCS / "quickstart.md"], ids=lambda page: page.stem)
+def test_every_command_that_a_page_for_beginners_names_exists(page: Path) -> None:
+    assert unknown(page.read_text(encoding="utf-8")) == []
 
 
 # --- what is named exists ---

@@ -193,7 +193,7 @@ class Binding:
 
     @contextmanager
     def folding(self, indices: Sequence[int] | NDArray[np.integer] | None = None) -> Iterator[Projection]:
-        """Fold every tunable parameter's gradient as soon as backward has made it, and free it.
+        """Fold every tunable parameter's gradient as soon as backward has made it, and free it::
 
             with bound.folding() as fold:
                 loss.backward()

@@ -37,7 +37,7 @@ def tune(settings: Mapping[str, Any] | str | Path | SimulationConfig, observer: 
         observer: who watches; None for nobody.
 
     Returns:
-        What was found, and how: `.lr`, and `.eps` of a `Calibration`, are to be taken.
+        What was found and why. Its `.lr`, and the `.eps` of a `Calibration`, are to be taken.
 
     Raises:
         FedKSeedError: a setting, the data or the model cannot be used, or no rate was found.
