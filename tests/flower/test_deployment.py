@@ -65,7 +65,7 @@ def rounds(deployment: Deployment) -> list[dict[str, Any]]:
 def test_authenticated_nodes_end_in_the_ledger_of_a_simulation(
     deployment: Deployment, sites: Path, tmp_path: Path, one_thread: None
 ) -> None:
-    """Two of them: a process of seconds starts for each message. Three are among the slow ones."""
+    """Two of them; three are among the slow ones. What they have loaded for the first round they have in the second."""
     bring_up(deployment, sites, SITES[:2], registered=SITES[:2])
     deployment.submit(settings(deployment, sites, num_rounds=2, min_clients=2))
     deployment.wait_for_round(2)
@@ -74,6 +74,9 @@ def test_authenticated_nodes_end_in_the_ledger_of_a_simulation(
     expected = simulated(sites, tmp_path / "simulated", num_rounds=2, data=tmp_path / "two.jsonl").train()
     assert Ledger.load(deployment.run / "ledger.safetensors").digest() == expected.digest()
     assert [sorted(event["clients"]) for event in rounds(deployment)] == [list(SITES[:2])] * 2
+    for name in SITES[:2]:
+        assert "round 2, 6 steps in" in deployment.log(name)
+        assert "after 0.00 s of loading" in deployment.log(name)
 
 
 def test_the_gate_lets_through_the_fleet_and_nothing_else(deployment: Deployment) -> None:
@@ -107,6 +110,34 @@ def test_a_node_killed_in_a_round_and_another_that_starts_late(deployment: Deplo
     asked = [(sorted(event["clients"]), event["missing"] + sorted(event["refused"])) for event in rounds(deployment)]
     assert asked[0] == (["site-a"], ["site-b"])
     assert asked[-1] == (["site-a", "site-c"], [])
+
+
+def of_a_node(deployment: Deployment, name: str, module: str) -> list[psutil.Process]:
+    """Those of a node's processes that run a module of ours."""
+    family = psutil.Process(deployment.processes[name].pid).children(recursive=True)
+    return [process for process in family if module in process.cmdline()]
+
+
+@pytest.mark.slow
+def test_a_node_goes_on_when_its_worker_or_its_launcher_is_killed(
+    deployment: Deployment, sites: Path, tmp_path: Path, one_thread: None
+) -> None:
+    """Another worker takes the worker's place; Flower's own launcher, which starts a process for each message, the launcher's."""
+    bring_up(deployment, sites, ())
+    for name, warm in zip(SITES, ("yes", "yes", "no"), strict=True):
+        deployment.start_node(name, sites / f"{name}.jsonl", sites / "model", WARM=warm)
+    deployment.submit(settings(deployment, sites, num_rounds=4))
+    deployment.wait_for_round(1)
+    for process in of_a_node(deployment, "site-a", "fedkseed.flower.worker"):
+        process.kill()
+    for process in of_a_node(deployment, "site-b", "fedkseed.flower.launcher"):
+        process.kill()
+    deployment.wait_for_round(4)
+    assert list(rounds(deployment)[-1]["clients"]) == list(SITES)
+    assert "another one starts" in deployment.log("site-a")
+    assert "Flower's own takes its place" in deployment.log("site-b")
+    assert "after 0.00 s of loading" in deployment.log("site-b")
+    assert "after 0.00 s of loading" not in deployment.log("site-c")
 
 
 @pytest.mark.slow

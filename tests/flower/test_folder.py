@@ -19,10 +19,10 @@ from tests.support.tiny import write_records
 import fedkseed as fk
 from fedkseed.data import Example
 from fedkseed.errors import ConfigError, RunFolderError
+from fedkseed.flower.building import build_strategy
 from fedkseed.flower.config import read_config
 from fedkseed.flower.envelope import Hello
 from fedkseed.flower.participant import Participant
-from fedkseed.flower.server_app import build_strategy
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
 from fedkseed.report import reading

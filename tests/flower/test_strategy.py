@@ -29,9 +29,10 @@ from tests.support.runs import read_metrics
 
 from fedkseed.errors import ConfigError, LedgerError, RunError
 from fedkseed.flower import exchange
+from fedkseed.flower.building import build_strategy
 from fedkseed.flower.config import EngineConfig, node_settings, read_config
 from fedkseed.flower.envelope import Evaluation, Hello, unwrap, wrap
-from fedkseed.flower.server_app import build_strategy, server_app
+from fedkseed.flower.server_app import server_app
 from fedkseed.kseed.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("in_a_task")

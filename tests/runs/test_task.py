@@ -12,9 +12,9 @@ from tests.support.runs import Watcher
 
 import fedkseed as fk
 from fedkseed.flower import participant
+from fedkseed.flower.building import build_strategy
 from fedkseed.flower.config import read_config
 from fedkseed.flower.participant import Participant
-from fedkseed.flower.server_app import build_strategy
 from fedkseed.models.base import FileBase, MemoryBase
 from fedkseed.models.loading import load_model
 from fedkseed.models.probing import Traits

@@ -18,8 +18,8 @@ from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
 from fedkseed.errors import ConfigError, RunError
+from fedkseed.flower.building import build_strategy
 from fedkseed.flower.config import node_settings, read_config
-from fedkseed.flower.server_app import build_strategy
 from fedkseed.runs import trackers
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import build

@@ -15,9 +15,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedkseed.flower import client_app, exchange
 from fedkseed.flower import strategy as flower_strategy
+from fedkseed.flower.building import build_strategy
 from fedkseed.flower.config import read_config
 from fedkseed.flower.envelope import unwrap
-from fedkseed.flower.server_app import build_strategy
 from fedkseed.kseed.ledger import Ledger
 from tests.support.flower_sites import RUN, SITES
 

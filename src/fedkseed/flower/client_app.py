@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from logging import ERROR
+from logging import ERROR, WARNING
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedkseed.errors import FedKSeedError
+from fedkseed.flower import worker
 from fedkseed.flower.envelope import unwrap, wrap
 from fedkseed.flower.log import log
-from fedkseed.flower.participant import Participant
 from fedkseed.flower.roll import HELLO
 
 
 def client_app() -> ClientApp:
     """A ClientApp for nodes that name themselves, their data and their model in `--node-config`, or for simulated ones."""
     app = ClientApp()
-    app.query(HELLO.split(".")[1])(_answering(Participant.hello))
-    app.train()(_answering(Participant.train))
-    app.evaluate()(_answering(Participant.evaluate))
+    app.query(HELLO.split(".")[1])(_answering("hello"))
+    app.train()(_answering("train"))
+    app.evaluate()(_answering("evaluate"))
     return app
 
 
-def _answering(answer: Callable[[Participant, bytes], bytes]) -> Callable[[Message, Context], Message]:
+def _answering(kind: str) -> Callable[[Message, Context], Message]:
     def respond(message: Message, context: Context) -> Message:
         try:
-            participant = Participant(context.run_config, context.node_config)
-            return Message(wrap(answer(participant, unwrap(message))), reply_to=message)
+            return Message(wrap(_answer(kind, unwrap(message), context)), reply_to=message)
         except FedKSeedError as error:
             log(ERROR, "fedkseed: %s", error)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
 
     return respond
+
+
+def _answer(kind: str, data: bytes, context: Context) -> bytes:
+    """By the node's worker where there is one, else in this process."""
+    about = context.run_id, context.run_config, context.node_config
+    if worker.current is not None:
+        try:
+            return worker.current.ask(kind, *about, data)
+        except ConnectionError as error:
+            log(WARNING, "%s; this process loads everything itself", error)
+    from fedkseed.flower.participant import participant_of  # torch, which a message that is handed on does without
+
+    return participant_of(*about).answer(kind, data)

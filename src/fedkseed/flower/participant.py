@@ -42,8 +42,7 @@ class Loaded:
     bound: BoundModel
 
 
-# One model and one data set stay in a process that lives on, as the simulation engine's actors do. A SuperNode starts a
-# process for each message, so that there everything is loaded anew.
+# One model and one data set stay in a process that lives on, as the simulation engine's actors and a node's worker do.
 @lru_cache(maxsize=1)
 def load_bound(
     source: str,
@@ -151,6 +150,11 @@ class Participant:
         self._kept = KeptPages(node.state, self.name, self._loaded.identity)
         self._seconds_loading = time.perf_counter() - begin
 
+    def answer(self, kind: str, data: bytes) -> bytes:
+        """The answer to a message of a kind: `hello`, `train` or `evaluate`."""
+        answer: bytes = {"hello": self.hello, "train": self.train, "evaluate": self.evaluate}[kind](data)
+        return answer
+
     def hello(self, data: bytes) -> bytes:
         """Who this is; the request's bytes say nothing."""
         return Hello(
@@ -193,6 +197,7 @@ class Participant:
             "%s: round %s, %s steps in %.2f s (%s) after %.2f s of loading",
             *(self.name, request.server_round, request.num_steps, time.perf_counter() - begin, spent, self._seconds_loading),
         )
+        self._seconds_loading = 0.0  # of what it keeps for the next
         return reply
 
     def evaluate(self, data: bytes) -> bytes:
@@ -218,6 +223,20 @@ class Participant:
         return Evaluation(
             ledger=ledger.digest(), loss=result.loss, num_examples=result.num_examples, num_tokens=result.num_tokens
         ).encode()
+
+
+def participant_of(run_id: int, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Participant:
+    """The participant of a Flower run; in a process that lives on, its records are read once a run.
+
+    Raises:
+        FedKSeedError: see `Participant`.
+    """
+    return _kept(run_id, *(tuple(sorted(config.items())) for config in (run_config, node_config)))
+
+
+@lru_cache(maxsize=1)
+def _kept(run_id: int, run_config: tuple[tuple[str, Any], ...], node_config: tuple[tuple[str, Any], ...]) -> Participant:
+    return Participant(dict(run_config), dict(node_config))
 
 
 def _lacks(pages: tuple[Page, ...], request: ChangeRequest) -> bool:

@@ -1,25 +1,9 @@
-"""The Flower ServerApp: settings, base model and run folder, then the strategy."""
+"""The Flower ServerApp: settings and run folder, then the strategy."""
 
 from __future__ import annotations
 
-from functools import partial
-from logging import INFO
-
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-
-from fedkseed.data import EncodedExample
-from fedkseed.evaluation import EvalLoss, guess_loss
-from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run, read_config
-from fedkseed.flower.log import Log, log
-from fedkseed.flower.participant import drawn, load_bound, load_for, read_examples, simulated_records
-from fedkseed.flower.strategy import FedKSeed
-from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.algorithms import check_base
-from fedkseed.runs.folder import RunFolder
-from fedkseed.runs.learner import Learner
-from fedkseed.runs.records import Records
-from fedkseed.runs.trackers import check_trackers
 
 
 def server_app() -> ServerApp:
@@ -28,49 +12,13 @@ def server_app() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        # here, since nodes import this package too, and theirs shall start without torch
+        from fedkseed.flower.building import build_strategy
+        from fedkseed.flower.config import read_config
+        from fedkseed.runs.folder import RunFolder
+
         config = read_config(context.run_config)
         with RunFolder(config.run, config).held():  # before the folder is read: nobody moves the run on meanwhile
             build_strategy(config).start(grid)
 
     return app
-
-
-def build_strategy(config: FlowerConfig) -> FedKSeed:
-    """The strategy for these settings, with the server's own evaluation if they name records for it.
-
-    Raises:
-        FedKSeedError: the model, the data or the run folder cannot be used.
-    """
-    check_trackers(config.trackers, "run-config log")
-    log(INFO, "reading data and base model: %s", config.model)
-    loading = load_for(config, training=False)
-    config, dealt, held_out = _with_records(config, loading.learner)
-    loaded, run = loading.bound, open_run(config, dealt)
-    base = check_base(run.load_ledger(), loaded, config.model)
-    run.write_config(config, run.driver)
-    weight_bytes, guess = sum(p.nbytes for p in loaded.model.parameters()), guess_loss(loaded.model)
-    if held_out is None:
-        load_bound.cache_clear()  # only the identity is needed, not the weights
-        return FedKSeed(run, config, base, weight_bytes, guess_loss=guess)
-    examples, pad_id = held_out
-
-    def evaluate(ledger: Ledger) -> EvalLoss:
-        heard = partial(Log().progress, f"evaluating after round {ledger.round}")
-        return loaded.evaluate(ledger, examples, pad_id, heard)
-
-    return FedKSeed(run, config, base, weight_bytes, evaluate, guess)
-
-
-def _with_records(
-    config: FlowerConfig, learner: Learner
-) -> tuple[FlowerConfig, Records | None, tuple[list[EncodedExample], int | None] | None]:
-    """The settings, with no more clients than the records have where those are dealt out; these records; and what to evaluate
-    on here with what padding holds, None where clients evaluate their own."""
-    if isinstance(config, EngineConfig):
-        records = simulated_records(config)
-        counted = config.model_copy(update={"num_clients": min(config.num_clients, len(records.clients))})
-        return counted, records, (records.held_out, records.pad_id)
-    if config.eval_data is not None:
-        examples = drawn(config, read_examples(config, learner, config.eval_data, "evaluation", "test"))
-        return config, None, (examples, learner.pad_id)
-    return config, None, None

@@ -1,0 +1,164 @@
+"""A process that answers one node's messages and stays: torch, the model and the records are loaded once, not for each of them.
+
+Flower starts a process for every message and ends it with the reply. Under our launcher (`fedkseed.flower.launcher`) that
+process is a fork which holds no torch, and it hands the question on to this one, over a socket that only this user can open.
+The code that a server sends runs in the fork; this process runs ours alone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from logging import ERROR, WARNING
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from fedkseed.errors import FedKSeedError, RunError
+from fedkseed.flower.log import log
+
+POLL_SECONDS = 0.05
+ANSWERED, REFUSED, FAILED = "answered", "refused", "failed"
+
+
+class Worker:
+    """The process and the way to it; it ends with the one that has started it.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fedkseed-worker-")  # for this user only
+        self._process = self._start()
+
+    def reap(self) -> None:
+        """Take note if it has ended, so that who is about to ask does not wait for it."""
+        self._process.poll()
+
+    def renew(self) -> None:
+        """Start it again if it has ended."""
+        if self._process.poll() is not None:
+            log(WARNING, "the node's worker has ended (exit code %s); another one starts", self._process.returncode)
+            self._end()
+            self._process = self._start()
+
+    def ask(self, kind: str, run_id: int, run_config: Mapping[str, Any], node_config: Mapping[str, Any], data: bytes) -> bytes:
+        """What `fedkseed.flower.participant.Participant` answers to a message; waits while the process still starts.
+
+        Args:
+            kind: `hello`, `train` or `evaluate`.
+            run_id, run_config, node_config: of the message's context.
+            data: the message's bytes.
+
+        Raises:
+            FedKSeedError: as the participant raised it.
+            ConnectionError: the process is not there.
+            RunError: it has ended in the middle.
+        """
+        question = msgpack.packb([kind, run_id, dict(run_config), dict(node_config), data])
+        with self._connect() as channel:
+            try:
+                channel.send_bytes(question)
+                outcome, answer = msgpack.unpackb(channel.recv_bytes())
+            except (EOFError, OSError) as error:
+                raise RunError(
+                    "the node's worker ended in the middle of its work; another one starts with the next message"
+                ) from error
+        if outcome == ANSWERED:
+            return bytes(answer)
+        raise FedKSeedError(answer) if outcome == REFUSED else RuntimeError(answer)
+
+    def close(self) -> None:
+        """End it for good."""
+        self._end()
+        self._folder.cleanup()
+
+    def _end(self) -> None:
+        self._process.kill()
+        with self._process:  # waits, and closes its input
+            pass
+
+    @property
+    def _address(self) -> str:
+        return str(Path(self._folder.name) / f"{self._process.pid}")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # its standard input closes when this process ends, however it ends
+        return subprocess.Popen([sys.executable, "-m", __name__, self._folder.name], stdin=subprocess.PIPE)
+
+    def _connect(self) -> Connection[Any, Any]:
+        while True:
+            try:
+                return Client(self._address, "AF_UNIX")
+            except (FileNotFoundError, ConnectionRefusedError):
+                if not _is_running(self._process.pid):
+                    raise ConnectionError(f"the node's worker (process {self._process.pid}) is not there") from None
+            time.sleep(POLL_SECONDS)
+
+
+current: Worker | None = None
+"""The one that messages of this process are handed on to."""
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process is there that may not be a child of this one."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def serve(folder: str) -> None:
+    """Answer one question after the other; never returns."""
+    threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+    from fedkseed.flower.participant import participant_of  # torch, which takes seconds
+
+    with Listener(str(Path(folder) / f"{os.getpid()}"), "AF_UNIX") as listener:
+        while True:
+            with listener.accept() as channel:
+                try:
+                    kind, run_id, run_config, node_config, data = msgpack.unpackb(channel.recv_bytes())
+                except EOFError:  # who asked has gone
+                    continue
+                done = threading.Event()
+                watch = threading.Thread(target=_end_without, args=(channel, done), daemon=True)
+                watch.start()
+                try:
+                    participant = participant_of(run_id, run_config, node_config)
+                    reply = (ANSWERED, participant.answer(kind, data))
+                except FedKSeedError as error:
+                    reply = (REFUSED, str(error))
+                except Exception as error:  # a fault of ours is told, and the next question answered
+                    log(ERROR, "fedkseed: %s: %s", type(error).__name__, error)
+                    reply = (FAILED, f"{type(error).__name__}: {error}")
+                done.set()
+                watch.join()
+                channel.send_bytes(msgpack.packb(reply))
+
+
+def _end_with(stdin: int) -> None:
+    """End this process when the launcher is gone."""
+    os.read(stdin, 1)
+    os._exit(0)
+
+
+def _end_without(channel: Connection[Any, Any], done: threading.Event) -> None:
+    """End this process when who asks goes in the middle: a run that was stopped must not train on."""
+    while not wait([channel], POLL_SECONDS):
+        if done.is_set():
+            return
+    if not done.is_set():
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
