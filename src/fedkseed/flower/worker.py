@@ -7,6 +7,7 @@ The code that a server sends runs in the fork; this process runs ours alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from fedkseed.errors import FedKSeedError, RunError
 from fedkseed.flower.log import log
 
 POLL_SECONDS = 0.05
+SERVE = f"import sys; from {__name__} import serve; serve(sys.argv[1])"
 ANSWERED, REFUSED, FAILED = "answered", "refused", "failed"
 
 
@@ -92,7 +94,7 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         # its standard input closes when this process ends, however it ends
-        return subprocess.Popen([sys.executable, "-m", __name__, self._folder.name], stdin=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, "-c", SERVE, self._folder.name], stdin=subprocess.PIPE)
 
     def _connect(self) -> Connection[Any, Any]:
         while True:
@@ -132,6 +134,7 @@ def serve(folder: str) -> None:
                 done = threading.Event()
                 watch = threading.Thread(target=_end_without, args=(channel, done), daemon=True)
                 watch.start()
+                reply: tuple[str, bytes | str]
                 try:
                     participant = participant_of(run_id, run_config, node_config)
                     reply = (ANSWERED, participant.answer(kind, data))
@@ -142,7 +145,8 @@ def serve(folder: str) -> None:
                     reply = (FAILED, f"{type(error).__name__}: {error}")
                 done.set()
                 watch.join()
-                channel.send_bytes(msgpack.packb(reply))
+                with contextlib.suppress(BrokenPipeError):  # who asked has just gone
+                    channel.send_bytes(msgpack.packb(reply))
 
 
 def _end_with(stdin: int) -> None:
@@ -158,7 +162,3 @@ def _end_without(channel: Connection[Any, Any], done: threading.Event) -> None:
             return
     if not done.is_set():
         os._exit(1)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])
