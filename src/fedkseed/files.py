@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +70,17 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
 
+    def holder(self) -> int | None:
+        """The number of the process that has it, 0 if that cannot be read; None if nobody has."""
+        try:
+            with self._path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            return _number(self._path.read_bytes())
+        return None
+
     def acquire(self) -> int | None:
         """Take it; None, or the number of the process that has it."""
         if self._path in self._held:
@@ -77,11 +89,15 @@ class Lock:
             return None
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # maybe by who only looked whether it is held
+                time.sleep(0.05)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 20)
             os.close(descriptor)
-            return int(holder) if holder.isdigit() else 0
+            return _number(holder)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
         self._held[self._path] = descriptor, 1
@@ -94,6 +110,10 @@ class Lock:
             self._held[self._path] = descriptor, depth - 1
         else:
             os.close(descriptor)
+
+
+def _number(text: bytes) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def read_toml(path: Path) -> dict[str, Any]:

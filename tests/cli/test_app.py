@@ -60,7 +60,7 @@ def test_a_command_that_is_nearly_one_leads_to_it_once(fedkseed: CommandLine) ->
 
 @pytest.mark.parametrize(
     "command",
-    [("inspect",), ("evaluate",), ("export", None, "out"), ("report",), ("watch",), ("simulate", "--resume")],
+    [("inspect",), ("evaluate",), ("export", None, "out"), ("report",), ("watch",), ("status",), ("simulate", "--resume")],
     ids=lambda c: c[0],
 )
 @pytest.mark.parametrize("there", [False, True], ids=["nothing", "an empty folder"])

@@ -153,6 +153,20 @@ def report(
 
 
 @app.command(rich_help_panel=USE)
+def status(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    as_prometheus: Annotated[bool, typer.Option("--prometheus", help="As text for Prometheus' textfile collector.")] = False,
+) -> None:
+    """Show where a run is: its rounds, whether a process is at it, its losses, who did not answer."""
+    from fedkseed.cli.status import status_command
+
+    if as_json and as_prometheus:
+        raise ConfigError("--json and --prometheus are two forms of one answer; give one of them")
+    status_command(run, as_json, as_prometheus)
+
+
+@app.command(rich_help_panel=USE)
 def watch(
     run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN", show_default=False)],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen on 127.0.0.1; 0 takes any that is free.")] = 8765,

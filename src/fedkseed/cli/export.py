@@ -13,7 +13,8 @@ from fedkseed.kseed.distance import distance
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.thinning import thinned
 from fedkseed.runs.algorithms import TENSORS
-from fedkseed.runs.folder import CONFIG, tuned_file
+from fedkseed.runs.folder import tuned_file
+from fedkseed.runs.layout import CONFIG
 from fedkseed.text import counted
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
 from fedkseed.runs.algorithms import TENSORS
-from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
+from fedkseed.runs.folder import RunFolder, tuned_file
+from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.metrics import best_round
 from fedkseed.text import counted
 

@@ -54,7 +54,8 @@ def with_run(folder: Path, command: Sequence[object]) -> Callable[[], Advice]:
     """How far a run is, and the command that goes on with it once it has begun."""
 
     def advice() -> Advice:
-        from fedkseed.runs.folder import CONFIG, RunFolder
+        from fedkseed.runs.folder import RunFolder
+        from fedkseed.runs.layout import CONFIG
 
         if not (folder / CONFIG).exists():
             return "no run was begun yet", again()

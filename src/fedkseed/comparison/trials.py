@@ -16,8 +16,9 @@ from pathlib import Path
 from fedkseed.comparison.plan import Comparison, Entry
 from fedkseed.errors import ConfigError, FedKSeedError, RunError, TooFewRepliesError
 from fedkseed.files import write_atomically
-from fedkseed.runs.folder import CONFIG, RunFolder
+from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.held_out import affordable
+from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.metrics import Metrics
 from fedkseed.runs.observer import Nobody
 from fedkseed.runs.records import prepare

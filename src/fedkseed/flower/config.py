@@ -14,7 +14,8 @@ from fedkseed.data.cache import cache_folder
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
-from fedkseed.runs.folder import CONFIG, RunFolder, settings_of
+from fedkseed.runs.folder import RunFolder, settings_of
+from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.provenance import check_same, made_with
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import DEALING, RunConfig, SimulationConfig

@@ -23,7 +23,8 @@ from fedkseed.report.markup import Html, tag
 from fedkseed.report.page import page
 from fedkseed.report.reading import read
 from fedkseed.runs.answers import ANSWERS
-from fedkseed.runs.folder import CONFIG, METRICS, RunFolder
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.layout import CONFIG, METRICS
 from fedkseed.text import visible
 
 HOST = "127.0.0.1"

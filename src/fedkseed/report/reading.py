@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.answers import Answer, kept_answers, of_ledger_or_round
-from fedkseed.runs.folder import METRICS, RunFolder
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.layout import METRICS
 from fedkseed.runs.settings import RunConfig
 
 LARGEST_LOSS = 1e30

@@ -19,15 +19,15 @@ import tomli_w
 
 from fedkseed.errors import ConfigError, RunError, RunFolderError
 from fedkseed.federation import Checkpoint
-from fedkseed.files import Lock, read_toml, write_atomically
+from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
+from fedkseed.runs.layout import CONFIG, LEDGERS, LOCK, METRICS, read_settings
 from fedkseed.runs.ledgers import KeptLedgers
 from fedkseed.runs.metrics import Metrics, best_round, read_metrics
-from fedkseed.runs.settings import BEFORE, DEALING, DRIVER, WORDS, RunConfig, SimulationConfig
+from fedkseed.runs.settings import DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
-CONFIG, METRICS, LOCK, LEDGERS = "config.toml", "metrics.jsonl", ".lock", "ledgers"
 BEST = "best"
 """In place of a round's number: the one with the smallest held-out loss."""
 
@@ -311,25 +311,3 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 def _kind_of(config: RunConfig) -> type[RunConfig]:
     """Without what a driver adds."""
     return SimulationConfig if isinstance(config, SimulationConfig) else RunConfig
-
-
-def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a run's `config.toml` says, or an old one leaves unsaid: the settings, and the driver's notes.
-
-    Raises:
-        RunFolderError: there is no run.
-        RunError: the file cannot be read, or is not TOML.
-    """
-    file = path / CONFIG
-    try:
-        settings = read_toml(file)
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{path} holds no run (no {CONFIG}); start one with fedkseed simulate --run {path}") from error
-    except OSError as error:
-        raise RunFolderError(f"{file}: cannot read the run's settings ({error.strerror}); give a run's folder") from error
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise RunError(f"{file} is not TOML ({error}); restore it from a copy") from error
-    driver = settings.pop(DRIVER, {})
-    if driver and "data" not in settings:  # runs on Flower once noted how records are dealt out, which none were
-        settings = {name: value for name, value in settings.items() if name not in DEALING}
-    return BEFORE | settings, driver if isinstance(driver, dict) else {}

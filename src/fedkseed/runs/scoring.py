@@ -16,8 +16,9 @@ from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.answers import Answer, answer_to, keep_answers
-from fedkseed.runs.folder import CONFIG, RunFolder, tuned_file
+from fedkseed.runs.folder import RunFolder, tuned_file
 from fedkseed.runs.inputs import Inputs, separate
+from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.learner import learner_of
 from fedkseed.runs.observer import Nobody, Observer
 from fedkseed.runs.records import describe, load_examples, sample

@@ -18,9 +18,10 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
 from fedkseed.runs.algorithms import kind_of
 from fedkseed.runs.driver import Driver
-from fedkseed.runs.folder import CONFIG, RunFolder, new_folder
+from fedkseed.runs.folder import RunFolder, new_folder
 from fedkseed.runs.forecast import Forecast, forecast
 from fedkseed.runs.inputs import separate
+from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.learner import load_learner
 from fedkseed.runs.memory import peak_memory
 from fedkseed.runs.observer import Nobody, Observer, Probe

@@ -1,0 +1,81 @@
+"""`fedkseed status`: where a run is, in three forms that say the same, while it goes on and after."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support.command_line import CommandLine, assert_one_line
+
+from fedkseed.files import Lock
+from fedkseed.runs.metrics import read_metrics
+from fedkseed.runs.status import GAUGES, prometheus, status_of
+
+
+def test_three_forms_say_what_the_run_says(fedkseed: CommandLine, finished: Path) -> None:
+    losses = read_metrics(finished / "metrics.jsonl").losses
+    found = json.loads(fedkseed("status", finished, "--json").stdout)
+    assert (found["state"], found["round"], found["num_rounds"], found["process"]) == ("done", 3, 3, None)
+    assert found["eval_loss"] == losses[3]
+    assert found["best_loss"] == min(losses.values())
+    words = " ".join(fedkseed("status", finished, env={"COLUMNS": "80"}).stdout.split())
+    assert f"held-out loss {losses[3]:.4f}; smallest {min(losses.values()):.4f}" in words
+    assert "rounds 3 of 3, fedkseed" in words
+    text = fedkseed("status", finished, "--prometheus").stdout
+    assert f'fedkseed_eval_loss{{run="{finished}"}} {losses[3]!r}\n' in text
+    assert f'fedkseed_running{{run="{finished}"}} 0.0\n' in text
+    line = re.compile(r'# (HELP|TYPE) fedkseed_\w+ [^\n]+|fedkseed_\w+\{run="[^"\n]*"\} -?[\d.e+-]+')
+    assert all(line.fullmatch(one) for one in text.splitlines())
+    assert_one_line(fedkseed("status", finished, "--json", "--prometheus"), 2, "give one of them")
+
+
+def test_who_is_at_a_run_is_seen_and_not_disturbed(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("num_rounds = 3", "num_rounds = 9"))
+    assert status_of(run).state == "stopped"
+    hold = (
+        "from pathlib import Path; from fedkseed.files import Lock\n"
+        f"Lock(Path({str(run / '.lock')!r})).acquire(); print(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        found = status_of(run)
+        assert (found.state, found.process) == ("running", holder.pid)
+        assert Lock(run / ".lock").acquire() == holder.pid  # who only looked has taken nothing away
+        holder.communicate(b"\n")
+    assert status_of(run).state == "stopped"
+
+
+def test_a_run_that_has_not_begun_or_is_damaged(fedkseed: CommandLine, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / 'a "quoted"\nrun'
+    run.mkdir()
+    shutil.copy(finished / "config.toml", run)
+    status = status_of(run)
+    assert (status.round, status.last_event, status.eval_loss, status.num_replies) == (0, None, None, None)
+    text = prometheus(status)
+    assert '{run="' + str(tmp_path) + '/a \\"quoted\\"\\nrun"} 0.0\n' in text
+    assert "eval_loss" not in text
+    (run / "metrics.jsonl").write_text('{"event": "round"\n{"event": "evaluation", "server_round": 0, "eval_loss": NaN}\n')
+    assert status_of(run).eval_loss is None
+    shown = fedkseed("status", run)
+    assert (shown.code, "1 line of" in shown.stderr) == (0, True)
+    (run / "config.toml").write_text("num_rounds = 3\n")
+    assert_one_line(fedkseed("status", run), 1, "is damaged ('algorithm'); restore it from a copy")
+
+
+@pytest.mark.parametrize("attribute", GAUGES)
+def test_each_gauge_is_an_attribute(finished: Path, attribute: str) -> None:
+    assert hasattr(status_of(finished), attribute)
+
+
+def test_status_needs_no_torch(finished: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from fedkseed.cli.status import status_command\n"
+        f"status_command(Path({str(finished)!r}), True, False); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
