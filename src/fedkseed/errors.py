@@ -75,3 +75,8 @@ class RunFolderError(RunError):
     """A folder that holds a run where none was expected, or none where one was."""
 
     exit_code = 2
+
+
+def installing(extra: str) -> str:
+    """The command that brings an optional part, for messages: fedkseed is on no package index yet."""
+    return f"pip install '.[{extra}]' in fedkseed's clone"

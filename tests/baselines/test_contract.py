@@ -348,7 +348,7 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     monkeypatch.setattr(sys.modules["fedkseed.baselines.attach"], "find_spec", asked.append)
     model, settings = base_model(tiny), build(row_settings(tiny, algorithm))
     names = set(dict(model.named_parameters()))
-    message = rf"--algorithm {algorithm} needs an extra; install it with: pip install 'fedkseed\[baselines\]'"
+    message = rf"--algorithm {algorithm} needs an extra; install it with: pip install '\.\[baselines\]' in fedkseed's clone"
     for call in (
         lambda: require_peft(ALGORITHMS[algorithm]),
         lambda: attach(model, settings),

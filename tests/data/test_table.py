@@ -149,7 +149,7 @@ def test_without_the_extra_the_fix_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.parquet", "")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"{source} needs an extra; install it with: pip install 'fedkseed\[datasets\]'"):
+    with pytest.raises(DataError, match=rf"{source} needs an extra; install it with: pip install '\.\[datasets\]' in fed"):
         read_examples(source)
 
 

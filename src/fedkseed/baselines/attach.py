@@ -11,7 +11,7 @@ import torch
 from fedkseed.baselines.checkpoint import TunedTensors
 from fedkseed.baselines.parameters import fingerprint
 from fedkseed.baselines.projected import parameters_of
-from fedkseed.errors import ConfigError, ModelError, RunError
+from fedkseed.errors import ConfigError, ModelError, RunError, installing
 from fedkseed.federation import FederationConfig
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.randomness import derive
@@ -26,7 +26,7 @@ def require_peft(algorithm: Algorithm) -> None:
         ConfigError: it is not.
     """
     if algorithm.needs_peft and find_spec("peft") is None:
-        raise ConfigError(f"--algorithm {algorithm.name} needs an extra; install it with: pip install 'fedkseed[baselines]'")
+        raise ConfigError(f"--algorithm {algorithm.name} needs an extra; install it with: {installing('baselines')}")
 
 
 def attach(model: Any, config: FederationConfig) -> Any:

@@ -6,7 +6,7 @@ import lzma
 from collections.abc import Callable
 from pathlib import Path
 
-from fedkseed.errors import DataError
+from fedkseed.errors import DataError, installing
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
@@ -53,7 +53,7 @@ def read_bytes(path: Path) -> bytes:
         return decompress(content)
     except ImportError:
         raise DataError(
-            f"{path} is compressed by zstd, which needs an extra; install it with: pip install 'fedkseed[datasets]'"
+            f"{path} is compressed by zstd, which needs an extra; install it with: {installing('datasets')}"
         ) from None
     except Exception as error:  # each of these libraries has its own, and zlib's are no OSError
         reason = " ".join(str(error).split())

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkseed.data.compression import kind_of, read_bytes
 from fedkseed.data.record import Row
-from fedkseed.errors import DataError
+from fedkseed.errors import DataError, installing
 
 LONGEST_FIELD = 2**31 - 1
 """In characters, of a CSV file: as many as the csv module can be told on every machine; by itself it takes 131,072."""
@@ -163,7 +163,7 @@ def _load(load: Callable[[], Any], source: str, expected: str) -> Any:
     try:
         return load()
     except ImportError as error:
-        raise DataError(f"{source} needs an extra; install it with: pip install 'fedkseed[datasets]'") from error
+        raise DataError(f"{source} needs an extra; install it with: {installing('datasets')}") from error
     except Exception as error:  # of pyarrow, datasets, the hub's library or whichever HTTP library these use
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = reason if len(reason) <= 160 else reason[:157] + "..."

@@ -6,10 +6,12 @@ An app of one's own is `app = server_app()` in one file and `app = client_app()`
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedkseed.errors import installing
+
 try:
     import flwr as _flwr  # noqa: F401
 except ImportError as error:
-    raise ImportError("fedkseed.flower needs Flower; install it with: pip install 'fedkseed[flower]'") from error
+    raise ImportError(f"fedkseed.flower needs Flower; install it with: {installing('flower')}") from error
 
 from fedkseed.flower.client_app import client_app
 from fedkseed.flower.server_app import server_app

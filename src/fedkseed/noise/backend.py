@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.errors import BackendError, InvalidValueError
+from fedkseed.errors import BackendError, InvalidValueError, installing
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,7 @@ class Backend(Protocol):
 MODULES = {"reference": "fedkseed.noise.reference", "cpu": "fedkseed.noise.cpu", "gpu": "fedkseed.noise.gpu"}
 REQUIREMENTS = {
     "cpu": "numba: pip install 'numba>=0.60'",
-    "gpu": "a CUDA GPU, a torch built for CUDA, and Triton: pip install 'fedkseed[gpu]'",
+    "gpu": f"a CUDA GPU, a torch built for CUDA, and Triton: {installing('gpu')}",
 }
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedkseed.errors import ConfigError, RunError
+from fedkseed.errors import ConfigError, RunError, installing
 from fedkseed.files import write_atomically
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def check_trackers(names: Iterable[str], said: str = "--log") -> tuple[str, ...]
         if name not in TRACKERS:
             raise ConfigError(f"{said} is {name!r}; expected one of {', '.join(TRACKERS)}")
         if find_spec(TRACKERS[name].package) is None:
-            raise ConfigError(
-                f"{said} {name} needs an extra; install it with: pip install 'fedkseed[{name}]', or leave {said} out"
-            )
+            raise ConfigError(f"{said} {name} needs an extra; install it with: {installing(name)}, or leave {said} out")
     return chosen
 
 
