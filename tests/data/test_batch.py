@@ -1,5 +1,6 @@
 """Batches: right padding, masks, labels."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkseed.data import EncodedExample, collate, pad_token_id
+from fedkseed.data.batch import PASS_COST, alike
 from fedkseed.errors import DataError, ModelError
 
 
@@ -28,6 +30,40 @@ def test_a_batch_by_hand() -> None:
 
 def test_equal_lengths_need_no_mask() -> None:
     assert collate([encoded([1, 2], 1), encoded([3, 4], 1)], pad_id=0).attention_mask is None
+
+
+def cost(passes: list[list[int]]) -> int:
+    return sum(max(lengths) * len(lengths) + PASS_COST for lengths in passes)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=8))
+def test_a_batch_goes_through_in_the_passes_that_cost_least(lengths: list[int]) -> None:
+    groups = alike(np.array(lengths))
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    found = cost([[lengths[i] for i in group] for group in groups])
+    longest_first = sorted(lengths, reverse=True)
+    for cuts in itertools.product((False, True), repeat=len(lengths) - 1):
+        ends = [i + 1 for i, cut in enumerate(cuts) if cut]
+        assert found <= cost([longest_first[a:b] for a, b in itertools.pairwise([0, *ends, len(lengths)])])
+
+
+def test_the_passes_hold_what_the_batch_holds_and_no_padding_that_costs_more_than_a_pass() -> None:
+    examples = [encoded([1] * n, 1) for n in (300, 20, 290, 24)]
+    batch = collate(examples, pad_id=0)
+    parts = list(batch.passes())
+    assert [tuple(part.input_ids.shape) for part in parts] == [(2, 300), (2, 24)]
+    for part, wholes in zip(parts, ((0, 2), (3, 1)), strict=True):
+        assert part.attention_mask is not None
+        assert part.attention_mask.sum(1).tolist() == [len(examples[i].input_ids) for i in wholes]
+        assert torch.equal(part.labels, batch.labels[list(wholes), : part.labels.shape[1]])
+    alone = collate([examples[0], examples[1]], pad_id=0)
+    assert [part.attention_mask for part in alone.passes()] == [None, None]
+
+
+def test_a_model_that_must_not_see_padding_sees_none() -> None:
+    parts = list(collate([encoded([1] * n, 1) for n in (3, 5, 3)], pad_id=None).passes())
+    assert [tuple(part.input_ids.shape) for part in parts] == [(2, 3), (1, 5)]
+    assert all(part.attention_mask is None for part in parts)
 
 
 def test_no_examples_no_batch() -> None:

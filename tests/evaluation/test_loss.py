@@ -65,6 +65,19 @@ def test_padding_changes_nothing(model: PreTrainedModel, shapes: list[tuple[int,
     assert loss == pytest.approx(sum(x for x, _ in hands), rel=RTOL)
 
 
+def test_several_passes_give_the_loss_and_the_gradient_of_one(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [random_example(*shape) for shape in ((30, 170, 1), (4, 6, 2), (60, 130, 3), (2, 9, 4))]
+    batch = collate(examples, 0)
+    assert len(list(batch.passes())) == 2
+    split, count = response_loss(model, batch)
+    monkeypatch.setattr("fedkseed.data.batch.PASS_COST", 10**6)
+    assert len(list(batch.passes())) == 1
+    whole, same = response_loss(model, batch)
+    assert (split.item(), count) == (pytest.approx(whole.item(), rel=RTOL), same)
+    (here,), (there,) = (torch.autograd.grad(loss, [next(model.parameters())]) for loss in (split, whole))
+    assert torch.allclose(here, there, rtol=1e-3, atol=1e-5 * there.abs().max().item())
+
+
 def test_prompt_tokens_do_not_count_but_matter(model: PreTrainedModel) -> None:
     example = random_example(10, 5, 1)
     whole = EncodedExample(example.input_ids, 1)
