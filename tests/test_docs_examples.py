@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedkseed.demo import clients, model_folder
-from tests.support.documents import unknown
+from tests.support.documents import links, unknown
 from tests.support.tiny import write_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,9 +128,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_leads_somewhere(page: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
     wrong = []
-    for link in links:
+    for link in links(page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         if not target.exists() or (anchor and anchor not in anchors(target)):

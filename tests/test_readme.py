@@ -4,7 +4,6 @@ Commands run one after the other in one folder, as a reader would, on a tiny mod
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
 from tests.support.command_line import CommandLine
-from tests.support.documents import ROOT, blocks, commands, spans, unknown
+from tests.support.documents import ROOT, blocks, commands, links, spans, unknown
 from tests.support.tiny import tiny_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,9 +59,15 @@ def test_what_does_not_exist_is_found(text: str, wrong: list[str]) -> None:
 
 
 def test_every_link_to_a_file_leads_to_one() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert len(links) > 5
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    files = [link.partition("#")[0] for link in links(README)]
+    assert len(files) > 5
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_a_link_to_the_repository_is_followed_to_its_file() -> None:
+    assert links("[a](docs/a.md#b), [c](https://github.com/fedkseed/fedkseed/blob/main/c.md), [d](https://example.org/d)") == [
+        "docs/a.md#b", f"{ROOT}/c.md"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,17 @@ PROGRAMS = ("make", "fedkseed")
 """What the documents' commands call. In a block without a language, the first word tells a command from what one printed."""
 
 
+REPOSITORY = re.compile(
+    r"https://(?:github\.com/fedkseed/fedkseed/(?:blob|tree)/main|raw\.githubusercontent\.com/fedkseed/fedkseed/main)/"
+)
+
+
+def links(text: str) -> list[str]:
+    """Where a text leads within the repository: relative paths with their anchors, and absolute links to it as paths here."""
+    found = [REPOSITORY.sub(f"{ROOT}/", link) for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    return [link for link in found if "://" not in link]
+
+
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """(language, content) of each block of code, fenced or indented."""
     for language, fenced, indented in re.findall(r"^```(\w*)\n(.*?)^```$|((?:^ {4}[^\n]*\n)+)", text, re.MULTILINE | re.DOTALL):
