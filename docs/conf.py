@@ -36,6 +36,7 @@ nitpicky = True
 # types of other projects have no page here
 nitpick_ignore_regex = [("py:.*", r"(?!fedkseed\.).*"), ("py:.*", r"fedkseed\.\w+\..*")]
 
+pygments_dark_style = "monokai"
 html_theme = "furo"
 html_title = "fedkseed"
 html_static_path = ["_static"]
