@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedkseed.kseed.client import Client
     from fedkseed.kseed.ledger import Ledger
     from fedkseed.kseed.server import Server, seed_pool
+    from fedkseed.kseed.sharing import load
     from fedkseed.models.binding import Binding, bind
     from fedkseed.noise.pool import SeedPool
     from fedkseed.runs.progress import Progress
@@ -43,6 +44,7 @@ _HOMES = {
     "bind": "fedkseed.models.binding",
     "evaluate": "fedkseed.runs.scoring",
     "ledger_of": "fedkseed.kseed.adapter",
+    "load": "fedkseed.kseed.sharing",
     "merge": "fedkseed.kseed.arithmetic",
     "prepare": "fedkseed.kseed.adapter",
     "release": "fedkseed.kseed.adapter",
@@ -67,6 +69,7 @@ __all__ = [
     "bind",
     "evaluate",
     "ledger_of",
+    "load",
     "merge",
     "prepare",
     "release",

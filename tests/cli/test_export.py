@@ -155,6 +155,26 @@ def test_the_published_ledger_is_small_and_enough(fedkseed: CommandLine, tiny: P
     assert_one_line(fedkseed("simulate", "--resume", run, "--num-rounds", 2), 1, "published ledger has no accumulators")
 
 
+def test_a_published_ledger_in_a_folder_has_the_card_of_its_run(
+    fedkseed: CommandLine, tiny: Path, finished: Path, tmp_path: Path
+) -> None:
+    """What `fk.load` takes; of the run's records and of this machine it tells no more than the card of a model does."""
+    assert fedkseed("export", finished, tmp_path / "out", "--ledger-only").code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "ledger.safetensors"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert fedkseed("export", finished, tmp_path / "model").code == 0
+    whole = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    for text in ('base_model: "model"', "6 local steps of 2 records", "held-out loss", "digest of the published ledger"):
+        assert text in card
+        assert text in whole
+    template = whole[whole.index("The prompt template") :]
+    assert template in card
+    assert str(tiny) not in card
+    tuned = fk.load(tmp_path / "out", base=tiny / "model")
+    again = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], parameter.detach()) for name, parameter in tuned.named_parameters())
+
+
 def test_a_published_ledger_of_fewer_bits_says_what_they_cost(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     """In a run's folder by its held-out loss, which `evaluate` finds too; of a bare ledger by the weights."""
     finished, thin, again = tmp_path / "run", tmp_path / "thin.ledger", tmp_path / "again.ledger"

@@ -70,8 +70,8 @@ def test_a_round_of_a_run_can_be_shown_evaluated_exported_and_reported(
     assert "kept the ledgers of 4 rounds, 0 to 3; --round N shows one" in shown
     assert "best round 2, held-out loss" in shown
     assert "rounds 2" in " ".join(fedkseed("inspect", copied, "--round", 2).stdout.split())
-    assert fedkseed("export", copied, tmp_path / "out", "--round", 1, "--ledger-only").code == 0
-    assert (tmp_path / "out").read_bytes() == (copied / "ledgers" / "round-00001.safetensors").read_bytes()
+    assert fedkseed("export", copied, tmp_path / "one.ledger", "--round", 1, "--ledger-only").code == 0
+    assert (tmp_path / "one.ledger").read_bytes() == (copied / "ledgers" / "round-00001.safetensors").read_bytes()
     assert "after 1 rounds" in fedkseed("evaluate", copied, "--round", 1, "--limit", 1).stdout
     assert fedkseed("report", copied, "--round", 2).code == 0
     assert "Round 2 of 3" in (copied / "report" / "index.html").read_text(encoding="utf-8")

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from fedkseed.kseed.card import Prompt, licence_of
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.server import start
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.report.model_card import About, Prompt, licence_of, model_card
+from fedkseed.report.model_card import About, model_card
 from fedkseed.runs.settings import SimulationConfig, build
 
 BASE = BaseIdentity.of({"w": bytes(range(32))})

@@ -214,11 +214,16 @@ def audit(
 @app.command(rich_help_panel=USE)
 def export(
     ledger: RunOrLedger,
-    output: Annotated[Path, typer.Argument(help="Folder to make; with --ledger-only, file to write.", metavar="OUTPUT")],
+    output: Annotated[
+        Path,
+        typer.Argument(help="Folder to make; a file with --ledger-only, if its name has a suffix.", metavar="OUTPUT"),
+    ],
     which: Round = None,
     model: Annotated[str | None, typer.Option(help="The base model (default: the run's own).")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the exported weights: auto, float32, float16 or bfloat16.")] = "auto",
-    ledger_only: Annotated[bool, typer.Option("--ledger-only", help="Write the published ledger, 8 to 16 KB.")] = False,
+    ledger_only: Annotated[
+        bool, typer.Option("--ledger-only", help="Write the published ledger, 8 to 16 KB; as a folder with its card.")
+    ] = False,
     bits: Annotated[
         int | None, typer.Option(help="With --ledger-only: bits of each number, 8, 4, 2 or 1; what that costs is measured.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedkseed.baselines import TunedTensors, adapter, restore
 from fedkseed.cli.console import complain, say
 from fedkseed.cli.display import Lines, waiting
-from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, RunFolderError
+from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, ModelError, RunFolderError
 from fedkseed.kseed.distance import distance
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.thinning import thinned
@@ -20,7 +20,7 @@ from fedkseed.text import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fedkseed.report.model_card import Prompt
+    from fedkseed.kseed.card import Prompt
     from fedkseed.report.reading import RunRecord
     from fedkseed.runs.settings import RunConfig
 
@@ -36,11 +36,11 @@ def export(
     which: str | None = None,
     bits: int | None = None,
 ) -> None:
-    """Write the tuned model with its card, or the published ledger; nothing that exists is overwritten.
+    """Write the tuned model with its card, or the published ledger, bare or with its card; nothing that exists is overwritten.
 
     Args:
         path: a run's folder, or a ledger's file.
-        output: what to write.
+        output: what to write. A published ledger is bare where this has a suffix, as a file's name has.
         model: the base model; None for the run's own.
         dtype: precision of the exported weights.
         ledger_only: write the published ledger.
@@ -65,13 +65,37 @@ def export(
         raise RunFolderError(f"{output} exists; give an output that does not")
     if ledger_only and isinstance(tuning, Ledger):
         published = tuning.published() if bits is None else thinned(tuning, bits)
-        published.save(output)
-        say(f"{output}: {output.stat().st_size:,} bytes, {counted(tuning.round, 'round')}, K = {tuning.pool.size}")
+        if output.suffix:
+            file = output
+            published.save(file)
+        else:
+            file = _write_folder(path, output, model, which, tuning, published)
+        say(f"{file}: {file.stat().st_size:,} bytes, {counted(tuning.round, 'round')}, K = {tuning.pool.size}")
         if bits is not None:
-            _say_cost(path, checkpoint, tuning, published, output, model)
+            _say_cost(path, checkpoint, tuning, published, file, model)
         return
+    from fedkseed.kseed.card import licence_of
     from fedkseed.models.loading import load_tokenizer, save_model
-    from fedkseed.report.model_card import About, licence_of, model_card
+    from fedkseed.report.model_card import About, model_card
+
+    model, config, losses = _origin(path, model, which, tuning)
+    with waiting(Lines().note, f"loading {model} and adding {counted(tuning.round, 'round')} to it"):
+        tokenizer = load_tokenizer(model)
+        tuned = _tuned(tuning, model, config, dtype)
+    prompt = _taught(tokenizer, tuned, config) if config else None
+    card = model_card(public_name(model), tuning, About(config, losses, licence_of(model), prompt))
+    attached = config is not None and config.facts.needs_peft
+    # or else peft asks the hub whether the vocabulary has grown
+    with waiting(Lines().note, f"writing {output}"):
+        save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if attached else {}))
+    what = "an adapter for" if attached else f"{sum(p.numel() for p in tuned.parameters()):,} parameters,"
+    say(f"{output}: {what} {model} after {counted(tuning.round, 'round')}")
+
+
+def _origin(
+    path: Path, model: str | None, which: str | None, tuning: Ledger | TunedTensors
+) -> tuple[str, RunConfig | None, tuple[float, float] | None]:
+    """The base model, and what `_known` knows."""
     from fedkseed.report.reading import read
 
     folder = path if path.is_dir() else path.parent
@@ -84,18 +108,24 @@ def export(
         model = record.config.model
     if record is not None and record.damage:
         complain(f"{record.damage}; the card is without it")
-    config, losses = _known(record, tuning)
-    with waiting(Lines().note, f"loading {model} and adding {counted(tuning.round, 'round')} to it"):
-        tokenizer = load_tokenizer(model)
-        tuned = _tuned(tuning, model, config, dtype)
-    prompt = _taught(tokenizer, tuned, config) if config else None
-    card = model_card(public_name(model), tuning, About(config, losses, licence_of(model), prompt))
-    attached = config is not None and config.facts.needs_peft
-    # or else peft asks the hub whether the vocabulary has grown
-    with waiting(Lines().note, f"writing {output}"):
-        save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if attached else {}))
-    what = "an adapter for" if attached else f"{sum(p.numel() for p in tuned.parameters()):,} parameters,"
-    say(f"{output}: {what} {model} after {counted(tuning.round, 'round')}")
+    return model, *_known(record, tuning)
+
+
+def _write_folder(path: Path, output: Path, model: str | None, which: str | None, ledger: Ledger, published: Ledger) -> Path:
+    """A folder with the published ledger and its card; returns the ledger's file."""
+    from fedkseed.kseed.card import licence_of
+    from fedkseed.kseed.sharing import LEDGER, save_folder
+    from fedkseed.models.loading import load_tokenizer
+    from fedkseed.report.model_card import About, rows_of
+
+    model, config, losses = _origin(path, model, which, ledger)
+    try:
+        prompt = _prompt(load_tokenizer(model), config) if config else None
+    except ModelError as error:
+        complain(f"{error}; the card is without the prompt template")
+        prompt = None
+    about = rows_of(published, About(config, losses, licence_of(model)))
+    return save_folder(published, output, public_name(model), prompt, about) / LEDGER
 
 
 def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, dtype: Dtype) -> Any:
@@ -127,14 +157,11 @@ def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, 
 def _taught(tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig) -> Prompt | None:
     """Let tokenizer and model ask and end as the run did, and say how."""
     from fedkseed.data import Example, encode
-    from fedkseed.report.model_card import Prompt
 
-    try:
-        template = config.prompts()
-    except InvalidValueError as error:  # a file that is not there any more
-        complain(f"{error}; the export is without its prompt template")
+    prompt = _prompt(tokenizer, config)
+    if prompt is None:
         return None
-    prompt = Prompt(Path(config.template).name, *template.text(tokenizer))
+    template = config.prompts()
     jinja = template.chat_template(tokenizer)
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template["default"] = jinja
@@ -147,6 +174,17 @@ def _taught(tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig) -
         stop = list(dict.fromkeys([*(known if isinstance(known, list) else [] if known is None else [known]), *ends]))
         generation.eos_token_id = stop if len(stop) > 1 else stop[0]
     return prompt
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Prompt | None:
+    """How the run asked; None where its template is a file that is not there any more."""
+    from fedkseed.kseed.card import Prompt
+
+    try:
+        return Prompt(Path(config.template).name, *config.prompts().text(tokenizer))
+    except InvalidValueError as error:
+        complain(f"{error}; the export is without its prompt template")
+        return None
 
 
 def _say_cost(path: Path, whole: Path, ledger: Ledger, thin: Ledger, output: Path, model: str | None) -> None:

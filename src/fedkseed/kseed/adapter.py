@@ -8,7 +8,7 @@ the numbers *as their ledger holds them*. So at any time the model is the one th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -201,7 +201,8 @@ class KNumbers(torch.nn.Module):
                 f"{changed} is not what the numbers give: something else has changed the model since step {self.num_steps}; "
                 "load the optimizer's state_dict of the moment that is meant (Trainer: optimizer.pt of the checkpoint)"
             )
-        return Ledger.of_pages(self._bound.identity(), self.num_steps, [self.page], self._wire, None)
+        ledger = Ledger.of_pages(self._bound.identity(), self.num_steps, [self.page], self._wire, None)
+        return replace(ledger, base_model=getattr(self._bound.model, "name_or_path", None) or None)
 
     def detach(self) -> None:
         """Remove all hooks but one, which says so."""

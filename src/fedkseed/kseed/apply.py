@@ -30,7 +30,8 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path | Sequence[Ledger 
     Args:
         model: the base model, as it was loaded, in any precision. Where its values are not the base's but those of the files
             that it was loaded from are, these are read; the tuned weights are rounded to its precision last.
-        ledger: a ledger or its file, a run's checkpoint or the published form; or several, whose tunings add up.
+        ledger: a ledger, a run's checkpoint or the published form; its file, its folder, or its name on a hub, `owner/name` or
+            `owner/name@revision`; or several, whose tunings add up.
         backend: `auto`, or the name of a noise backend.
 
     Returns:
@@ -56,9 +57,8 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path | Sequence[Ledger 
     read = _read_elsewhere(model, entries, ledger)
     if read is None:
         in_float32 = "" if all(e.parameter.dtype == torch.float32 for e in entries) else ", in float32"
-        raise LedgerError(
-            f"this model is not the ledger's base: {difference}; load the base model that the run started from{in_float32}"
-        )
+        base = ledger.base_model or "the base model that the run started from"
+        raise LedgerError(f"this model is not the ledger's base: {difference}; load {base}{in_float32}")
     for entry in entries:
         values = read(entry)
         if entry.name not in ledger.base.frozen:
@@ -68,9 +68,9 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path | Sequence[Ledger 
 
 
 def one_ledger(ledger: Ledger | str | Path | Sequence[Ledger | str | Path]) -> Ledger:
-    """A ledger, that of a file, or the sum of several; see `apply`."""
+    """A ledger, that of a file, folder or hub, or the sum of several; see `apply`."""
     if isinstance(ledger, (str, Path)):
-        return Ledger.load(ledger)
+        return Ledger.from_pretrained(ledger)
     return ledger if isinstance(ledger, Ledger) else merge(ledger, [1.0] * len(ledger))
 
 

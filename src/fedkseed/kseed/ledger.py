@@ -80,6 +80,7 @@ class Ledger:
             state; None in the published form.
         made_with: what a run's checkpoint says of its settings and records (`fedkseed.runs.provenance`); no part of the
             digest, and None in the published form.
+        base_model: name of the base model, a hub id or a folder, where it is known; no part of the digest or of the file.
 
     Raises:
         InvalidValueError: the coefficients are not K numbers of that precision, or not those of the history; or the round is
@@ -95,6 +96,7 @@ class Ledger:
     pages: tuple[Page, ...] = ()
     state: Mapping[str, NDArray[np.float64]] | None = None
     made_with: Mapping[str, Any] | None = None
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.round) is not int or self.round < 0:
@@ -232,6 +234,29 @@ class Ledger:
             raise LedgerError(f"{path}: cannot read the ledger ({error.strerror}); expected a ledger.safetensors") from error
         except LedgerError as error:
             raise LedgerError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Ledger:
+        """Read a ledger from a hub (`owner/name`, perhaps with `@revision`), a folder that holds one, or its file.
+
+        Raises:
+            LedgerError: there is none, or see `load`.
+        """
+        from fedkseed.kseed.sharing import find
+
+        return find(source)
+
+    def save_pretrained(self, folder: str | Path, base_model: str | None = None, **card: Any) -> Path:
+        """Write a folder with the published ledger and its card, as hubs want it; see `fedkseed.kseed.sharing.save_folder`."""
+        from fedkseed.kseed.sharing import save_folder
+
+        return save_folder(self, folder, base_model, **card)
+
+    def push_to_hub(self, repo_id: str, base_model: str | None = None, **options: Any) -> str:
+        """Put what `save_pretrained` writes on the Hugging Face hub; see `fedkseed.kseed.sharing.push`."""
+        from fedkseed.kseed.sharing import push
+
+        return push(self, repo_id, base_model, **options)
 
     @classmethod
     def decode(cls, data: bytes) -> Ledger:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from fedkseed.baselines import TunedTensors
 from fedkseed.data import is_hub_id, public_names
 from fedkseed.federation.algorithms import Algorithm
+from fedkseed.kseed.card import PAPER, Prompt, fenced, head_of, pool_text, prompt_text, published_text, table_of
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.settings import IN_MEMORY, RunConfig, SimulationConfig
 from fedkseed.text import visible
 
-PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
 BY_SCALARS = """A causal language model, tuned by federated learning without backpropagation: for each local step a client sends
 a number, how the loss of its records changes along a random direction that a seed stands for."""
 BY_CHANGES = """A causal language model, tuned by federated learning with gradients in K numbers: a client sends how far each of
@@ -25,7 +22,6 @@ K random directions, which seeds stand for, took its records' loss down."""
 BY_TENSORS = "tuned by federated learning: clients train it on their own records and send it back, the server averages."
 ATTACHED = {None: "A causal language model", "lora": "A LoRA adapter of a causal language model"}
 """By `Algorithm.attaches`; all else is a soft prompt."""
-LICENCE_FIELDS = ("license", "license_name", "license_link")
 LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,28 +44,13 @@ prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokeni
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """How a model was asked while it was tuned.
-
-    Attributes:
-        name: of the template.
-        text: of the template.
-        language: that this is in: `toml`, a file that `--template` takes, or `jinja`, a chat template.
-    """
-
-    name: str
-    text: str
-    language: str
-
-
-@dataclass(frozen=True)
 class About:
     """What a card says beside what the tuned model itself says.
 
     Attributes:
         config: settings of the run, where they are known; its paths are not told.
         losses: held-out loss before and after, where the run measured them.
-        licence: see `licence_of`; nothing where the base's is not known.
+        licence: see `fedkseed.kseed.card.licence_of`; nothing where the base's is not known.
         prompt: how it was asked; None where that is not known.
     """
 
@@ -77,18 +58,6 @@ class About:
     losses: tuple[float, float] | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
     prompt: Prompt | None = None
-
-
-def licence_of(model: str) -> dict[str, str]:
-    """The licence fields of a base model's own card, where its folder has one; nothing is looked up elsewhere."""
-    try:
-        text = (Path(model).expanduser() / "README.md").read_text(encoding="utf-8")
-        found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-        fields = yaml.safe_load(found[1]) if found else {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # somebody else's file: no card is no licence
-        return {}
-    known = fields if isinstance(fields, dict) else {}
-    return {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
 
 
 def model_card(base: str, tuning: Ledger | TunedTensors, about: About | None = None) -> str:
@@ -102,8 +71,7 @@ def model_card(base: str, tuning: Ledger | TunedTensors, about: About | None = N
     base, known = visible(base), about or About()
     facts = known.config.facts if known.config else None
     attached = facts.attaches if facts else None
-    rows = {"base model": f"`{base}`, fingerprint `{_fingerprint(tuning)}`", **_rows(tuning, known)}
-    table = "\n".join(f"| {name} | {visible(value)} |" for name, value in rows.items())
+    rows = {"base model": f"`{base}`, fingerprint `{_fingerprint(tuning)}`", **rows_of(tuning, known)}
     loading = LOADING_AN_ADAPTER.format(base=json.dumps(base, ensure_ascii=False)) if attached else LOADING
     again = "`fedkseed.apply(base_model, ledger)` gives these weights again. " if isinstance(tuning, Ledger) else ""
     return f"""\
@@ -115,13 +83,11 @@ def model_card(base: str, tuning: Ledger | TunedTensors, about: About | None = N
 
 {_how(tuning, facts)}
 
-| | |
-| --- | --- |
-{table}
+{table_of(rows)}
 
 {again}To load it:
 
-{_fenced(loading, "python")}
+{fenced(loading, "python")}
 {_asking(known.prompt)}"""
 
 
@@ -136,8 +102,7 @@ def _metadata(base: str, tuning: Ledger | TunedTensors, about: About, library: s
         **({"datasets": datasets} if datasets else {}),
         "tags": ["fedkseed", "federated-learning", *(["zeroth-order-optimisation"] if scalars else [])],
     }
-    # JSON is YAML too, whatever characters a folder's name has
-    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
+    return head_of(fields)
 
 
 def _fingerprint(tuning: Ledger | TunedTensors) -> str:
@@ -152,11 +117,12 @@ def _how(tuning: Ledger | TunedTensors, facts: Algorithm | None) -> str:
     return f"{how} These weights are the base model's plus\nK such directions{several}, by the ledger's coefficients."
 
 
-def _rows(tuning: Ledger | TunedTensors, about: About) -> dict[str, str]:
+def rows_of(tuning: Ledger | TunedTensors, about: About) -> dict[str, str]:
+    """What a card's table says of a tuned model, but for its base."""
     config, rows = about.config, dict[str, str]()
     if isinstance(tuning, Ledger):
         rows["method"] = f"{config.facts.title if config else 'FedKSeed'} ({PAPER})"
-        rows["candidate seeds"] = f"K = {tuning.pool.size:,}, {tuning.pool.family} noise, key {tuning.pool.key:#018x}"
+        rows["candidate seeds"] = pool_text(tuning)
     elif config is not None:
         rows["method"] = f"{config.facts.title}: {config.facts.about}"
     rows["rounds"] = f"{tuning.round}"
@@ -176,8 +142,7 @@ def _rows(tuning: Ledger | TunedTensors, about: About) -> dict[str, str]:
         return rows | {"digest of the run's tensors": f"`{tuning.digest()}`"}
     if tuning.is_checkpoint:
         rows["digest of the run's ledger"] = f"`{tuning.digest()}`"
-    published = tuning.published()
-    return rows | {"digest of the published ledger": f"`{published.digest()}`, {len(published.encode()):,} bytes"}
+    return rows | {"digest of the published ledger": published_text(tuning)}
 
 
 def _data_names(config: RunConfig | None) -> list[str]:
@@ -202,15 +167,7 @@ def _asking(prompt: Prompt | None) -> str:
 
 Its tokenizer's chat template writes prompts as the records of the run had them{given}:
 
-{_fenced(ASKING, "python")}
+{fenced(ASKING, "python")}
 
-The prompt template `{prompt.name}`:
-
-{_fenced(prompt.text, prompt.language)}
+{prompt_text(prompt)}
 """
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block, by a fence that the text does not have."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"

@@ -1,0 +1,140 @@
+"""The card of a tuned model: a README.md that hubs can read and people too, of a ledger's folder or of an export."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.text import visible
+
+PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+HOW = """K numbers over a base model. Together they are a causal language model all of whose weights are tuned: each number
+says how far they go along a random direction that a seed stands for."""
+LOADING = """\
+import fedkseed as fk
+
+folder = "."  # where this file lies, or its name on a hub
+model = fk.load(folder)  # the base model that is named above, and these numbers
+"""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a model was asked while it was tuned.
+
+    Attributes:
+        name: of the template.
+        text: of the template.
+        language: that this is in: `toml`, a file that `--template` takes, or `jinja`, a chat template.
+    """
+
+    name: str
+    text: str
+    language: str
+
+
+def fields_of(card: str) -> dict[str, Any]:
+    """What the YAML at the head of a card says; nothing where there is none that can be read."""
+    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
+    try:
+        fields = yaml.safe_load(found[1]) if found else {}
+    except (ValueError, yaml.YAMLError, RecursionError):  # somebody else's file
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def licence_of(model: str) -> dict[str, str]:
+    """The licence fields of a base model's own card, where its folder has one; nothing is looked up elsewhere."""
+    try:
+        known = fields_of((Path(model).expanduser() / "README.md").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no card is no licence
+        return {}
+    return {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
+
+
+def head_of(fields: Mapping[str, Any]) -> str:
+    """The YAML at the head of a card."""
+    # JSON is YAML too, whatever characters a folder's name has
+    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
+
+
+def pool_text(ledger: Ledger) -> str:
+    """A ledger's pool in words; of several pages that of the last."""
+    return f"K = {ledger.pool.size:,}, {ledger.pool.family} noise, key {ledger.pool.key:#018x}"
+
+
+def published_text(ledger: Ledger) -> str:
+    """The digest and the size of a ledger's published form."""
+    published = ledger.published()
+    return f"`{published.digest()}`, {len(published.encode()):,} bytes"
+
+
+def table_of(rows: Mapping[str, str]) -> str:
+    """A table of two columns without a heading."""
+    lines = "\n".join(f"| {visible(name)} | {visible(value)} |" for name, value in rows.items())
+    return f"| | |\n| --- | --- |\n{lines}"
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block, by a fence that the text does not have."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt's template, for a card."""
+    return f"The prompt template `{prompt.name}`:\n\n{fenced(prompt.text, prompt.language)}"
+
+
+def ledger_card(
+    base: str, ledger: Ledger, licence: Mapping[str, str], prompt: Prompt | None = None, about: Mapping[str, str] | None = None
+) -> str:
+    """The card of a ledger's folder.
+
+    Args:
+        base: name of the base model, a folder's or a hub id; no path, which would tell of somebody's machine.
+        ledger: in its published form.
+        licence: see `licence_of`.
+        prompt: how the model was asked; None where that is not known.
+        about: further rows of its table.
+    """
+    base = visible(base)
+    fields = {
+        "library_name": "fedkseed",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "base_model_relation": "adapter",
+        **(licence or {"license": "unknown"}),
+        "tags": ["fedkseed", "adapter"],
+    }
+    rows = {
+        "base model": f"`{base}`, fingerprint `{ledger.base.fingerprint}`",
+        "candidate seeds": pool_text(ledger),
+        "rounds": f"{ledger.round}",
+        **(about or {}),
+        "digest of the published ledger": published_text(ledger),
+    }
+    asked = "" if prompt is None else f"\n## How it is asked\n\n{prompt_text(prompt)}\n"
+    return f"""\
+---
+{head_of(fields)}
+---
+
+# {base}, tuned with fedkseed: {ledger.pool.size:,} numbers
+
+{HOW}
+
+{table_of(rows)}
+
+To load it:
+
+{fenced(LOADING, "python")}
+{asked}"""
