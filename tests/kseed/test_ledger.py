@@ -199,8 +199,8 @@ def test_what_a_run_publishes_is_always_held(seed: int, precision: Precision) ->
 def test_a_person_can_read_a_ledger_and_a_binding() -> None:
     ledger = some_ledger()
     known = f"8 of K = 8 gaussian seeds in use, base {ledger.base.fingerprint[:16]}>"
-    assert repr(ledger) == f"<Ledger, checkpoint: 1 rounds, {known}"
-    assert repr(ledger.published()) == f"<Ledger, published: 1 rounds, {known}"
+    assert repr(ledger) == f"<Ledger, checkpoint: 1 round, {known}"
+    assert repr(ledger.published()) == f"<Ledger, published: 1 round, {known}"
     bound = fk.bind(linear(), fk.SeedPool(1, 4096))
     assert repr(bound) == "<Binding of Linear: 35 tunable parameters, K = 4,096 hadamard seeds>"
 
