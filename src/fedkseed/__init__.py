@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedkseed.federation.config import FederationConfig
     from fedkseed.federation.task import DifferentiableTask, Task
     from fedkseed.kseed.adapter import ledger_of, prepare, release
+    from fedkseed.kseed.applied import applied, swap
     from fedkseed.kseed.apply import apply
     from fedkseed.kseed.arithmetic import merge
     from fedkseed.kseed.client import Client
@@ -40,6 +41,7 @@ _HOMES = {
     "Server": "fedkseed.kseed.server",
     "SimulationConfig": "fedkseed.runs.settings",
     "Task": "fedkseed.federation.task",
+    "applied": "fedkseed.kseed.applied",
     "apply": "fedkseed.kseed.apply",
     "bind": "fedkseed.models.binding",
     "evaluate": "fedkseed.runs.scoring",
@@ -50,6 +52,7 @@ _HOMES = {
     "release": "fedkseed.kseed.adapter",
     "seed_pool": "fedkseed.kseed.server",
     "simulate": "fedkseed.runs.simulation",
+    "swap": "fedkseed.kseed.applied",
     "tune": "fedkseed.runs.tuning",
 }
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
     "SimulationConfig",
     "Task",
     "__version__",
+    "applied",
     "apply",
     "bind",
     "evaluate",
@@ -75,6 +79,7 @@ __all__ = [
     "release",
     "seed_pool",
     "simulate",
+    "swap",
     "tune",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import read_files
 from fedkseed.models.pages import add_pages, runs_of
 from fedkseed.models.parameters import NamedParameter, named_parameters, value_digest
-from fedkseed.models.sweeps import Backends, backends_for
+from fedkseed.models.sweeps import Backends, Tensors, backends_for
 
 Reader = Callable[[NamedParameter], torch.Tensor]
 """The base values of a parameter."""
@@ -45,24 +45,17 @@ def apply(model: torch.nn.Module, ledger: Ledger | str | Path | Sequence[Ledger 
         BackendError: no backend works on the parameters' devices, or the named one cannot run here or there.
     """
     ledger = one_ledger(ledger)
-    entries = named_parameters(model)
-    tuned = [entry for entry in entries if entry.name not in ledger.base.frozen]
-    check_tunable(tuned)
-    check_apart(entries)
+    entries, tuned = parameters_of(model, ledger)
     backends = backends_for(tuned, backend)
-    difference = _difference(ledger, entries, _loaded)
-    if difference is None:
-        _add(ledger, backends, {entry.name: entry.parameter.detach() for entry in tuned})
-        return ledger
-    read = _read_elsewhere(model, entries, ledger)
+    read = base_reader(model, entries, ledger)
     if read is None:
-        in_float32 = "" if all(e.parameter.dtype == torch.float32 for e in entries) else ", in float32"
-        base = ledger.base_model or "the base model that the run started from"
-        raise LedgerError(f"this model is not the ledger's base: {difference}; load {base}{in_float32}")
+        weights = {entry.name: entry.parameter.detach() for entry in tuned}
+        write_tuned(ledger, backends, weights, weights)
+        return ledger
     for entry in entries:
         values = read(entry)
         if entry.name not in ledger.base.frozen:
-            _add(ledger, backends, {entry.name: values})
+            write_tuned(ledger, backends, {entry.name: values}, {entry.name: values})
         entry.parameter.detach().copy_(values)
     return ledger
 
@@ -74,16 +67,45 @@ def one_ledger(ledger: Ledger | str | Path | Sequence[Ledger | str | Path]) -> L
     return ledger if isinstance(ledger, Ledger) else merge(ledger, [1.0] * len(ledger))
 
 
-def _add(ledger: Ledger, backends: Backends, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Add a ledger's coefficients to base weights, in place."""
+def parameters_of(model: torch.nn.Module, ledger: Ledger) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """A model's parameters, and those of them that a ledger tunes.
+
+    Raises:
+        BindingError: they cannot be tuned; see `fedkseed.bind`.
+    """
+    entries = named_parameters(model)
+    tuned = [entry for entry in entries if entry.name not in ledger.base.frozen]
+    check_tunable(tuned)
+    check_apart(entries)
+    return entries, tuned
+
+
+def base_reader(model: torch.nn.Module, entries: Sequence[NamedParameter], ledger: Ledger) -> Reader | None:
+    """How to read the ledger's base weights where they are not the model's own; None where they are.
+
+    Raises:
+        LedgerError: the model is not the ledger's base, nor are the files that it was loaded from.
+    """
+    difference = _difference(ledger, entries, _loaded)
+    if difference is None:
+        return None
+    if (read := _read_elsewhere(model, entries, ledger)) is not None:
+        return read
+    in_float32 = "" if all(e.parameter.dtype == torch.float32 for e in entries) else ", in float32"
+    base = ledger.base_model or "the base model that the run started from"
+    raise LedgerError(f"this model is not the ledger's base: {difference}; load {base}{in_float32}")
+
+
+def write_tuned(ledger: Ledger, backends: Backends, base: Tensors, outputs: Tensors) -> None:
+    """`outputs <- base plus the ledger's pages`, between tensors of the same names and types, or in place."""
     pages = [page.closed() for page in ledger.pages] or [ClosedPage(ledger.pool, ledger.coefficients)]
     if len(runs_of(pages)) == 1:
-        add_pages(backends, MemoryBase(parameters), parameters, pages)
+        add_pages(backends, MemoryBase(base), outputs, pages)
         return
-    for name, parameter in parameters.items():  # one by one, since what is in between is float32
-        values = {name: torch.empty_like(parameter, dtype=torch.float32)}
-        add_pages(backends, MemoryBase({name: parameter}), values, pages)
-        parameter.copy_(values[name])
+    for name, out in outputs.items():  # one by one, since what is in between is float32
+        values = {name: torch.empty_like(out, dtype=torch.float32)}
+        add_pages(backends, MemoryBase({name: base[name]}), values, pages)
+        out.copy_(values[name])
 
 
 def _read_elsewhere(model: torch.nn.Module, entries: Sequence[NamedParameter], ledger: Ledger) -> Reader | None:

@@ -1,0 +1,121 @@
+"""Tuned models in turn over one base in memory: kilobytes each, a pass over the weights to change them (docs/ledgers.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+
+from fedkseed.errors import InvalidValueError
+from fedkseed.kseed.apply import base_reader, one_ledger, parameters_of, write_tuned
+from fedkseed.kseed.arithmetic import check_same_base
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.sweeps import Backends, Tensors, backends_for
+
+Source = Ledger | str | Path | Sequence[Ledger | str | Path]
+"""What `fedkseed.apply` takes as a ledger."""
+
+
+@dataclass
+class _Tuned:
+    """A model inside `applied`.
+
+    Attributes:
+        parameters: the tuned ones, by canonical name.
+        base: their base weights, in the type of the run where that is another.
+        backends: see `backends_for`.
+        ledger: whose weights they hold; None while they are written, and after a write that did not end.
+    """
+
+    parameters: Tensors
+    base: Tensors
+    backends: Backends
+    ledger: Ledger | None = None
+
+    def write(self, ledger: Ledger) -> None:
+        """Set the parameters to a ledger's, as `fedkseed.apply` does."""
+        self.ledger = None
+        alike = {name: x for name, x in self.parameters.items() if x.dtype == self.base[name].dtype}
+        if alike:
+            write_tuned(ledger, self.backends, self.base, alike)
+        for name in self.parameters.keys() - alike.keys():  # rounded to the run's type first
+            values = {name: torch.empty_like(self.base[name])}
+            write_tuned(ledger, self.backends, self.base, values)
+            self.parameters[name].copy_(values[name])
+        self.ledger = ledger
+
+
+_TUNED: WeakKeyDictionary[torch.nn.Module, _Tuned] = WeakKeyDictionary()
+"""Models that are inside `applied` now."""
+
+
+@contextmanager
+def applied(model: torch.nn.Module, ledger: Source, backend: str = "auto") -> Iterator[Ledger]:
+    """The tuned model while the block lasts; afterwards, also after an exception, the weights from before, bit for bit.
+
+    A copy of the tuned parameters is kept meanwhile, and serves `swap`. It is the parameters' values that are put back,
+    whatever has been done to them in between.
+
+    Args:
+        model, ledger, backend: see `fedkseed.apply`. Where the base weights are read from the model's files, they are kept too.
+
+    Yields:
+        The ledger.
+
+    Raises:
+        InvalidValueError: the model is inside `applied` already.
+        FedKSeedError: see `fedkseed.apply`. Nothing has changed in any of these cases.
+    """
+    if model in _TUNED:
+        raise InvalidValueError(f"this {type(model).__name__} is inside `fedkseed.applied` already; use `fedkseed.swap` there")
+    ledger = one_ledger(ledger)
+    entries, tuned = parameters_of(model, ledger)
+    backends = backends_for(tuned, backend)
+    read = base_reader(model, entries, ledger)
+    changed = tuned if read is None else entries
+    before = {entry.name: entry.parameter.detach().clone() for entry in changed}
+    base = before if read is None else {entry.name: read(entry) for entry in tuned}
+    try:
+        for entry in changed:
+            if read is not None and entry.name in ledger.base.frozen:  # rounded as the run had it
+                entry.parameter.detach().copy_(read(entry))
+        _TUNED[model] = _Tuned({entry.name: entry.parameter.detach() for entry in tuned}, base, backends)
+        _TUNED[model].write(ledger)
+        yield ledger
+    finally:
+        _TUNED.pop(model, None)
+        for entry in changed:
+            entry.parameter.detach().copy_(before[entry.name])
+
+
+def swap(model: torch.nn.Module, ledger: Source, other: Source) -> Ledger:
+    """Replace one ledger's tuning by another's in one pass over the weights, to the bits of `fedkseed.apply` on the base.
+
+    Args:
+        model: inside `with fedkseed.applied(model, ...)`, which keeps the base weights.
+        ledger: the one that the model holds.
+        other: one over the same base that tunes the same parameters.
+
+    Returns:
+        The other ledger.
+
+    Raises:
+        InvalidValueError: the model is not inside `applied`, or holds another ledger.
+        LedgerError: a ledger cannot be read, or the other one is of another base model.
+            Nothing has changed in any of these cases.
+    """
+    if model not in _TUNED:
+        raise InvalidValueError(
+            f"this {type(model).__name__} is not inside `with fedkseed.applied(model, ledger)`, which keeps the base weights; "
+            "swap there"
+        )
+    tuned, ledger, other = _TUNED[model], one_ledger(ledger), one_ledger(other)
+    if tuned.ledger is not None and ledger.published().digest() != tuned.ledger.published().digest():
+        raise InvalidValueError(f"the model holds {tuned.ledger!r}, not {ledger!r}; give the ledger that it holds first")
+    check_same_base(ledger, other, "the first ledger", "the second")
+    tuned.write(other)
+    return other
