@@ -17,7 +17,7 @@ from fedkseed.models.closed_page import ClosedPage
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import read_files
 from fedkseed.models.pages import add_pages, runs_of
-from fedkseed.models.parameters import NamedParameter, named_parameters, value_digest
+from fedkseed.models.parameters import NamedParameter, is_quantised, named_parameters, whole_digest
 from fedkseed.models.sweeps import Backends, Tensors, backends_for
 
 Reader = Callable[[NamedParameter], torch.Tensor]
@@ -122,7 +122,7 @@ def _read_elsewhere(model: torch.nn.Module, entries: Sequence[NamedParameter], l
 
             def typed(entry: NamedParameter, read: Any = read, dtype: torch.dtype = dtype) -> torch.Tensor:
                 x: torch.Tensor = read(entry)
-                return x.to(entry.parameter.device, dtype, copy=True) if x.is_floating_point() else x
+                return x.to(entry.parameter.device, dtype, copy=True) if not is_quantised(x) else x
 
             if _difference(ledger, entries, typed) is None:
                 return typed
@@ -137,6 +137,5 @@ def _difference(ledger: Ledger, entries: Sequence[NamedParameter], read: Reader)
     """How the ledger's base differs from one with these values, which are read a tensor at a time; None if it does not."""
     digests = {}
     for entry in entries:
-        x = read(entry)
-        digests[entry.name] = value_digest(entry.name, x.shape, x.dtype, [x])
+        digests[entry.name] = whole_digest(entry.name, read(entry))
     return ledger.base.difference(BaseIdentity.of(digests, ledger.base.frozen), list(digests))

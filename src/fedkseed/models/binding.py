@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +21,21 @@ from fedkseed.models.base import Base, FileBase, MemoryBase
 from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.pages import ClosedPages
-from fedkseed.models.parameters import NamedParameter, fit_again, named_parameters, tensor_digest, value_digest
+from fedkseed.models.parameters import (
+    NamedParameter,
+    fit_again,
+    is_quantised,
+    named_parameters,
+    tensor_digest,
+    value_digest,
+    whole_digest,
+)
 from fedkseed.models.projection import FLOATS, Projection, check_gradient
 from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place, scaled
 from fedkseed.noise import Mixture, Sweep
 from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
+
+LOG = logging.getLogger(__name__)
 
 
 class Binding:
@@ -295,8 +306,7 @@ class Binding:
         """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""
         digest = hashlib.sha256()
         for entry in self._entries:
-            x = entry.parameter
-            digest.update(tensor_digest(entry.name, x.shape, x.dtype, [x]))
+            digest.update(whole_digest(entry.name, entry.parameter, tensor_digest))
         return digest.hexdigest()
 
     @property
@@ -309,10 +319,22 @@ class Binding:
         tunable = {entry.name for entry in self._tunable}
         digests = {}
         for entry in self._entries:
-            x = entry.parameter
-            stretches = self._base_values(entry.name) if entry.name in tunable else iter([x])
-            digests[entry.name] = value_digest(entry.name, x.shape, x.dtype, stretches)
+            if entry.name in tunable:
+                x = entry.parameter
+                digests[entry.name] = value_digest(entry.name, x.shape, x.dtype, self._base_values(entry.name))
+            else:
+                digests[entry.name] = whole_digest(entry.name, entry.parameter)
         return BaseIdentity.of(digests, [name for name in digests if name not in tunable])
+
+    def says_of_quantised(self) -> str | None:
+        """A line on what of a quantised base is tuned and what is not; None of any other base."""
+        left = [entry for entry in self._entries if is_quantised(entry.parameter)]
+        if not left:
+            return None
+        return (
+            f"{len(left)} quantised tensors stay as they are, such as {left[0].name} ({_kind_of(left[0].parameter)}); "
+            f"tuned are {len(self._tunable)} others, such as {self._tunable[0].name}"
+        )
 
     def _why_not(self, name: str) -> str:
         """Why a parameter of that name has no gradient to project."""
@@ -365,7 +387,10 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
             than float32, float16 or bfloat16, or shares memory with another; the base file does not fit the model.
         BackendError: no backend works on the parameters' device, or the named one cannot run here.
     """
-    return Binding(model, pool, base, backend)
+    bound = Binding(model, pool, base, backend)
+    if told := bound.says_of_quantised():
+        LOG.warning(told)
+    return bound
 
 
 def check_tunable(entries: Sequence[NamedParameter]) -> None:
@@ -374,6 +399,8 @@ def check_tunable(entries: Sequence[NamedParameter]) -> None:
         raise BindingError("no parameter requires a gradient; call model.requires_grad_(True) on what is to be tuned")
     for entry in entries:
         name, x = entry.name, entry.parameter
+        if is_quantised(x):
+            raise BindingError(f"{name} is quantised ({_kind_of(x)}); only the float tensors beside it can be tuned: freeze it")
         if x.dtype not in FLOATS:
             raise BindingError(
                 f"{name} is {x.dtype}; tunable parameters are float32, float16 or bfloat16: convert or freeze it"
@@ -382,6 +409,11 @@ def check_tunable(entries: Sequence[NamedParameter]) -> None:
             raise BindingError(f"{name} is not contiguous in memory; set its data to data.contiguous() before binding")
         if x.numel() > MAX_ELEMENTS:
             raise BindingError(f"{name} has {x.numel()} elements; at most {MAX_ELEMENTS} have a noise")
+
+
+def _kind_of(x: torch.Tensor) -> str:
+    """What a quantised tensor is called."""
+    return str(x.dtype).removeprefix("torch.") if not x.is_floating_point() else type(x).__name__
 
 
 def check_apart(entries: Sequence[NamedParameter]) -> None:

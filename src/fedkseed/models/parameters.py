@@ -6,7 +6,7 @@ that name, so a wrapper's prefix or another order of tied weights must not chang
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,27 @@ def value_digest(name: str, shape: torch.Size, dtype: torch.dtype, stretches: It
     return tensor_digest(name, shape, dtype, stretches)
 
 
+def is_quantised(x: torch.Tensor) -> bool:
+    """Whether a tensor holds integers, as bitsandbytes has them, or is made of other tensors, as torchao's are."""
+    return not x.is_floating_point() or hasattr(x, "__tensor_flatten__")
+
+
+def inner_tensors(name: str, x: Any) -> list[tuple[str, torch.Tensor]]:
+    """What a tensor is made of, by name, in the order of names: of an ordinary one itself."""
+    if not hasattr(x, "__tensor_flatten__"):
+        return [(name, x)]
+    return [part for inner in sorted(x.__tensor_flatten__()[0]) for part in inner_tensors(f"{name}.{inner}", getattr(x, inner))]
+
+
+def whole_digest(name: str, x: torch.Tensor, digest: Callable[..., bytes] = value_digest) -> bytes:
+    """`value_digest` (or `tensor_digest`) of a whole tensor; of one made of others SHA-256 of theirs, one after the other."""
+    each = [digest(part, inner.shape, inner.dtype, [inner]) for part, inner in inner_tensors(name, x)]
+    return each[0] if len(each) == 1 else hashlib.sha256(b"".join(each)).digest()
+
+
 def value_digests(entries: Iterable[NamedParameter]) -> dict[str, bytes]:
     """`value_digest` of the current values of each, by canonical name: what `BaseIdentity.of` takes."""
-    return {e.name: value_digest(e.name, e.parameter.shape, e.parameter.dtype, [e.parameter]) for e in entries}
+    return {entry.name: whole_digest(entry.name, entry.parameter) for entry in entries}
 
 
 def fit_again(entries: Sequence[NamedParameter], dtype: torch.dtype | None = None) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedkseed.errors import ModelError
-from fedkseed.models.parameters import named_parameters
+from fedkseed.models.parameters import inner_tensors, is_quantised, named_parameters
 
 CONTEXT_NAMES = (
     "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length", "max_seq_length", "seq_length",
@@ -111,7 +111,7 @@ def _as_loaded(model: Any) -> Iterator[None]:
     model.eval()
     try:
         for parameter, _ in asked:
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(not is_quantised(parameter))
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # architectures raise anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -125,7 +125,8 @@ def _as_loaded(model: Any) -> Iterator[None]:
 
 def _sums(model: Any) -> dict[str, float]:
     """Of each parameter's values: not finite if one of them is not, another number if they have changed."""
-    return {e.name: _sum(e.parameter.detach()) for e in named_parameters(model)}
+    parts = [part for entry in named_parameters(model) for part in inner_tensors(entry.name, entry.parameter)]
+    return {name: _sum(x.detach()) for name, x in parts}
 
 
 def _sum(x: torch.Tensor) -> float:

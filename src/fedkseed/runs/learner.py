@@ -15,6 +15,7 @@ from fedkseed.baselines import require_peft
 from fedkseed.data import EncodedExample, pad_token_id
 from fedkseed.errors import ConfigError, ModelError
 from fedkseed.models.loading import Dtype, load_model, load_tokenizer, require_device
+from fedkseed.models.parameters import is_quantised, named_parameters
 from fedkseed.models.probing import TOKENS, Traits, probe
 from fedkseed.models.selection import frozen_names
 from fedkseed.noise import get_backend
@@ -144,9 +145,9 @@ def learner_of(
     tokenizer = given.tokenizer or load_tokenizer(source)
     model = load_model(source, dtype, device) if given.model is None else given.model
     traits = probe(model, _ordinary_ids(tokenizer), max_length or USUAL_LENGTH)
-    if traits.idle:
-        first = traits.idle[0]
-        watch.note(f"left alone: {len(traits.idle)} tensors on which no loss on text depends, such as {first}")
+    quantised = {entry.name for entry in named_parameters(model) if is_quantised(entry.parameter)}  # `bind` tells of them
+    if idle := [name for name in traits.idle if name not in quantised]:
+        watch.note(f"left alone: {len(idle)} tensors on which no loss on text depends, such as {idle[0]}")
     if not traits.pads:
         watch.note("padding would change this model's losses: records of one length share a pass")
     return Learner(source, model, tokenizer, traits)

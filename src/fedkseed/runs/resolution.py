@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fedkseed.models.parameters import is_quantised
 from fedkseed.runs.observer import WARNING
 
 SAMPLED = 4096
@@ -18,7 +19,7 @@ def unmoved(model: torch.nn.Module, eps: float) -> float:
     """The share of a model's weights that adding `eps` and rounding leaves as they are, from an even sample of each tensor."""
     kept = total = 0.0
     for parameter in model.parameters():
-        if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
+        if is_quantised(parameter) or parameter.is_meta or not parameter.numel():
             continue
         flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // SAMPLED)]

@@ -24,7 +24,7 @@ from fedkseed.models.binding import Binding, bind
 from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import base_path
-from fedkseed.models.parameters import named_parameters
+from fedkseed.models.parameters import is_quantised, named_parameters
 from fedkseed.models.projection import Projection
 from fedkseed.runs.memory import give_back_at_once
 
@@ -93,10 +93,9 @@ class BoundModel:
 
 
 def tune_all_but(model: torch.nn.Module, frozen: Collection[str]) -> None:
-    """Make all parameters those that require a gradient, but for the ones of these canonical names."""
-    model.requires_grad_(True)
-    for entry in named_parameters(model) if frozen else ():
-        entry.parameter.requires_grad_(entry.name not in frozen)
+    """Make all parameters those that require a gradient, but for the ones of these canonical names and quantised ones."""
+    for entry in named_parameters(model):
+        entry.parameter.requires_grad_(entry.name not in frozen and not is_quantised(entry.parameter))
 
 
 def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool, frozen: Collection[str] = ()) -> BoundModel:
