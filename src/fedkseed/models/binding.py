@@ -418,7 +418,8 @@ def _kind_of(x: torch.Tensor) -> str:
 
 def check_apart(entries: Sequence[NamedParameter]) -> None:
     """Refuse two parameters, one of them tunable, in the same memory: moving one would move the other."""
-    spans = sorted((e.parameter.data_ptr(), e.parameter.data_ptr() + e.parameter.nbytes, e.name) for e in entries)
+    plain = [(e.parameter, e.name) for e in entries if not is_quantised(e.parameter)]
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for x, name in plain)
     tunable = {entry.name for entry in entries if entry.parameter.requires_grad}
     reach, owner = 0, ""
     for begin, end, name in spans:

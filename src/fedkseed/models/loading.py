@@ -15,7 +15,7 @@ import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
 from fedkseed.models.base import FileBase, stored_dtypes
-from fedkseed.models.parameters import NamedParameter, named_parameters
+from fedkseed.models.parameters import NamedParameter, is_quantised, named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,7 +133,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         partial.rename(folder)
     except Exception as error:  # OSError, and the safetensors library's own on a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{folder}: cannot write the model ({_line(error)}); make room or choose another place") from error
+        advice = "make room or choose another place"
+        if any(is_quantised(parameter) for parameter in model.parameters()):
+            advice = "not every quantised model can be saved again: publish the ledger, and apply it to the base"
+        raise RunError(f"{folder}: cannot write the model ({_line(error)}); {advice}") from error
 
 
 def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:
@@ -212,7 +215,7 @@ def give_stored_dtypes(model: PreTrainedModel, source: str | Path) -> None:
     usual = _configured_dtype(source)
     for entry in named_parameters(model):
         dtype = next((stored[name] for name in entry.aliases if name in stored), usual)
-        if dtype is not None and entry.parameter.is_floating_point():
+        if dtype is not None and not is_quantised(entry.parameter):
             entry.parameter.data = entry.parameter.data.to(dtype)
 
 
