@@ -32,7 +32,7 @@ def merge(ledgers: Sequence[Ledger | str | Path], weights: Sequence[float] | Non
     their keys, so that the order of the ledgers does not matter, to the bit.
 
     Args:
-        ledgers: at least one, or their files.
+        ledgers: at least one; or their files, folders or names on a hub, as `fedkseed.apply` takes them.
         weights: a finite number for each; None for the mean.
 
     Returns:
@@ -45,7 +45,7 @@ def merge(ledgers: Sequence[Ledger | str | Path], weights: Sequence[float] | Non
     """
     if isinstance(ledgers, (Ledger, str, Path)) or not ledgers:
         raise InvalidValueError(f"ledgers are {ledgers!r:.80}; expected a list of at least one")
-    found = [ledger if isinstance(ledger, Ledger) else Ledger.load(ledger) for ledger in ledgers]
+    found = [ledger if isinstance(ledger, Ledger) else Ledger.from_pretrained(ledger) for ledger in ledgers]
     names = [f"ledger {i + 1}" if isinstance(x, Ledger) else str(x) for i, x in enumerate(ledgers)]
     factors = _checked([1 / len(found)] * len(found) if weights is None else weights, len(found))
     terms: dict[tuple[bool, int, int, str], list[Term]] = {}
@@ -62,7 +62,8 @@ def merge(ledgers: Sequence[Ledger | str | Path], weights: Sequence[float] | Non
     pages = [_sum(terms[key]) for key in sorted(terms)]
     pages = [page for page in pages if page.parts] or [replace(pages[0], parts=(), scale=1.0)]
     check_pages(pages)
-    return Ledger.of_pages(found[0].base, max(x.round for x in found), pages, common_wire(pages), None)
+    merged = Ledger.of_pages(found[0].base, max(x.round for x in found), pages, common_wire(pages), None)
+    return replace(merged, base_model=next((x.base_model for x in found if x.base_model), None))
 
 
 def pages_of(ledger: Ledger) -> tuple[Page, ...]:
