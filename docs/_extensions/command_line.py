@@ -31,8 +31,8 @@ def _words(text: str) -> Iterator[nodes.Node]:
 def _table(options: list[click.Parameter]) -> nodes.table:
     body = nodes.tbody()
     for option in options:
-        name = ", ".join(option.opts) if isinstance(option, click.Option) else str(option.make_metavar(None))  # type: ignore[arg-type]
-        cells = [nodes.paragraph("", "", nodes.literal(name, name)), nodes.paragraph("", "", *_words(_plain(option.help)))]  # type: ignore[attr-defined]
+        name = ", ".join(option.opts) if isinstance(option, click.Option) else str(option.make_metavar(None))
+        cells = [nodes.paragraph("", "", nodes.literal(name, name)), nodes.paragraph("", "", *_words(_plain(option.help)))]
         body += nodes.row("", *(nodes.entry("", cell) for cell in cells))
     columns = [nodes.colspec(colwidth=width) for width in (1, 3)]
     return nodes.table("", nodes.tgroup("", *columns, body, cols=2), classes=["options"])
