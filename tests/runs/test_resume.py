@@ -251,18 +251,40 @@ def lines_of(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_three_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    draw = random.Random(1)
-    settings = tiny_settings(tiny, num_rounds=12, local_steps=20)
-    expected = whole(fedkseed, tmp_path / "whole", settings)
-    run = tmp_path / "run"
-    for _ in range(3):
-        start = ["--resume", run] if (run / "config.toml").exists() else [*flags(settings), "--run", run]
-        moment = (str(run / "metrics.jsonl"), lines_of(run) + draw.randrange(1, 4), draw.uniform(0, 0.1), signal.SIGKILL)
+def killed_at_random(fedkseed: CommandLine, run: Path, expected: Whole, kills: int, seed: int) -> None:
+    """So often, at once or in any of the next rounds; then it goes on to the end."""
+    draw = random.Random(seed)
+    for _ in range(kills):
+        begun = (run / "config.toml").exists()
+        start = ["--resume", run] if begun else [*flags(expected.settings), "--run", run]
+        lines, delay = (lines_of(run) + draw.randrange(1, 4), 0.1) if draw.random() < 0.8 else (0, 1.0)
+        watched = run / "metrics.jsonl" if lines else Path(__file__)  # which is there from the start
+        moment = (str(watched), lines, draw.uniform(0, delay), signal.SIGKILL)
         assert fedkseed("simulate", *start, send=moment).code == KILLED  # else the run was over before
         assert_loadable(run, expected)
     go_on(fedkseed, run, expected)
+
+
+def test_three_kills_at_random_moments_lose_nothing(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny, num_rounds=12, local_steps=20, audit_log="on")
+    expected, run = whole(fedkseed, tmp_path / "whole", settings), tmp_path / "run"
+    killed_at_random(fedkseed, run, expected, 3, seed=1)
     assert_as_uninterrupted(run, expected)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_at_random_moments_lose_nothing(
+    fedkseed: CommandLine, tiny: Path, of_pages: Whole, tmp_path: Path
+) -> None:
+    """Fifty of a run of scalars with a history, fifty of one of pages, signs, a client of scalars and an optimiser's state."""
+    rows = (
+        (tiny_settings(tiny, algorithm="fedkseed-pro", num_rounds=200, audit_log="on"), assert_as_uninterrupted),
+        (of_pages.settings | {"num_rounds": 200, "rounds_per_page": 20, "eval_every": 1}, assert_as_pages),
+    )
+    for number, (settings, compare) in enumerate(rows):
+        expected, run = whole(fedkseed, tmp_path / f"whole-{number}", settings), tmp_path / f"run-{number}"
+        killed_at_random(fedkseed, run, expected, 50, seed=number)
+        compare(run, expected)
 
 
 def launch(*args: object) -> subprocess.Popen[str]:
