@@ -7,10 +7,12 @@ Every message is one line that names the value, what was expected and what to do
 class FedKSeedError(Exception):
     """Base of all errors that a user of fedkseed can cause or must know of.
 
-    `exit_code` is the command line's: 2 for usage (the caller can mend the call), 1 for a failure.
+    `exit_code` is the command line's: 2 for usage (the caller can mend the call), 1 for a failure. What is `private` may quote
+    records, such as a column's name or a token, and stays on the machine that has them.
     """
 
     exit_code = 1
+    private = False
 
 
 class InvalidValueError(FedKSeedError, ValueError):
@@ -39,6 +41,7 @@ class ModelError(FedKSeedError):
     """A model or tokenizer that cannot be loaded or used."""
 
     exit_code = 2
+    private = True
 
 
 class NoBackwardError(ModelError):
@@ -49,6 +52,7 @@ class DataError(FedKSeedError, ValueError):
     """A data file that cannot be read, or records that cannot be used."""
 
     exit_code = 2
+    private = True
 
 
 class ProtocolError(FedKSeedError, ValueError):

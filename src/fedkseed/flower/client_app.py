@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from logging import ERROR, WARNING
 
@@ -14,6 +15,9 @@ from fedkseed.flower import worker
 from fedkseed.flower.envelope import unwrap, wrap
 from fedkseed.flower.log import log
 from fedkseed.flower.roll import HELLO
+
+WITHHELD = "its records or its model cannot be used; the node's log says why"
+"""What the server is told in place of an error that may quote a record."""
 
 
 def client_app() -> ClientApp:
@@ -31,7 +35,11 @@ def _answering(kind: str) -> Callable[[Message, Context], Message]:
             return Message(wrap(_answer(kind, unwrap(message), context)), reply_to=message)
         except FedKSeedError as error:
             log(ERROR, "fedkseed: %s", error)
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+            told = WITHHELD if error.private else str(error)
+        except Exception as error:  # a fault of ours, whose words Flower would pass on
+            logging.getLogger(__name__).exception("%s message", kind)
+            told = f"{type(error).__name__}; the node's log says what went wrong"
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told), reply_to=message)
 
     return respond
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import msgpack
 
-from fedkseed.errors import FedKSeedError, RunError
+from fedkseed.errors import DataError, FedKSeedError, RunError
 from fedkseed.flower.log import log
 
 POLL_SECONDS = 0.05
 SERVE = f"import sys; from {__name__} import serve; serve(sys.argv[1])"
-ANSWERED, REFUSED, FAILED = "answered", "refused", "failed"
+ANSWERED, REFUSED, WITHHELD, FAILED = "answered", "refused", "withheld", "failed"
 
 
 class Worker:
@@ -61,7 +61,7 @@ class Worker:
             data: the message's bytes.
 
         Raises:
-            FedKSeedError: as the participant raised it.
+            FedKSeedError: as the participant raised it; a `DataError` for any that is private.
             ConnectionError: the process is not there.
             RunError: it has ended in the middle.
         """
@@ -76,7 +76,8 @@ class Worker:
                 ) from error
         if outcome == ANSWERED:
             return bytes(answer)
-        raise FedKSeedError(answer) if outcome == REFUSED else RuntimeError(answer)
+        kind = {REFUSED: FedKSeedError, WITHHELD: DataError}.get(outcome, RuntimeError)
+        raise kind(answer)
 
     def close(self) -> None:
         """End it for good."""
@@ -139,7 +140,7 @@ def serve(folder: str) -> None:
                     participant = participant_of(run_id, run_config, node_config)
                     reply = (ANSWERED, participant.answer(kind, data))
                 except FedKSeedError as error:
-                    reply = (REFUSED, str(error))
+                    reply = (WITHHELD if error.private else REFUSED, str(error))
                 except Exception as error:  # a fault of ours is told, and the next question answered
                     log(ERROR, "fedkseed: %s: %s", type(error).__name__, error)
                     reply = (FAILED, f"{type(error).__name__}: {error}")
