@@ -6,7 +6,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkseed.text import JOINERS, VisibleFormatter, visible
+from fedkseed.text import JOINERS, VisibleFormatter, counted, visible
 
 MOVES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -33,3 +33,8 @@ def test_control_characters_are_shown() -> None:
 def test_a_log_line_cannot_be_forged() -> None:
     record = logging.LogRecord("fedkseed", logging.WARNING, __file__, 1, "reply of %s", ("x\nfedkseed: done\x1b[2J",), None)
     assert VisibleFormatter().format(record) == r"reply of x\nfedkseed: done\x1b[2J"
+
+
+def test_one_is_not_several() -> None:
+    assert [counted(n, "round") for n in (0, 1, 2, 1200)] == ["0 rounds", "1 round", "2 rounds", "1,200 rounds"]
+    assert [counted(n, "reply", "replies") for n in (1, 2)] == ["1 reply", "2 replies"]

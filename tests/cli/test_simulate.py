@@ -232,6 +232,7 @@ def test_a_run_that_is_being_written_is_read_by_all_and_written_by_nobody_else(
     for extra in ([], ["--num-rounds", 4], ["--num-rounds", 4, "--accept-changes"]):
         result = fedkseed("simulate", "--resume", copied, *extra)
         assert_one_line(result, 2, f"{copied} is being written by process {writer.pid}; wait until it is done, or end it first")
+        assert result.stdout == ""  # before anything is loaded
     for command in (["inspect", copied], ["report", copied], ["evaluate", copied, "--limit", 1]):
         assert fedkseed(*command).code == 0
     assert fedkseed("export", copied, tmp_path / "out", "--ledger-only").code == 0

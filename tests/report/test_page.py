@@ -26,7 +26,7 @@ from fedkseed.report.charts import charts
 from fedkseed.report.drawing import render
 from fedkseed.report.page import page
 from fedkseed.report.summary import change
-from fedkseed.report.units import duration, exact, loss, percent, power_of_ten, size
+from fedkseed.report.units import amount, duration, loss, percent, power_of_ten, size
 from fedkseed.runs.folder import RunFolder
 
 CHARTS = {
@@ -101,20 +101,20 @@ def test_numbers_are_the_metrics(complete: Complete) -> None:
     assert "\N{MINUS SIGN}2.3 % after round 6, on 30 records" in text
     assert "6 of 6" in text
     assert "in 15.5 s" in text  # 6 x 2.0 + 7 x 0.5
-    assert "817.5 B" in text
-    assert "682 B down, 135.5 B up" in text
+    assert "818 B" in text
+    assert "682 B down, 136 B up" in text
     assert "22 times less than the paper's 17,988 B" in text
     # 24 exchanges: 24 x 682 down, 24 x 135.5 up, 24 x 817.5 both ways
     assert "16,368 B down, 3,252 B up" in text
     assert "19.6 kB" in text
     assert "bytes this run the paper float weights (float32)" in text
-    assert "down 682 B 1.04 MB up 135.5 B 1.04 MB" in text
-    assert "both ways 817.5 B 17,988 B 2.08 MB in total 19,620 B 431,712 B 49.9 MB" in text
+    assert "down 682 B 1.04 MB up 136 B 1.04 MB" in text
+    assert "both ways 818 B 17,988 B 2.08 MB in total 19,620 B 431,712 B 49.9 MB" in text
     assert "2,545 times less than sending the float weights" in text
     for n in range(1, 7):
         own = [4.1 - 0.01 * n, 3.8, 4.4, 3.3125]
         losses = f"{3.9631 - 0.0151 * n:.4f} {sum(own) / 4:.4f} {min(own):.2f} to {max(own):.2f}"
-        assert f"{n} {losses} 682 / 135.5 2.5 s" in text
+        assert f"{n} {losses} 682 / 136 2.5 s" in text
     ledger = Ledger.load(run / "ledger.safetensors")
     assert ledger.digest() in text
     assert ledger.base.fingerprint in text
@@ -455,7 +455,7 @@ def test_the_command_in_a_fresh_process_imports_no_pyplot(complete: Complete) ->
 
 
 def test_numbers_are_written_as_people_read_them() -> None:
-    assert [exact(v) for v in (0.0, 682.0, 135.5, 1234567.0)] == ["0", "682", "135.5", "1,234,567"]
+    assert [amount(v) for v in (15_646.9, 682.0, 2_080_256)] == ["15,647 B", "682 B", "2.08 MB"]
     assert [size(v) for v in (100, 17_988, 999_600, 2_080_256, 5.4e9, 3e15)] == [
         "100 B", "18 kB", "1 MB", "2.08 MB", "5.4 GB", "3,000 TB",
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def test_a_loss_that_is_no_number_is(
     assert f"is {value:.4f}" in note
     assert "\n" not in note
     assert driven.ledger.round == 3
+    assert not re.search("NaN|Infinity", (driven.folder / "metrics.jsonl").read_text())  # which are no JSON
+    assert math.isnan(RunFolder.open(driven.folder).recorded().losses.get(1, math.nan))
 
 
 def test_who_trains_by_gradients_is_told_of_auto_too(tiny: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.baselines import row_settings
 from tests.support.command_line import CommandLine, assert_one_line, flags
 from tests.support.natural_instructions import in_words, published_sizes, task, write_folder
 from tests.support.runs import Watcher, read_metrics, simulation
@@ -295,6 +296,22 @@ def test_a_length_that_the_model_does_not_take_is_not_advised(tiny: Path) -> Non
     encoded = encode([fits] * 5 + [longer] * 5, load_tokenizer(tiny / "model"), 20)
     assert "would keep 95 %" in describe("training", encoded)
     assert "would keep 95 %" in describe("training", encoded, 512)
-    told = describe("training", encoded, 40)
-    assert "would keep" not in told
-    assert told.endswith("and the model takes 40")
+    assert describe("training", encoded, 40).endswith("50 % are dropped")  # and no fewer at 40
+    between = Example("name the animal", "a big small and or " * 4, "dog", "animal")
+    encoded = encode([fits] * 5 + [between] * 2 + [longer] * 3, load_tokenizer(tiny / "model"), 20)
+    assert describe("training", encoded, 40).endswith("--max-length 40, the most that the model takes, would keep 70 %")
+
+
+def test_a_soft_prompt_is_no_room_for_a_record(tiny: Path, tmp_path: Path) -> None:
+    """The model takes 64 tokens, and the soft prompt has 44 of them: more than 20 cannot be advised."""
+    examples = [Example("name the animal", "a big small and or " * 2, "dog", "animal")] * 9
+    examples += [Example("name the animal", "a big small and or " * 5, "dog", "animal")]
+    data = write_records(tmp_path / "d.jsonl", examples)
+    settings = row_settings(
+        tiny, "fedprompt", num_virtual_tokens=44, data=data, eval_data=tiny / "records.jsonl", max_length=12
+    )
+    watcher = Watcher()
+    prepare(build(settings), watcher)
+    (note,) = [note for note in watcher.notes if "training records: " in note]
+    assert note.startswith("warning: ")
+    assert "--max-length 20, the most that the model takes, would keep 90 %" in note

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -125,8 +126,9 @@ def _resume(
             raise ConfigError(f"{name} can't be given with --resume, which goes on in the run's folder with its settings")
     folder = RunFolder.open(resume)
     settings = _moved(folder, given)
-    check_same(folder, folder.load_checkpoint(), settings, None, accept_changes)  # what takes no reading of records
-    with interruptible(with_run(resume, again())), watching(settings) as observer:
+    with interruptible(with_run(resume, again())), folder.held(), ExitStack() as stack:  # before anything is loaded
+        check_same(folder, folder.load_checkpoint(), settings, None, accept_changes)  # what takes no reading of records
+        observer = stack.enter_context(watching(settings))
         with waiting(observer.note, f"loading {settings.model}"):
             learner = load_learner(settings, observer)
         records = prepare(settings, observer, learner=learner)

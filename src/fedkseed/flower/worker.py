@@ -76,8 +76,9 @@ class Worker:
                 ) from error
         if outcome == ANSWERED:
             return bytes(answer)
-        kind = {REFUSED: FedKSeedError, WITHHELD: DataError}.get(outcome, RuntimeError)
-        raise kind(answer)
+        if outcome == WITHHELD:
+            raise DataError(answer)
+        raise FedKSeedError(answer) if outcome == REFUSED else RuntimeError(answer)
 
     def close(self) -> None:
         """End it for good."""

@@ -20,6 +20,7 @@ from fedkseed.report.summary import (
     seconds_by_round,
     traffic,
 )
+from fedkseed.text import counted
 
 
 def charts(record: RunRecord) -> list[Chart]:
@@ -44,7 +45,7 @@ def _held_out_loss(record: RunRecord) -> Chart:
     elif shown:
         alt += f": {units.loss(shown[0].loss)} at round {shown[0].server_round}, the only one so far"
     if diverged:
-        alt += f"; not finite at {units.counted(len(diverged), 'evaluation')}, first at round {diverged[0]}"
+        alt += f"; not finite at {counted(len(diverged), 'evaluation')}, first at round {diverged[0]}"
         return Chart(name, title, f"{alt}.", "Crosses mark rounds whose loss is not a number: the run diverged there.", draw)
     return Chart(name, title, f"{alt}.", "The solid line should fall below the dashed one, which is the first value.", draw)
 
@@ -65,7 +66,7 @@ def _training_loss(record: RunRecord) -> Chart:
         (first, start), (last, end) = shown[0], shown[-1]
         alt += f": {units.loss(start)} at round {first.server_round}, {units.loss(end)} at round {last.server_round}"
     if diverged:
-        alt += f"; not finite at {units.counted(len(diverged), 'round')}, first at round {diverged[0]}"
+        alt += f"; not finite at {counted(len(diverged), 'round')}, first at round {diverged[0]}"
     caption = "Each round asks other clients with other records: the wider the band, the less one round's mean says."
     return Chart(name, title, f"{alt}.", caption, draw)
 
@@ -83,7 +84,7 @@ def _bytes(record: RunRecord) -> Chart:
         [r.server_round for r in rounds], [r.bytes_down for r in rounds], [r.bytes_up for r in rounds], references
     )
     alt = (
-        f"Line chart on a logarithmic scale: on average {units.exact(moved.down)} bytes down and {units.exact(moved.up)} up "
+        f"Line chart on a logarithmic scale: on average {moved.down:,.0f} bytes down and {moved.up:,.0f} up "
         f"per client and round, beside {' and '.join(references)}."
     )
     caption = "How many decades lie between the solid lines and the dashed ones; every step of the axis is a factor of ten."
@@ -102,7 +103,7 @@ def _seed_use(record: RunRecord) -> Chart | None:
         return absent(name, title, "The ledger holds no step: none was taken, or all were dropped.")
     unused = int((counts == 0).sum())
     alt = (
-        f"Histogram: {units.counted(int(counts.sum()), 'step')} over {units.counted(counts.size, 'seed')}, "
+        f"Histogram: {counted(int(counts.sum()), 'step')} over {counted(counts.size, 'seed')}, "
         f"each used {counts.min()} to {counts.max()} times; {unused:,} were never used."
     )
     pro = record.config.facts.draws == "importance"
@@ -124,7 +125,7 @@ def _seed_probabilities(record: RunRecord) -> Chart | None:
     share = seed_probabilities(record.config, history.grad_sums, history.grad_counts)
     ratios = share * share.size
     alt = (
-        f"Probabilities of {units.counted(share.size, 'seed')}, largest first: from {ratios.max():.2f} to {ratios.min():.2f} "
+        f"Probabilities of {counted(share.size, 'seed')}, largest first: from {ratios.max():.2f} to {ratios.min():.2f} "
         f"times the uniform probability of {1 / share.size:.3g}."
     )
     caption = (
@@ -144,7 +145,7 @@ def _participation(record: RunRecord) -> Chart:
         [p.accepted for p in seen] + rest, [p.refused for p in seen] + rest, [p.missing for p in seen] + rest
     )
     alt = (
-        f"Columns of {units.counted(len(seen) + never, 'client')}: {len(seen):,} were asked, at most {seen[0].asked} times; "
+        f"Columns of {counted(len(seen) + never, 'client')}: {len(seen):,} were asked, at most {seen[0].asked} times; "
         f"{never:,} never. Replies refused: {sum(p.refused for p in seen):,}; "
         f"not come: {sum(p.missing for p in seen):,}."
     )

@@ -13,6 +13,7 @@ from fedkseed.report.reading import Round, RunRecord, is_finite
 from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.settings import RunConfig
+from fedkseed.text import counted
 
 ANSWERS_SHOWN = 5
 LONGEST_ANSWER = 600
@@ -47,7 +48,7 @@ def _status(record: RunRecord) -> list[Html]:
     seeds = f"K = {config.num_seeds:,} {config.noise} seeds, " if config.facts.has_ledger else ""
     about = (
         f"{config.algorithm} on {config.model}: {_clients_of(record)}, "
-        f"{seeds}{units.counted(config.local_steps, 'step')} per client and round."
+        f"{seeds}{counted(config.local_steps, 'step')} per client and round."
     )
     lines = [tag("p", about, class_="quiet")]
     if record.finished:
@@ -80,7 +81,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _clients_of(record: RunRecord) -> str:
-    return units.counted(record.num_clients, "client") if record.num_clients else "clients that are not known"
+    return counted(record.num_clients, "client") if record.num_clients else "clients that are not known"
 
 
 def _cards(record: RunRecord) -> list[Html]:
@@ -96,7 +97,7 @@ def _cards(record: RunRecord) -> list[Html]:
             "Rounds done",
             f"{record.rounds_done} of {record.config.num_rounds}",
             f"in {units.duration(seconds)}, evaluation included" if seconds else "",
-            f"{units.counted(dropped, 'step')} dropped" if dropped else "",
+            f"{counted(dropped, 'step')} dropped" if dropped else "",
         )
     )
     moved = traffic(record.rounds)
@@ -105,8 +106,8 @@ def _cards(record: RunRecord) -> list[Html]:
     cards.append(
         card(
             "Bytes per client and round",
-            f"{units.exact(moved.both)} B",
-            f"{units.exact(moved.down)} B down, {units.exact(moved.up)} B up",
+            f"{moved.both:,.0f} B",
+            f"{moved.down:,.0f} B down, {moved.up:,.0f} B up",
             _compared(moved.both, PAPER_BYTES, f"the paper's {PAPER_BYTES:,} B"),
         )
     )
@@ -115,7 +116,7 @@ def _cards(record: RunRecord) -> list[Html]:
         card(
             "Bytes in total",
             units.size(moved.total),
-            f"{units.exact(moved.total_down)} B down, {units.exact(moved.total_up)} B up, all clients and rounds",
+            f"{moved.total_down:,.0f} B down, {moved.total_up:,.0f} B up, all clients and rounds",
             _compared(moved.total, 2.0 * weights * moved.exchanges, "sending the float weights") if weights else "",
         )
     )
@@ -142,7 +143,7 @@ def _loss_card(record: RunRecord) -> Html:
     if before is None:
         return card(name, units.loss(after.loss), f"after round {after.server_round}; the base model was not evaluated")
     percent = change(before.loss, after.loss)
-    records = f", on {units.counted(after.num_examples, 'record')}" if after.num_examples else ""
+    records = f", on {counted(after.num_examples, 'record')}" if after.num_examples else ""
     moved = f"{units.percent(percent)} after" if percent is not None else "after"
     return card(name, f"{units.loss(before.loss)} → {units.loss(after.loss)}", f"{moved} round {after.server_round}{records}")
 
@@ -157,7 +158,7 @@ def _answers(record: RunRecord) -> list[Html]:
         texts = {"asked": answer.asked, "wanted": answer.wanted, "before": answer.before, "after": answer.after}
         parts = [part for name, text in texts.items() for part in (tag("dt", name), tag("dd", _told(text)))]
         panels.append(tag("dl", parts, class_="panel answer"))
-    text = f"The first {units.counted(len(shown), 'held-out record')} of those that were answered, greedily; not the best."
+    text = f"The first {counted(len(shown), 'held-out record')} of those that were answered, greedily; not the best."
     return [tag("h2", "Answers before and after"), tag("p", text, class_="quiet"), tag("div", panels, class_="answers")]
 
 
@@ -197,9 +198,9 @@ def _bytes_table(record: RunRecord, moved: Traffic) -> Html:
     rows: list[list[Text]] = [[name, *map(_amount, (column[i] for column in columns))] for i, name in enumerate(names)]
     caption = (
         f"Bytes per client and round as encoded, headers included, and in total for "
-        f"{units.counted(moved.exchanges, 'request')}. The paper's number is for K = 4,096 and 200 steps; "
+        f"{counted(moved.exchanges, 'request')}. The paper's number is for K = 4,096 and 200 steps; "
         f"this run has {f'K = {config.num_seeds:,} and ' if config.facts.has_ledger else ''}"
-        f"{units.counted(config.local_steps, 'step')}."
+        f"{counted(config.local_steps, 'step')}."
     )
     if config.min_replies > 1:
         caption += " Attempts at a round that were repeated for want of replies are not counted."
@@ -225,13 +226,13 @@ def _rounds(record: RunRecord) -> Html:
         spread = f"{min(own):.2f} to {max(own):.2f}" if own else ""
         notes = [quiet(f"{len(r.client_losses)} of {r.num_asked} replies")] if len(r.client_losses) < r.num_asked else []
         if r.dropped_steps:
-            notes.append(quiet(f"{units.counted(r.dropped_steps, 'step')} dropped"))
+            notes.append(quiet(f"{counted(r.dropped_steps, 'step')} dropped"))
         rows.append(
             [
                 str(n),
                 loss,
                 Html(escape(units.loss(r.train_loss)) + quiet(spread).text),
-                Html(f"{units.exact(r.bytes_down)} / {units.exact(r.bytes_up)}" + "".join(note.text for note in notes)),
+                Html(f"{r.bytes_down:,.0f} / {r.bytes_up:,.0f}" + "".join(note.text for note in notes)),
                 units.duration(r.seconds + (held_out[n].seconds if n in held_out else 0)),
             ]
         )

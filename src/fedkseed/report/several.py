@@ -138,8 +138,8 @@ def _card(place: int, name: str, record: RunRecord) -> Html:
     refused, missing = (sum(len(getattr(r, kind)) for r in record.rounds) for kind in ("refused", "missing"))
     dropped = sum(r.dropped_steps for r in record.rounds)
     lost = {"refused": refused, "not come": missing}
-    told += [f"{units.counted(count, 'reply').replace('replys', 'replies')} {how}" for how, count in lost.items() if count]
-    told += [f"{units.counted(dropped, 'step')} dropped"] if dropped else []
+    told += [f"{counted(count, 'reply', 'replies')} {how}" for how, count in lost.items() if count]
+    told += [f"{counted(dropped, 'step')} dropped"] if dropped else []
     lines = [tag("dd", text, class_="quiet") for text in [f"{config.facts.title} on {Path(config.model).name}", *told]]
     return tag("dl", [tag("dt", [line, name]), tag("dd", figure, class_="figure"), *lines], class_="card")
 

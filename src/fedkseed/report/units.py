@@ -8,11 +8,6 @@ NONE = "\N{EN DASH}"
 """What stands where there is no number."""
 
 
-def exact(value: float) -> str:
-    """With thousands separators; one decimal where it is not whole."""
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
-
-
 def size(num_bytes: float) -> str:
     """Bytes in decimal units, three digits: 682 B, 18 kB, 2.08 MB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -23,8 +18,8 @@ def size(num_bytes: float) -> str:
 
 
 def amount(num_bytes: float) -> str:
-    """Bytes as they are below a million, in decimal units above."""
-    return f"{exact(num_bytes)} B" if num_bytes < 1e6 else size(num_bytes)
+    """Whole bytes below a million, in decimal units above."""
+    return f"{num_bytes:,.0f} B" if num_bytes < 1e6 else size(num_bytes)
 
 
 def loss(value: float | None) -> str:
@@ -59,11 +54,6 @@ def time_unit(seconds: float) -> tuple[str, float]:
 def times(ratio: float) -> str:
     """How many times more or less: two digits, or whole with separators."""
     return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
-
-
-def counted(number: int, noun: str) -> str:
-    """1 round, 2 rounds."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def power_of_ten(exponent: int) -> str:

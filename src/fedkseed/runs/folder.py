@@ -6,7 +6,6 @@ The last of these plus the config is everything. `ledgers/` keeps the ledger of 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import secrets
 import time
@@ -24,7 +23,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
 from fedkseed.runs.layout import CONFIG, LEDGERS, LOCK, METRICS, read_settings
 from fedkseed.runs.ledgers import KeptLedgers
-from fedkseed.runs.metrics import Metrics, best_round, read_metrics
+from fedkseed.runs.metrics import Metrics, best_round, event_line, read_metrics
 from fedkseed.runs.settings import DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
 
@@ -235,7 +234,7 @@ class RunFolder:
         """
         try:
             with (self.path / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(event_line(event))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -254,7 +253,7 @@ class RunFolder:
         kept = [event for event in found.events if event["server_round"] <= server_round]
         try:
             aside = _set_aside(path) if found.damage else None
-            write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept).encode())
+            write_atomically(path, "".join(map(event_line, kept)).encode())
         except OSError as error:
             raise self._cannot_write(error) from error
         return found.damage and f"{found.damage}; all of it is kept as {aside}, and the run goes on from its checkpoint"

@@ -30,6 +30,19 @@ class Metrics:
         return {e["server_round"]: e["eval_loss"] for e in self.events if e["event"] == "evaluation"}
 
 
+def event_line(event: dict[str, Any]) -> str:
+    """An event as a line of the file: JSON, which has no NaN and no infinity; null stands for both."""
+    return json.dumps(_finite(event), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(path: Path) -> Metrics:
     """Read a file of events; a last line that a kill left unfinished is no damage, and no file is no event."""
     try:
@@ -62,6 +75,8 @@ def _event(line: bytes) -> dict[str, Any]:
         raise ValueError("no event")
     if type(event.get("server_round")) is not int or event["server_round"] < 0:
         raise ValueError(f"server_round is {event.get('server_round')!r:.40}")
+    if event.get("eval_loss", 0) is None:
+        event["eval_loss"] = math.nan
     for name in NEEDED.get(event["event"], ()):
         if type(event.get(name)) not in (int, float):
             raise ValueError(f"{name} is {event[name]!r:.40}" if name in event else f"{name} is missing")

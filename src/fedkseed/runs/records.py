@@ -126,7 +126,8 @@ def encoded_for(config: RunConfig, learner: Learner, examples: Sequence[Example]
     length = learner.max_length(config.max_length, config.soft_prompt)
     heard = partial(observer.progress, f"tokenising {what} records")
     encoded = encode(examples, learner.tokenizer, length, config.prompts(), heard, config.long_prompts)
-    observer.note(describe(what, encoded, learner.traits.context))
+    takes = learner.traits.context
+    observer.note(describe(what, encoded, takes and takes - config.soft_prompt))
     learner.check_ids(encoded.examples)
     return encoded
 
@@ -236,7 +237,7 @@ def describe(what: str, encoded: EncodedData, context: int | None = None) -> str
     Args:
         what: what they are called.
         encoded: the records.
-        context: how many tokens the model takes, if that is known.
+        context: how many tokens of a record the model takes, if that is known.
     """
     lost = f" ({why_dropped(encoded.dropped)})" if encoded.dropped else ""
     line = (
@@ -248,13 +249,14 @@ def describe(what: str, encoded: EncodedData, context: int | None = None) -> str
     if encoded.share_harmed <= TOLERATED:
         return line
     harm, whole = ("dropped or lose part of their prompt", " whole") if encoded.num_prompts_cut else ("dropped", "")
-    line, length = f"{WARNING}{line}; {100 * encoded.share_harmed:.0f} % are {harm}", encoded.length_keeping(1 - TOLERATED)
+    line, needed = f"{WARNING}{line}; {100 * encoded.share_harmed:.0f} % are {harm}", encoded.length_keeping(1 - TOLERATED)
+    length = needed if context is None or needed is None else min(needed, context)
     if length is None or not _too_long(encoded, length):
         return line
-    wanted = f"{100 * (1 - TOLERATED):.0f} %{whole}"
-    if context is not None and length > context:
-        return f"{line}: it takes --max-length {length} to keep {wanted}, and the model takes {context}"
-    return f"{line}: --max-length {length} would keep {wanted}"
+    if length == needed:
+        return f"{line}: --max-length {length} would keep {100 * (1 - TOLERATED):.0f} %{whole}"
+    share = sum(need <= length for need in encoded.needed) / len(encoded.needed)
+    return f"{line}: --max-length {length}, the most that the model takes, would keep {100 * share:.0f} %{whole}"
 
 
 def _too_long(encoded: EncodedData, length: int) -> bool:

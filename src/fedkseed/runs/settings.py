@@ -19,7 +19,7 @@ from fedkseed.data import (
     parse_columns,
     resolve_source,
 )
-from fedkseed.errors import ConfigError, DataError
+from fedkseed.errors import ConfigError, DataError, InvalidValueError
 from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.files import read_toml
 from fedkseed.runs.validation import Words, validated
@@ -150,7 +150,10 @@ class RunConfig(FederationConfig):
     def _is_template(cls, value: str, info: ValidationInfo) -> str:
         if value in TEMPLATES or _is_stored(info):
             return value
-        get_template(value)
+        try:
+            get_template(value)
+        except InvalidValueError as error:  # which names it, as the caller will
+            raise ValueError(str(error).removeprefix(f"template {value!r} is ")) from None
         return str(Path(value).resolve())
 
     @field_validator("device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,16 +189,18 @@ def simulate(
     path = new_folder(Path("runs")) if run is None else Path(run)
     config = build(named)
     folder = RunFolder.open(path) if (path / CONFIG).exists() else None
-    if folder is None:
-        config = started(config)
-    else:
-        before = folder.config
-        config = found_out(config, before).model_copy(update={"num_rounds": max(config.num_rounds, before.num_rounds)})
-        check_same(folder, folder.load_checkpoint(), config, None, accept_changes)  # what takes no reading of records
-    learner = load_learner(config, watch, inputs)
-    records = prepare(config, watch, inputs, learner)
-    folder = folder or RunFolder.create(path, records.config)
-    with folder.held():
+    with ExitStack() as stack:
+        if folder is None:
+            config = started(config)
+        else:
+            stack.enter_context(folder.held())  # before anything is loaded
+            before = folder.config
+            config = found_out(config, before).model_copy(update={"num_rounds": max(config.num_rounds, before.num_rounds)})
+            check_same(folder, folder.load_checkpoint(), config, None, accept_changes)  # what takes no reading of records
+        learner = load_learner(config, watch, inputs)
+        records = prepare(config, watch, inputs, learner)
+        folder = folder or RunFolder.create(path, records.config)
+        stack.enter_context(folder.held())
         simulation = Simulation(folder, records, watch, learner.model, trackers, records.config, accept_changes)
         checkpoint = simulation.train()
         simulation.restore()
