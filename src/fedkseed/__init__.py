@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedkseed.kseed.server import Server, seed_pool
     from fedkseed.kseed.sharing import load
     from fedkseed.models.binding import Binding, bind
+    from fedkseed.models.lora import seed_lora
     from fedkseed.noise.pool import SeedPool
     from fedkseed.runs.progress import Progress
     from fedkseed.runs.scoring import evaluate
@@ -50,6 +51,7 @@ _HOMES = {
     "merge": "fedkseed.kseed.arithmetic",
     "prepare": "fedkseed.kseed.adapter",
     "release": "fedkseed.kseed.adapter",
+    "seed_lora": "fedkseed.models.lora",
     "seed_pool": "fedkseed.kseed.server",
     "simulate": "fedkseed.runs.simulation",
     "swap": "fedkseed.kseed.applied",
@@ -77,6 +79,7 @@ __all__ = [
     "merge",
     "prepare",
     "release",
+    "seed_lora",
     "seed_pool",
     "simulate",
     "swap",
