@@ -7,11 +7,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 import fedkseed as fk
+from fedkseed.data import EncodedExample, collate
+from fedkseed.evaluation import mean_loss
 from fedkseed.federation import FederationConfig
 from fedkseed.kseed.messages import TrainReply
 from fedkseed.kseed.rounding import pack
@@ -125,6 +128,28 @@ def steps(model: torch.nn.Module, rounds: int) -> list[Row]:
     ]
 
 
+def unlike_records(model: torch.nn.Module, rounds: int) -> list[Row]:
+    """A forward pass of four records as long as Dolly's are (eighths 1, 3, 5, 7 of them, cut at 256), split and in one."""
+    lengths = (41, 86, 161, 256)
+    batch = collate([EncodedExample(np.full(n, 7, np.int32), n // 2) for n in lengths], pad_id=0)
+
+    @torch.inference_mode()
+    def loss() -> float:
+        return mean_loss(model, batch).item()
+
+    def in_one_pass() -> float:
+        with patch("fedkseed.data.batch.PASS_COST", 1 << 40):
+            return loss()
+
+    seconds = measure({"one": in_one_pass, "split": loss}, rounds)
+    positions = sum(part.input_ids.numel() for part in batch.passes())
+    padding = 100 * (1 - sum(lengths) / positions)
+    return [
+        ratio("a batch of four unlike records, in several passes / in one", seconds["split"], seconds["one"]),
+        Row("padding in it", padding, "%", padding, padding, must=10),
+    ]
+
+
 def memory(model: torch.nn.Module) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -180,5 +205,5 @@ def message_bytes() -> list[Row]:
 
 def main(rounds: int = 7) -> None:
     model = smollm2()
-    rows = [*steps(model, rounds), *memory(model), *message_bytes()]
+    rows = [*steps(model, rounds), *unlike_records(model, rounds), *memory(model), *message_bytes()]
     report("A local step of SmolLM2-135M's shapes on the CPU, float32, batch 1", "step-cpu", rows)
