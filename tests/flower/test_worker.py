@@ -78,12 +78,18 @@ def test_a_worker_that_is_killed_in_the_middle_is_one_error_and_the_next_message
 
 
 def test_it_ends_with_who_started_it() -> None:
-    script = "import time; from fedkseed.flower.worker import Worker; print(Worker()._process.pid, flush=True); time.sleep(99)"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as starter:
+    script = (
+        "import time; from fedkseed.flower.worker import Worker\n"
+        "made = Worker(); print(made._process.pid, made._folder.name, flush=True); time.sleep(99)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None
-        child = psutil.Process(int(starter.stdout.readline()))
+        pid, folder = starter.stdout.readline().split()
+        child = psutil.Process(int(pid))
+        assert Path(folder).is_dir()
         starter.kill()
         child.wait(timeout=30)
+    assert not Path(folder).exists()
 
 
 def test_an_app_hands_on_and_loads_by_itself_where_no_worker_is(

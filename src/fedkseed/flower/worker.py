@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -123,7 +124,7 @@ def _is_running(pid: int) -> bool:
 
 def serve(folder: str) -> None:
     """Answer one question after the other; never returns."""
-    threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(sys.stdin.fileno(), folder), daemon=True).start()
     from fedkseed.flower.participant import participant_of  # torch, which takes seconds
 
     with Listener(str(Path(folder) / f"{os.getpid()}"), "AF_UNIX") as listener:
@@ -151,9 +152,10 @@ def serve(folder: str) -> None:
                     channel.send_bytes(msgpack.packb(reply))
 
 
-def _end_with(stdin: int) -> None:
-    """End this process when the launcher is gone."""
+def _end_with(stdin: int, folder: str) -> None:
+    """End this process when who has started it is gone, which may have had no time to clean up."""
     os.read(stdin, 1)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
