@@ -72,6 +72,7 @@ def test_a_worker_that_is_killed_in_the_middle_is_one_error_and_the_next_message
     threading.Timer(0.3, before.kill).start()
     with pytest.raises(RunError, match="ended in the middle"):
         made.ask("hello", *about(sites), b"")
+    made._process.wait()
     made.renew()
     assert process_of(made).pid != before.pid
     assert made.ask("hello", *about(sites), b"")
@@ -122,6 +123,18 @@ def test_what_forks_for_each_message_holds_no_torch() -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_whose_socket_somebody_has_removed_is_replaced(made: Worker, sites: Path) -> None:
+    made.renew()
+    made.ask("hello", *about(sites), b"")
+    made.look()
+    before = process_of(made)
+    made._address.unlink()
+    made.renew()
+    assert not before.is_running()
+    assert made.ask("hello", *about(sites), b"")
+
+
+@pytest.mark.slow
 def test_work_that_nobody_waits_for_any_more_ends(made: Worker, sites: Path) -> None:
     """As when `flwr stop` ends the process that asked."""
     made.renew()
@@ -130,7 +143,7 @@ def test_work_that_nobody_waits_for_any_more_ends(made: Worker, sites: Path) -> 
     os.mkfifo(data)  # who reads it waits
     script = (
         "from fedkseed.flower.worker import Client, msgpack\n"
-        f"channel = Client({made._address!r}, 'AF_UNIX')\n"
+        f"channel = Client({str(made._address)!r}, 'AF_UNIX')\n"
         f"channel.send_bytes(msgpack.packb(['hello', *{about(sites, data=str(data))!r}, b'']))\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -65,7 +65,7 @@ def serve(address: str, supernode: int) -> NoReturn:
         else:
             time.sleep(POLL_SECONDS)
         multiprocessing.active_children()  # reaps
-        worker.current.reap()
+        worker.current.look()
 
 
 if __name__ == "__main__":

@@ -39,19 +39,20 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fedkseed-worker-")  # for this user only
-        self._process = self._start()
+        self._start()
 
-    def reap(self) -> None:
-        """Take note if it has ended, so that who is about to ask does not wait for it."""
+    def look(self) -> None:
+        """Take note if it has ended, so that who is about to ask does not wait for it, and of when it is ready."""
         self._process.poll()
+        self._was_ready |= self._address.exists()
 
     def renew(self) -> None:
-        """Start it again if it has ended."""
-        if self._process.poll() is not None:
+        """Start it again if it has ended, or if its socket is gone, as when somebody has cleaned up."""
+        self.look()
+        if self._process.returncode is not None or (self._was_ready and not self._address.exists()):
             log(WARNING, "the node's worker has ended (exit code %s); another one starts", self._process.returncode)
-            self._end()
-            self._process = self._start()
+            self.close()
+            self._start()
 
     def ask(self, kind: str, run_id: int, run_config: Mapping[str, Any], node_config: Mapping[str, Any], data: bytes) -> bytes:
         """What `fedkseed.flower.participant.Participant` answers to a message; waits while the process still starts.
@@ -82,27 +83,25 @@ class Worker:
         raise FedKSeedError(answer) if outcome == REFUSED else RuntimeError(answer)
 
     def close(self) -> None:
-        """End it for good."""
-        self._end()
-        self._folder.cleanup()
-
-    def _end(self) -> None:
+        """End it."""
         self._process.kill()
         with self._process:  # waits, and closes its input
-            pass
+            self._folder.cleanup()
 
     @property
-    def _address(self) -> str:
-        return str(Path(self._folder.name) / f"{self._process.pid}")
+    def _address(self) -> Path:
+        return Path(self._folder.name) / "socket"
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fedkseed-worker-", ignore_cleanup_errors=True)  # for this user only
+        self._was_ready = False
         # its standard input closes when this process ends, however it ends
-        return subprocess.Popen([sys.executable, "-c", SERVE, self._folder.name], stdin=subprocess.PIPE)
+        self._process = subprocess.Popen([sys.executable, "-c", SERVE, self._folder.name], stdin=subprocess.PIPE)
 
     def _connect(self) -> Connection[Any, Any]:
         while True:
             try:
-                return Client(self._address, "AF_UNIX")
+                return Client(str(self._address), "AF_UNIX")
             except (FileNotFoundError, ConnectionRefusedError):
                 if not _is_running(self._process.pid):
                     raise ConnectionError(f"the node's worker (process {self._process.pid}) is not there") from None
@@ -127,7 +126,7 @@ def serve(folder: str) -> None:
     threading.Thread(target=_end_with, args=(sys.stdin.fileno(), folder), daemon=True).start()
     from fedkseed.flower.participant import participant_of  # torch, which takes seconds
 
-    with Listener(str(Path(folder) / f"{os.getpid()}"), "AF_UNIX") as listener:
+    with Listener(str(Path(folder) / "socket"), "AF_UNIX") as listener:
         while True:
             with listener.accept() as channel:
                 try:
