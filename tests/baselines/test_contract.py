@@ -472,6 +472,8 @@ OTHER_VALUES: dict[str, Any] = {
     "train": "model.norm.weight",
     "freeze": "model.norm.weight",
     "directions": 3,
+    "secure_sums": "on",
+    "secure_clip": 5.5,
 }
 
 

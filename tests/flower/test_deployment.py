@@ -159,6 +159,22 @@ def test_nodes_keep_their_pages_from_process_to_process(
 
 
 @pytest.mark.slow
+def test_secure_sums_end_in_the_ledger_of_a_simulation(
+    deployment: Deployment, sites: Path, tmp_path: Path, one_thread: None
+) -> None:
+    """What a node keeps from phase to phase is in its SuperNode; its node key signs for it."""
+    bring_up(deployment, sites, ())
+    for name in SITES:
+        own = {"SECURE_SUMS": "required", "KEYS": str(deployment.credentials)}
+        deployment.start_node(name, sites / f"{name}.jsonl", sites / "model", **own)
+    deployment.submit(settings(deployment, sites, num_rounds=2, secure_sums="on"))
+    deployment.wait_for_round(2)
+    expected = simulated(sites, tmp_path / "simulated", num_rounds=2, secure_sums="on").train()
+    assert Ledger.load(deployment.run / "ledger.safetensors").digest() == expected.digest()
+    assert [(event["refused"], event["missing"]) for event in rounds(deployment)] == [({}, [])] * 2
+
+
+@pytest.mark.slow
 def test_a_node_without_a_registered_key_is_turned_away(deployment: Deployment, sites: Path) -> None:
     deployment.make_credentials(*SITES, "stranger")
     deployment.start_superlink()

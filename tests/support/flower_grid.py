@@ -96,11 +96,11 @@ class MemoryGrid(Grid):
 
 def node(sites: Path, name: str, config: dict[str, Any], **node_config: Any) -> Answer:
     """A real ClientApp."""
-    app = client_app()
+    app, state = client_app(), RecordDict()  # which a SuperNode keeps from message to message
     own = {"name": name, "data": str(sites / f"{name}.jsonl"), **{k.replace("_", "-"): v for k, v in node_config.items()}}
 
     def answer(message: Message) -> Message:
-        context = Context(1, message.metadata.dst_node_id, own, RecordDict(), config)
+        context = Context(1, message.metadata.dst_node_id, own, state, config)
         return app(message, context)
 
     return answer
@@ -118,9 +118,10 @@ def engine(config: dict[str, Any], num_nodes: int) -> MemoryGrid:
     grid, app = MemoryGrid(), client_app()
     for i in range(num_nodes):
         own: dict[str, Any] = {"partition-id": i, "num-partitions": num_nodes}
+        state = RecordDict()
 
-        def answer(message: Message, own: dict[str, Any] = own) -> Message:
-            return app(message, Context(1, message.metadata.dst_node_id, own, RecordDict(), config))
+        def answer(message: Message, own: dict[str, Any] = own, state: RecordDict = state) -> Message:
+            return app(message, Context(1, message.metadata.dst_node_id, own, state, config))
 
         grid.add(i + 1, answer)
     return grid

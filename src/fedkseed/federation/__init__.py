@@ -1,7 +1,7 @@
 """What every algorithm shares, as state machines without a transport: rounds, envelope, settings, schedule, tasks."""
 
 from fedkseed.federation.config import FederationConfig
-from fedkseed.federation.rounds import Checkpoint, Contribution, Outcome, Refusal, Rounds, count_steps, shares
+from fedkseed.federation.rounds import Checkpoint, Contribution, Outcome, Refusal, Rounds, Summed, count_steps, shares
 
 __all__ = [
     "Checkpoint",
@@ -10,6 +10,7 @@ __all__ = [
     "Outcome",
     "Refusal",
     "Rounds",
+    "Summed",
     "count_steps",
     "shares",
 ]

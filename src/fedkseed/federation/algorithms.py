@@ -87,6 +87,7 @@ CHANGES = (
     "checkpointing",
 )  # fmt: skip
 SCALARS = ("directions",)
+SUMS = ("secure_sums", "secure_clip")
 IMPORTANCE = ("importance_clip", "importance_start")
 TENSORS = ("max_value",)
 LORA = (*TENSORS, "lora_rank", "lora_alpha")
@@ -97,7 +98,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     for row in (
         Algorithm(
             "fedkseed", "FedKSeed", "draws seeds uniformly",
-            "scalars", "two-point", "uniform", on_flower=True, settings=(*SEEDS, *SCALARS, *IMPORTANCE),
+            "scalars", "two-point", "uniform", on_flower=True, settings=(*SEEDS, *SCALARS, *IMPORTANCE, *SUMS),
         ),
         Algorithm(
             "fedkseed-pro", "FedKSeed-Pro", "prefers seeds whose gradients were large",
@@ -105,7 +106,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm(
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",
-            "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES, *TENSORS),
+            "changes", "gradient", usual_lr=1e-3, on_flower=True, settings=(*SEEDS, *CHANGES, *TENSORS, *SUMS),
         ),
         Algorithm(
             "fedavg", "FedAvg", "all parameters by SGD",

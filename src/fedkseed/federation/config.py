@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
-from fedkseed.federation.envelope import LARGEST_STEP, MAX_STEPS, SMALLEST_STEP
+from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 
 if TYPE_CHECKING:  # which cannot know the tables' names
@@ -19,6 +19,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[float, Field(ge=SMALLEST_STEP, le=LARGEST_STEP)]
 """A learning rate or probe distance."""
 Count = Annotated[int, Field(ge=1)]
+MIN_COHORT, MOST_WEIGHT = 3, 0.5
+"""Of a secure sum: in one of two clients each would know the other's part, and one that mostly is one client's tells of it."""
 
 
 class FederationConfig(BaseModel):
@@ -109,6 +111,12 @@ class FederationConfig(BaseModel):
     checkpointing: Literal["off", "on"] = Field(
         "off", description="Recompute activations in the backward pass: less memory, more time."
     )
+    secure_sums: Literal["off", "on"] = Field(
+        "off", description="The server learns the sum of a round's replies and none of them (docs/secure-sums.md)."
+    )
+    secure_clip: Annotated[float, Field(ge=SMALLEST_CLIP, le=LARGEST_CLIP)] = Field(
+        1000.0, description="With --secure-sums on: a client's numbers are clipped to this."
+    )
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="Seed of everything random in the run.")
 
     @field_validator("*", mode="before")
@@ -140,6 +148,27 @@ class FederationConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sums_hide_replies(self) -> Self:
+        if self.secure_sums == "off":
+            return self
+        if self.two_point_clients:
+            raise ValueError(
+                f"--secure-sums is on and --two-point-clients {self.two_point_clients}; scalars and changes are weighed "
+                "against each other one by one, which nobody can in a sum, so leave out one of the two"
+            )
+        if self.local_unit != "steps":
+            raise ValueError(
+                f"--secure-sums is on and --local-unit {self.local_unit}; whoever takes more steps than the others would be "
+                "alone with them, so take steps"
+            )
+        if self.max_share is not None and self.max_share > MOST_WEIGHT:
+            raise ValueError(
+                f"--secure-sums is on and --max-share {self.max_share}; a sum that mostly is one client's tells of it, so take "
+                f"at most {MOST_WEIGHT}"
+            )
+        return self
+
     def _check_changes(self) -> None:
         power_of_two = self.num_seeds >= MIN_BLOCK and self.num_seeds & (self.num_seeds - 1) == 0
         if self.basis == "table" and not (FAMILIES[self.noise].has_table and power_of_two):
@@ -167,6 +196,19 @@ class FederationConfig(BaseModel):
     def soft_prompt(self) -> int:
         """How many tokens of the model's context a soft prompt takes."""
         return self.num_virtual_tokens if self.facts.has_soft_prompt else 0
+
+    @property
+    def same_seeds(self) -> bool:
+        """Whether all two-point clients of a round step along the same seeds.
+
+        They do in secure sums: along seeds of its own, each would be alone in the sum of these.
+        """
+        return self.secure_sums == "on"
+
+    @property
+    def min_cohort(self) -> int:
+        """How many clients a round must ask at least."""
+        return max(self.min_replies, MIN_COHORT if self.secure_sums == "on" else 1)
 
     def cohort_size(self, num_clients: int) -> int:
         """How many of the clients take part in a round: max(1, int(m N))."""

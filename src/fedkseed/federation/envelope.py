@@ -22,11 +22,15 @@ VERSION = 1
 MAX_FIELDS = 64
 MAX_STEPS = 65535
 MAX_NAME_BYTES = 64
+ANYBODY = "-"
+"""In place of a client's name."""
 RUN_ID_BYTES, DIGEST_BYTES = 8, 32
 LOOKALIKES = {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE"}
 """Alphabets that share the shapes of letters, by the first word of a letter's Unicode name."""
 SMALLEST_STEP, LARGEST_STEP = 1e-37, 1e37
 """Of a learning rate or probe distance: what float32 can tell from 0 and add up."""
+SMALLEST_CLIP, LARGEST_CLIP = 1e-6, 1e9
+"""Of the numbers in a secure sum."""
 
 
 def pack_fields(kind: str, values: list[Any]) -> bytes:

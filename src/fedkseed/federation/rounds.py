@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation.config import FederationConfig
@@ -15,6 +18,7 @@ from fedkseed.federation.schedule import learning_rate
 from fedkseed.randomness import generator
 
 MAX_ATTEMPTS = 3
+Status = Literal["closed", "repeat", "failed"]
 PROJECTED_GRAD_RMS, CHANGE_NORM = "projected_grad_rms", "change_norm"
 """What replies send, by size: the root mean square of a client's scalars, the length of its change of K coefficients."""
 MOST_GUESSES = 10_000
@@ -43,6 +47,23 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Summed:
+    """What is known of a cohort's vectors where only their sum is (docs/secure-sums.md).
+
+    Attributes:
+        weights: p_i of those in it, by client in the order of the names; together 1.
+        mean: the weighted mean of their vectors, float64[K].
+        loss: the weighted mean of their training losses, None if there is none.
+        dropped_steps: how many steps they dropped together.
+    """
+
+    weights: Mapping[str, float]
+    mean: NDArray[np.float64]
+    loss: float | None
+    dropped_steps: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a round's replies.
 
@@ -53,18 +74,22 @@ class Outcome:
         refusals: the others that came.
         missing: clients that were asked and sent nothing.
         accepted: the bytes of the accepted replies, by client.
+        summed: the sum of the replies, where none of them is known.
     """
 
     server_round: int
-    status: Literal["closed", "repeat", "failed"]
+    status: Status
     contributions: tuple[Contribution, ...]
     refusals: tuple[Refusal, ...]
     missing: tuple[str, ...]
     accepted: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    summed: Summed | None = None
 
     @property
     def dropped_steps(self) -> int:
         """Steps that the accepted clients dropped."""
+        if self.summed is not None:
+            return self.summed.dropped_steps
         return sum(contribution.dropped_steps for contribution in self.contributions)
 
 
@@ -155,6 +180,10 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
     def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> None:
         """Move the checkpoint on by the accepted replies, in the order of the clients' names."""
 
+    def _close_mean(self, mean: NDArray[np.float64]) -> None:
+        """Move the checkpoint on by the weighted mean of vectors of which none is known, where clients can send such."""
+        raise RunError(f"{self.config.algorithm} has no use for a sum of vectors; leave out --secure-sums")
+
     def _sizes(self, request: RequestT, reply: ReplyT) -> Mapping[str, float]:
         """How large what an accepted reply sends is, by the names that `metrics.jsonl` has for it; nothing by default."""
         return {}
@@ -184,6 +213,11 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             raise RunError(
                 f"a round asks {cohort_size} of {len(clients)} clients, too few for min_replies = {self.config.min_replies}; "
                 "raise --fraction-train or --num-clients, or lower --min-replies"
+            )
+        if cohort_size < self.config.min_cohort:
+            raise RunError(
+                f"a round asks {cohort_size} of {len(clients)} clients, and a secure sum hides nobody among fewer than "
+                f"{self.config.min_cohort}; raise --fraction-train or --num-clients"
             )
         known = dict(num_examples or {})
         self.steps = {name: count_steps(self.config, known.get(name), name) for name in clients}
@@ -222,7 +256,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         server_round = self.checkpoint.round + 1
         draw = generator(self.config.seed, server_round, self._attempt, "cohort")
         others = [name for name in self.clients if name not in self._failed]
-        asked = others if len(others) >= self.config.min_replies else self.clients
+        asked = others if len(others) >= self.config.min_cohort else self.clients
         cohort = sorted(draw.choice(asked, min(self.cohort_size, len(asked)), replace=False).tolist())
         lr = learning_rate(self.config.schedule, self.config.lr, server_round - 1, self.config.num_rounds)
         self._pending = dict(self._requests(server_round, self._attempt, cohort, lr))
@@ -260,12 +294,10 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         server_round = self.checkpoint.round + 1
         missing = tuple(sorted(set(self._pending) - answered))
         if len(weights) < self.config.min_replies:
-            self._attempt += 1
-            self._failed |= self._pending.keys() - accepted.keys()
-            status: Literal["closed", "repeat", "failed"] = "failed" if self._attempt >= MAX_ATTEMPTS else "repeat"
+            status = self._repeat(self._pending.keys() - accepted.keys())
         else:
             self._close({name: accepted[name] for name in weights}, weights)
-            self._attempt, self._failed, status = 0, set(), "closed"
+            status = self._closed()
         contributions = tuple(self._contribution(accepted[name], weights[name]) for name in weights)
         self._pending = {}
         return Outcome(server_round, status, contributions, tuple(refusals), missing, taken)
@@ -284,6 +316,49 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         self._pending = dict(requests)
         self._close({name: accepted[name] for name in weights}, weights)
         self._pending = {}
+
+    def absorb_sum(self, summed: Summed | None, refusals: Sequence[Refusal], missing: Sequence[str]) -> Outcome:
+        """Close the round with the sum of what its clients sent, or ask for another attempt.
+
+        Args:
+            summed: the sum; None if too few clients stayed.
+            refusals, missing: see `Outcome`.
+
+        Raises:
+            RunError: no round is planned.
+        """
+        if not self._pending:
+            raise RunError("no round is planned; call plan() before absorb_sum()")
+        server_round = self.checkpoint.round + 1
+        contributions: tuple[Contribution, ...] = ()
+        if summed is None:
+            status = self._repeat({*missing, *(refusal.client for refusal in refusals)} & self._pending.keys())
+        else:
+            self._close_mean(summed.mean)
+            status = self._closed()
+            steps = sum(request.num_steps for request in self._pending.values())
+            summed = replace(summed, dropped_steps=min(summed.dropped_steps, steps))  # anything, if one of them lied
+            contributions = tuple(
+                Contribution(name, weight, self._num_examples[name], self._pending[name].num_steps, 0, None)
+                for name, weight in summed.weights.items()
+            )
+        self._pending = {}
+        return Outcome(server_round, status, contributions, tuple(refusals), tuple(missing), summed=summed)
+
+    def sizes(self) -> dict[str, int]:
+        """What each client that is asked weighs by: its number of records, or 1."""
+        by_examples = self.config.weighting == "examples"
+        return {name: self._num_examples[name] if by_examples else 1 for name in self._pending}
+
+    def _repeat(self, failed: Collection[str]) -> Status:
+        """Another attempt, if one is left, without those that have failed this one."""
+        self._attempt += 1
+        self._failed |= set(failed)
+        return "failed" if self._attempt >= MAX_ATTEMPTS else "repeat"
+
+    def _closed(self) -> Status:
+        self._attempt, self._failed = 0, set()
+        return "closed"
 
     def _checked(self, sender: str, data: bytes) -> ReplyT:
         reply, request = self._decode(data), self._pending.get(sender)

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedkseed.errors import FedKSeedError
-from fedkseed.flower import worker
+from fedkseed.flower import summing, worker
 from fedkseed.flower.envelope import unwrap, wrap
 from fedkseed.flower.log import log
 from fedkseed.flower.roll import HELLO
@@ -32,7 +32,12 @@ def client_app() -> ClientApp:
 def _answering(kind: str) -> Callable[[Message, Context], Message]:
     def respond(message: Message, context: Context) -> Message:
         try:
-            return Message(wrap(_answer(kind, unwrap(message), context)), reply_to=message)
+            data = unwrap(message)
+            if kind == "train" and summing.is_on(context):
+                reply = summing.kept(context, _answer("add", summing.with_kept(context, data), context))
+            else:
+                reply = _answer(kind, data, context)
+            return Message(wrap(reply), reply_to=message)
         except FedKSeedError as error:
             log(ERROR, "fedkseed: %s", error)
             told = WITHHELD if error.private else str(error)

@@ -22,7 +22,7 @@ from fedkseed.runs.settings import DEALING, RunConfig, SimulationConfig
 from fedkseed.runs.trackers import TRACKERS
 from fedkseed.runs.validation import Words, validated
 
-NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation")
+NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation", "secure-sums", "key", "keys")
 CHANGEABLE = ("run", "clients", "num_rounds", "min_clients", "deadline", "eval_every", "eval_limit", "eval_data")
 """What may differ when a run is gone on with: none of it says what a client computes."""
 MOVABLE = {"model", "data", "template"}
@@ -133,6 +133,8 @@ class Node:
         eval_data: its own records to evaluate on, if it has any.
         state: the folder of what it keeps between messages.
         backpropagation: whether it can backpropagate.
+        sums_only: whether it answers nothing that shows its own numbers, whatever the server says.
+        key, keys: its private key and the folder of all nodes' public ones, where secure sums are bound to them.
     """
 
     client: str | int
@@ -141,6 +143,9 @@ class Node:
     eval_data: str | None = None
     state: Path = field(default_factory=lambda: cache_folder() / "pages")
     backpropagation: bool = True
+    sums_only: bool = False
+    key: Path | None = None
+    keys: Path | None = None
 
 
 def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Node:
@@ -176,6 +181,14 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
     able = node_config.get("backpropagation") or "yes"
     if able not in ("yes", "no"):
         raise ConfigError(f'node-config backpropagation is {able!r}; expected "yes" or "no"')
+    sums = node_config.get("secure-sums") or "allowed"
+    if sums not in ("allowed", "required"):
+        raise ConfigError(f'node-config secure-sums is {sums!r}; expected "allowed" or "required"')
+    paths = {key: Path(str(node_config[key])) for key in ("key", "keys") if node_config.get(key)}
+    if len(paths) == 1:
+        raise ConfigError(
+            f"node-config has {next(iter(paths))} alone; give key, this node's, and keys, the folder of all nodes'"
+        )
     state = {"state": Path(str(node_config["state"]))} if node_config.get("state") else {}
     if state and state["state"].exists() and not state["state"].is_dir():
         raise ConfigError(f"node-config state is {node_config['state']!r}: no folder; give one that the node may write")
@@ -185,7 +198,14 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
     own |= {key: node_config[key] for key in ("model", "columns") if key in node_config}
     eval_data = str(node_config["eval-data"]) if node_config.get("eval-data") else None
     return Node(
-        str(node_config["name"]), read_config(own), str(node_config["data"]), eval_data, backpropagation=able == "yes", **state
+        str(node_config["name"]),
+        read_config(own),
+        str(node_config["data"]),
+        eval_data,
+        backpropagation=able == "yes",
+        sums_only=sums == "required",
+        **paths,
+        **state,
     )
 
 

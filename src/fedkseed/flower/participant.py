@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fedkseed.data import EncodedExample, read_source
 from fedkseed.errors import ConfigError, ProtocolError
+from fedkseed.flower import summing
 from fedkseed.flower.config import EngineConfig, FlowerConfig, node_settings
 from fedkseed.flower.envelope import Evaluation, Hello, Lacking
 from fedkseed.flower.kept import KeptPages
@@ -145,15 +146,25 @@ class Participant:
             self._held_out = (
                 drawn(config, read_examples(config, learner, node.eval_data, "evaluation", "test")) if node.eval_data else []
             )
-        self._config, self._backpropagation = config, node.backpropagation
+        self._node, self._config, self._backpropagation = node, config, node.backpropagation
         self._loaded = loaded.bound
         self._kept = KeptPages(node.state, self.name, self._loaded.identity)
         self._seconds_loading = time.perf_counter() - begin
 
     def answer(self, kind: str, data: bytes) -> bytes:
-        """The answer to a message of a kind: `hello`, `train` or `evaluate`."""
-        answer: bytes = {"hello": self.hello, "train": self.train, "evaluate": self.evaluate}[kind](data)
+        """The answer to a message of a kind: `hello`, `train`, `evaluate` or `add`."""
+        known = {"hello": self.hello, "train": self.train, "evaluate": self.evaluate, "add": self.add}
+        if kind == "train" and self._node.sums_only:
+            raise ConfigError(
+                f"{self.name!r} takes part in secure sums only, and the run has secure-sums off; change the run, or "
+                "secure-sums in the node-config"
+            )
+        answer: bytes = known[kind](data)
         return answer
+
+    def add(self, data: bytes) -> bytes:
+        """The answer to a phase of a secure sum; see `fedkseed.flower.summing.answer`."""
+        return summing.answer(self._node, self.name, self.train, data)
 
     def hello(self, data: bytes) -> bytes:
         """Who this is; the request's bytes say nothing."""

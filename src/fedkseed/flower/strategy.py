@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from logging import INFO, WARNING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -24,10 +24,13 @@ from fedkseed.flower.log import Log, log
 from fedkseed.flower.roll import Member, Roll
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.runs.algorithms import roles_of
+from fedkseed.runs.algorithms import require_secure, roles_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.events import summary
 from fedkseed.runs.folder import RunFolder
+
+if TYPE_CHECKING:  # it needs an extra
+    from fedkseed.secure.server import SecureSum
 
 NAMES_SHOWN = 3
 MOST_GUESSES = 4
@@ -61,6 +64,7 @@ class FedKSeed(Strategy):
         evaluate: Callable[[Ledger], EvalLoss] | None = None,
         guess_loss: float | None = None,
     ) -> None:
+        require_secure(config)
         self.run, self.config = run, config
         self._base, self._weight_bytes, self._evaluate_here, self._guess_loss = base, weight_bytes, evaluate, guess_loss
         self._server = roles_of(config.facts).server(config, run.load_ledger() or base, None, guess_loss, None)
@@ -69,6 +73,7 @@ class FedKSeed(Strategy):
         self._members: dict[str, Member] = {}
         self._asked: dict[str, Message] = {}
         self._asked_again: set[str] = set()
+        self._sum: SecureSum | None = None
         self._result = Result()
 
     @property
@@ -114,6 +119,11 @@ class FedKSeed(Strategy):
             TooFewRepliesError: it was the last attempt at this round.
             RunError: the ledger cannot be written.
         """
+        event = self._driver.close(*self._read(server_round, replies))
+        return None, None if event is None else _metrics(event)
+
+    def _read(self, server_round: int, replies: Iterable[Message]) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+        """The bytes of replies to what was asked, as (client, bytes), and why others have none, by client."""
         clients = {message.metadata.message_id: client for client, message in self._asked.items()}
         arrived: list[tuple[str, bytes]] = []
         unreadable: dict[str, str] = {}
@@ -126,8 +136,7 @@ class FedKSeed(Strategy):
                 arrived.append((client, unwrap(reply)))
             except ProtocolError as error:
                 unreadable[client] = str(error)
-        event = self._driver.close(arrived, unreadable)
-        return None, None if event is None else _metrics(event)
+        return arrived, unreadable
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """The ledger in its published form, for every client here that has records to evaluate on."""
@@ -172,11 +181,13 @@ class FedKSeed(Strategy):
         return Message(wrap(data), node_id, MessageType.TRAIN, ttl=self.config.deadline, group_id=group_id)
 
     def _called(self, client: str) -> str:
-        return f"{client} (node {self._asked[client].metadata.dst_node_id})"
+        return f"{client} (node {self._members[client].node_id})"
 
     def _attempt(self, grid: Grid, roll: Roll) -> bool:
         self._gather(roll)
         server_round = self.ledger.round + 1
+        if self.config.secure_sums == "on":
+            return self._attempt_sum(grid, server_round)
         exchange = Exchange(grid)
         requests = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         log(INFO, "round %s: %s clients are asked", server_round, len(requests))
@@ -188,6 +199,29 @@ class FedKSeed(Strategy):
             self._result.train_metrics_clientapp[server_round] = metrics
         return metrics is not None
 
+    def _attempt_sum(self, grid: Grid, server_round: int) -> bool:
+        """The same where the server sees the sum of the replies only: four messages to each client in place of one."""
+        from fedkseed.runs.sums import conversation
+
+        self._asked_again = set()
+        self._sum = conversation(self.config, self._server, self._driver.plan())
+        talk = self._sum
+
+        def deliver(messages: Mapping[str, bytes]) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+            what = f"round {server_round}, {talk.phase}"
+            self._asked = {client: self._train_message(client, data, str(server_round)) for client, data in messages.items()}
+            log(INFO, "%s: %s clients are asked", what, len(messages))
+            exchange = Exchange(grid)
+            exchange.send(list(self._asked.values()))
+            heard = partial(self._waiting, what, len(messages))
+            replies = [reply for _, reply in exchange.wait(self.config.deadline, self._ask_again, heard)]
+            return self._read(server_round, replies)
+
+        event = self._driver.close_sum(talk, deliver)
+        if event is not None:
+            self._result.train_metrics_clientapp[server_round] = _metrics(event)
+        return event is not None
+
     def _ask_again(self, request: Message, reply: Message) -> Message | None:
         """The whole request, for a client that has lost pages which the first one builds on; nobody gets it twice."""
         try:
@@ -196,6 +230,8 @@ class FedKSeed(Strategy):
             return None
         client = next((name for name, asked in self._asked.items() if asked is request), None)
         if client is None or client in self._asked_again or (data := self._driver.whole(client)) is None:
+            return None
+        if self._sum is not None and (data := self._sum.again(client, data)) is None:
             return None
         log(INFO, "%s has %s pages and lacks others; all are sent", self._called(client), lacking.pages)
         self._asked_again.add(client)
@@ -234,7 +270,7 @@ class FedKSeed(Strategy):
         while True:
             self._members = roll.look()
             here, wanted = len(self._members), self.config.expected_clients
-            if here >= wanted and self.config.cohort_size(here) >= self.config.min_replies:
+            if here >= wanted and self.config.cohort_size(here) >= self.config.min_cohort:
                 break
             now = time.monotonic()
             if now - noted >= NOTE_SECONDS:
@@ -283,6 +319,8 @@ class FedKSeed(Strategy):
                 f"{hello.name!r} cannot backpropagate, and local-optimizer {self.config.local_optimizer} has no use for its "
                 "scalars; take sgd for the run"
             )
+        if not hello.backpropagation and self.config.facts.has_pages and self.config.secure_sums == "on":
+            raise RunError(f"{hello.name!r} cannot backpropagate, and its scalars have no place in a secure sum of changes")
 
 
 def _metrics(event: dict[str, Any]) -> MetricRecord:

@@ -6,7 +6,8 @@ but `ProtocolError`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from fedkseed.errors import InvalidValueError, ProtocolError
 from fedkseed.federation.envelope import (
+    ANYBODY,
     MAX_STEPS,
     Reply,
     Request,
@@ -187,6 +189,12 @@ def _patches(keys: Any, counts: Any, steps: Any, numbers: Any, wire: str, size: 
         patches.append(Patch(key, first, tuple(parts[at : at + count])))
         at += count
     return tuple(patches)
+
+
+def terms(request: bytes) -> bytes:
+    """SHA-256 of what a request says but for its client, and for which part of the pages this one has already."""
+    asked = ChangeRequest.decode(request)
+    return hashlib.sha256(replace(asked, client=ANYBODY, have=0, patches=(Patch(0, 0, ()),)).encode()).digest()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
-from fedkseed.federation.rounds import CHANGE_NORM, Outcome, Rounds
+from fedkseed.federation.envelope import Reply
+from fedkseed.federation.rounds import CHANGE_NORM, Outcome, Refusal, Rounds, Summed
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch, seeds_of
 from fedkseed.kseed.coding import encode
@@ -100,8 +101,16 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
 
     def absorb(self, replies: object) -> Outcome:
         """See `Rounds.absorb`."""
+        return self._seeing(lambda: super(ChangeServer, self).absorb(replies))  # type: ignore[arg-type]
+
+    def absorb_sum(self, summed: Summed | None, refusals: Sequence[Refusal], missing: Sequence[str]) -> Outcome:
+        """See `Rounds.absorb_sum`."""
+        return self._seeing(lambda: super(ChangeServer, self).absorb_sum(summed, refusals, missing))
+
+    def _seeing(self, absorb: Callable[[], Outcome]) -> Outcome:
+        """Take what came of a round, and remember what each client has seen by now."""
         asked = {name: self._where() for name in self._pending}
-        outcome = super().absorb(replies)  # type: ignore[arg-type]
+        outcome = absorb()
         accepted = {contribution.client for contribution in outcome.contributions}
         for name, where in asked.items():
             if name in accepted:
@@ -190,14 +199,17 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
 
     def _close(self, replies: Mapping[str, ChangeReply], weights: Mapping[str, float]) -> None:
         """Combine the replies, take the optimiser's step, code what the page lacks, and turn it where its rounds are over."""
+        self._close_mean(combined(self._pending, replies, weights, self.config.basis))
+
+    def _close_mean(self, mean: F64) -> None:
+        """See `Rounds`."""
         config, ledger = self.config, self.ledger
         state = dict(ledger.state or {})
         numbers = state.pop(NUMBERS)
-        change = combined(self._pending, replies, weights, config.basis)
         lr = config.server_lr
         if self._optimizer.bounded:  # the others shrink with the clients' changes, whose rate the schedule lowers
             lr = learning_rate(config.schedule, lr, ledger.round, config.num_rounds)
-        moved, following = self._optimizer.step(-change, lr, state)
+        moved, following = self._optimizer.step(-mean, lr, state)
         numbers = numbers + moved
         *closed, page = ledger.pages
         kept = () if is_replaced(config.wire) else page.parts
@@ -225,6 +237,21 @@ def new_page(config: FederationConfig, number: int) -> Page:
     if number:
         pool = replace(pool, key=derive(config.seed, "pool", number))
     return Page(pool, config.basis, config.movement)
+
+
+def vector(request: bytes, reply: bytes) -> tuple[F64, Reply]:
+    """What a reply adds to a sum, float64[K], and the reply.
+
+    Raises:
+        ProtocolError: it is one of scalars, which nobody can weigh against changes in a sum.
+    """
+    asked, answer = ChangeRequest.decode(request), ChangeReply.decode(reply)
+    if answer.kind != CHANGE:
+        raise ProtocolError(
+            f"{answer.client!r} cannot backpropagate, and its scalars have no place in a sum of changes; leave out "
+            "--secure-sums, or this client"
+        )
+    return answer.numbers.decode(asked.size), answer
 
 
 def combined(

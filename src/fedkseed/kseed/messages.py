@@ -7,7 +7,7 @@ integers, floats, strings and bytes, nothing else, and any input that is not a m
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError
 from fedkseed.federation.envelope import (
+    ANYBODY,
     MAX_STEPS,
     Reply,
     Request,
@@ -177,6 +178,11 @@ class TrainReply(Reply):
         positions = tuple(read_array("dropped", dropped, INDEX).tolist())
         head = (run_id, server_round, attempt, client, base, digest)
         return cls(*head, num_examples, loss, packed, positions)
+
+
+def terms(request: bytes) -> bytes:
+    """SHA-256 of what a request says but for its client: all that is asked."""
+    return hashlib.sha256(replace(TrainRequest.decode(request), client=ANYBODY).encode()).digest()
 
 
 SCALARS = 0

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
+from fedkseed.federation.envelope import Reply
 from fedkseed.federation.rounds import PROJECTED_GRAD_RMS, Rounds
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.kseed.ledger import History, Ledger
@@ -133,7 +134,8 @@ class Server(Rounds[TrainRequest, TrainReply]):
         return self.ledger.history
 
     def _draw_seeds(self, server_round: int, attempt: int, client: str, likely: NDArray[np.float64] | None) -> tuple[int, ...]:
-        draw = generator(self.config.seed, server_round, attempt, client, "seeds")
+        whose = () if self.config.same_seeds else (client,)
+        draw = generator(self.config.seed, server_round, attempt, *whose, "seeds")
         count = self.steps[client] * self.config.directions
         return tuple(draw.choice(self.ledger.pool.size, count, p=likely).tolist())
 
@@ -141,13 +143,19 @@ class Server(Rounds[TrainRequest, TrainReply]):
         """Average what the replies say of the K numbers, in the order of the clients' names, and take the optimiser's step."""
         history, total = self._history, np.zeros(self.ledger.pool.size)
         sums, counts = history.grad_sums.copy(), history.grad_counts.copy()
-        lr = next(iter(self._pending.values())).lr
         for name, reply in replies.items():
             request = self._pending[name]
             total += weights[name] * gradient(request, reply)
             self._remember(request, reply, sums, counts)
-        change, _ = SGD.step(total, lr, {})
-        self.ledger = self.ledger.advance(History(history.accumulators + change, sums, counts))
+        self._step(total, sums, counts)
+
+    def _close_mean(self, mean: NDArray[np.float64]) -> None:
+        """See `Rounds`; the importances, which only Pro draws by, stay as they are."""
+        self._step(mean, self._history.grad_sums, self._history.grad_counts)
+
+    def _step(self, total: NDArray[np.float64], sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+        change, _ = SGD.step(total, next(iter(self._pending.values())).lr, {})
+        self.ledger = self.ledger.advance(History(self._history.accumulators + change, sums, counts))
 
     def _remember(self, request: TrainRequest, reply: TrainReply, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
         """Add a reply's |clipped projected gradients| to each seed's sum and count, in place."""
@@ -169,6 +177,12 @@ def kept_scalars(request: TrainRequest, reply: TrainReply) -> NDArray[np.bool_]:
     kept = np.ones((reply.num_scalars // request.directions, request.directions), bool)
     kept[list(reply.dropped)] = False
     return kept.reshape(-1)
+
+
+def vector(request: bytes, reply: bytes) -> tuple[NDArray[np.float64], Reply]:
+    """What a reply adds to a sum, float64[K], and the reply."""
+    asked, answer = TrainRequest.decode(request), TrainReply.decode(reply)
+    return gradient(asked, answer), answer
 
 
 def gradient(request: TrainRequest, reply: TrainReply) -> NDArray[np.float64]:

@@ -8,25 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedkseed.baselines import TensorClient, TensorServer, TunedTensors, attach, fingerprint, parameters_of
-from fedkseed.errors import LedgerError, RunError
+from fedkseed.errors import ConfigError, LedgerError, RunError, installing
 from fedkseed.evaluation import guess_loss
 from fedkseed.federation import Checkpoint, Rounds
 from fedkseed.federation.algorithms import Algorithm
-from fedkseed.federation.envelope import Request
+from fedkseed.federation.envelope import Reply, Request
 from fedkseed.federation.task import Task
 from fedkseed.kseed.change_client import ChangeClient
 from fedkseed.kseed.change_messages import ChangeRequest
+from fedkseed.kseed.change_messages import terms as change_terms
 from fedkseed.kseed.change_server import ChangeServer
+from fedkseed.kseed.change_server import vector as change_vector
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.messages import TrainRequest
+from fedkseed.kseed.messages import terms as train_terms
 from fedkseed.kseed.server import Server, seed_pool
+from fedkseed.kseed.server import vector as scalars_vector
 from fedkseed.models.binding import Binding
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.records import Records
@@ -83,6 +90,8 @@ class Roles:
         server: `(settings, ledger or the base's identity, clients or None, the loss of a guess or None, sizes or None)`.
         request: reads a request's bytes.
         client: `(name, bound model, the base's identity, task, stopwatch) -> Participant`.
+        vector: `(request's bytes, reply's bytes) -> (what it adds to a secure sum, the reply)`.
+        terms: `(request's bytes) -> 32 bytes`, the same for all who are asked to do the same.
     """
 
     server: Callable[
@@ -90,17 +99,23 @@ class Roles:
     ]
     request: Callable[[bytes], Request]
     client: Callable[[str, Binding, BaseIdentity, TextTask, Stopwatch], Participant]
+    vector: Callable[[bytes, bytes], tuple[NDArray[np.float64], Reply]]
+    terms: Callable[[bytes], bytes]
 
 
 SCALARS = Roles(
     Server,
     TrainRequest.decode,
     lambda name, bound, base, task, watch: Client(name, TimedModel(bound, watch), base, task),
+    scalars_vector,
+    train_terms,
 )
 CHANGES = Roles(
     ChangeServer,
     ChangeRequest.decode,
     lambda name, bound, base, task, watch: ChangeClient(name, TimedPages(bound, watch), base, task),
+    change_vector,
+    change_terms,
 )
 
 
@@ -187,6 +202,16 @@ KINDS = {
 def kind_of(algorithm: Algorithm) -> Kind:
     """What becomes of an algorithm's replies."""
     return KINDS[algorithm.sends]
+
+
+def require_secure(config: RunConfig) -> None:
+    """Refuse secure sums whose extra is not installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.secure_sums == "on" and not (find_spec("cryptography") and find_spec("Crypto")):
+        raise ConfigError(f"--secure-sums on needs an extra; install it with: {installing('secure')}")
 
 
 def roles_of(algorithm: Algorithm) -> Roles:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkseed.errors import ModelError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
@@ -24,6 +24,11 @@ from fedkseed.runs.observer import WARNING, Observer
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.trackers import tracking
 
+if TYPE_CHECKING:  # it needs an extra
+    from fedkseed.secure.server import SecureSum
+
+Deliver = Callable[[Mapping[str, bytes]], tuple[Sequence[tuple[str, bytes]], Mapping[str, str]]]
+"""Takes messages to clients, by name; (sender, bytes) of what came back, and why the rest is not even bytes, by sender."""
 DIVERGED = 1.1
 """A held-out loss that is so many times the best one before it is called divergence."""
 
@@ -144,11 +149,54 @@ class Driver:
             TooFewRepliesError: it was the last attempt at this round.
             RunError: a file cannot be written.
         """
-        self.outcome = outcome = self.server.absorb(replies)
+        outcome = self.server.absorb(replies)
         if self._audit is not None:
             self._audit.absorbed(outcome, self._requests[0][0].attempt, replies, unreadable or {})
+        sent = sum(len(data) for _, data in self._requests) + self._repeated
+        sizes = {"bytes_down": sent / len(self._requests)}
+        if replies:
+            sizes["bytes_up"] = sum(len(data) for _, data in replies) / len(replies)
+        return self._record(outcome, unreadable or {}, sizes, measured)
+
+    def close_sum(
+        self, conversation: SecureSum, deliver: Deliver, measured: Callable[[], Mapping[str, Any]] = dict
+    ) -> dict[str, Any] | None:
+        """The same of a planned round whose replies the server sees the sum of only: hold the conversation that leads to it.
+
+        Args:
+            conversation: of this round's requests.
+            deliver: takes a phase's messages to the clients, and gives what came back as in `close`.
+            measured: see `close`.
+
+        Raises:
+            TooFewRepliesError: it was the last attempt at this round.
+            RunError: a file cannot be written.
+        """
+        sent, received, unreadable = 0, 0, dict[str, str]()
+        while not conversation.over:
+            messages = conversation.ask()
+            replies, broken = deliver(messages)
+            sent += sum(map(len, messages.values()))
+            received += sum(len(data) for _, data in replies)
+            unreadable |= broken
+            conversation.hear(replies)
+        outcome = self.server.absorb_sum(conversation.summed, conversation.refusals, conversation.missing)
+        asked = len(self._requests)
+        return self._record(
+            outcome, unreadable, {"bytes_down": (sent + self._repeated) / asked, "bytes_up": received / asked}, measured
+        )
+
+    def _record(
+        self,
+        outcome: Outcome,
+        unreadable: Mapping[str, str],
+        sizes: Mapping[str, float],
+        measured: Callable[[], Mapping[str, Any]],
+    ) -> dict[str, Any] | None:
+        """Write down what a round led to; see `close`."""
+        self.outcome = outcome
         event = round_event(outcome, self._requests[0][0].lr)
-        event["refused"] |= dict(unreadable or {})
+        event["refused"] |= dict(unreadable)
         event["missing"] = [client for client in outcome.missing if client not in event["refused"]]
         for client, reason in sorted(event["refused"].items()):
             self.observer.note(f"{WARNING}round {outcome.server_round}: reply of {self._called(client)} refused: {reason}")
@@ -164,8 +212,7 @@ class Driver:
         if outcome.status == "repeat":
             return None
         event |= {
-            "bytes_down": (sum(len(data) for _, data in self._requests) + self._repeated) / len(self._requests),
-            "bytes_up": sum(len(data) for _, data in replies) / len(replies),
+            **sizes,
             "seconds": time.perf_counter() - self._begin,
             **measured(),
         }

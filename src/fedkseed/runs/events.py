@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # torch comes with it, and who shows events need not wait for
 def round_event(outcome: Outcome, lr: float) -> dict[str, Any]:
     """What became of a round."""
     losses = [c.loss for c in outcome.contributions if c.loss is not None]
+    if outcome.summed is not None and outcome.summed.loss is not None:
+        losses = [outcome.summed.loss]
     return {
         "event": "round",
         "server_round": outcome.server_round,

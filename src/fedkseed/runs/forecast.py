@@ -84,7 +84,18 @@ def forecast(config: SimulationConfig, federation: Federation, records: Records,
         up += (steps - 1) * config.directions * (2 if config.wire == "float16" else 4)
     if config.facts.sends == "changes":
         down += up * _parts(config, server.checkpoint.round, len(requests) / len(server.clients))
+    if config.secure_sums == "on":
+        beside, up = sum_bytes(config, len(requests), requests[0].client)
+        down += beside
     return Forecast(seconds, down, up, replies)
+
+
+def sum_bytes(config: SimulationConfig, cohort: int, name: str) -> tuple[float, float]:
+    """What a secure sum takes down, beside the training request, and up, of a client and round."""
+    from fedkseed.secure.messages import bytes_beside
+    from fedkseed.secure.server import TAIL
+
+    return bytes_beside(cohort, config.num_seeds + TAIL, name)
 
 
 def _step(

@@ -82,6 +82,7 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
             "num_rounds": TRIAL_ROUNDS,
             "fraction_train": 1.0,
             "min_replies": 1,
+            "secure_sums": "off",
             "local_unit": "steps",
             "local_steps": min(config.local_steps, TRIAL_STEPS) if config.local_unit == "steps" else TRIAL_STEPS,
         }

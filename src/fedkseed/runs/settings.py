@@ -122,6 +122,15 @@ class RunConfig(FederationConfig):
         return value
 
     @model_validator(mode="after")
+    def _logs_no_sums(self) -> Self:
+        if self.secure_sums == "on" and self.audit_log == "on":
+            raise ValueError(
+                "--secure-sums and --audit-log are on; the log keeps each client's numbers, which nobody sees in a sum, so "
+                "leave out one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _chat_takes_them(self) -> Self:
         if self.template_arguments is not None or self.refused_turns != "stop" or self.date is not None:
             self.prompts()

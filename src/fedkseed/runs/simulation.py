@@ -17,7 +17,7 @@ from fedkseed.federation.envelope import Request
 from fedkseed.kseed.calibration import Calibration
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
-from fedkseed.runs.algorithms import kind_of
+from fedkseed.runs.algorithms import kind_of, require_secure, roles_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.folder import RunFolder, new_folder
 from fedkseed.runs.forecast import Forecast, forecast
@@ -36,6 +36,8 @@ from fedkseed.runs.tuning import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fedkseed.secure.client import SumClient
 
 
 class Simulation:
@@ -66,6 +68,7 @@ class Simulation:
         accept_changes: bool = False,
     ) -> None:
         config = config or run.simulation
+        require_secure(config)
         checkpoint = run.load_checkpoint()
         changes = check_same(run, checkpoint, config, records, accept_changes)
         self.run, self.config, self.observer = run, config, observer
@@ -89,6 +92,8 @@ class Simulation:
         if changes and checkpoint is not None:  # else the next resume would refuse what was accepted now
             run.save_checkpoint(checkpoint)
         self._driver = Driver(run, self.server, observer, log=log)
+        self._adding: dict[str, SumClient] = {}
+        self._heard: dict[str, Callable[[int, float], None]] = {}
 
     def forecast(self) -> Forecast | None:
         """What the rounds that are left will take, from a step that leaves no trace; None if none are left."""
@@ -102,11 +107,33 @@ class Simulation:
 
     def _attempt(self) -> bool:
         requests = self._driver.plan()
+        if self.config.secure_sums == "on":
+            return self._attempt_sum(requests)
         replies = [
             (request.client, self.clients[request.client].answer(data, self._hear(request, place, len(requests))))
             for place, (request, data) in enumerate(requests, start=1)
         ]
         return self._driver.close(replies, measured=self._measured) is not None
+
+    def _attempt_sum(self, requests: Sequence[tuple[Request, bytes]]) -> bool:
+        """The same where the server sees the sum of the replies only."""
+        from fedkseed.runs.sums import conversation, sum_client
+
+        roles = roles_of(self.config.facts)
+        for place, (request, _) in enumerate(requests, start=1):
+            name = request.client
+            self._heard[name] = self._hear(request, place, len(requests))
+            if name not in self._adding:  # who was asked before remembers which sums it was part of
+                self._adding[name] = sum_client(name, roles, partial(self._train, name))
+
+        def deliver(messages: Mapping[str, bytes]) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+            return [(name, self._adding[name].answer(data)) for name, data in messages.items()], {}
+
+        conversed = conversation(self.config, self.server, requests)
+        return self._driver.close_sum(conversed, deliver, self._measured) is not None
+
+    def _train(self, name: str, data: bytes) -> bytes:
+        return self.clients[name].answer(data, self._heard[name])
 
     def _measured(self) -> dict[str, Any]:
         return {"seconds_by": self._watch.read(), "peak_bytes": peak_memory(self.config.device)}
