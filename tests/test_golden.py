@@ -63,7 +63,7 @@ COMMON = {
     "seed": 7,
     "lr": 0.001,
 }
-SEEDED = {"eps": 0.01, "num_seeds": 24}
+SEEDED = {"eps": 0.01, "num_seeds": 24, "aggregator": "mean"}
 PRO = {"algorithm": "fedkseed-pro", "importance_start": 1.5, "importance_clip": 1.5}
 SGD, ADAM = {"lr": 0.25}, {"lr": 0.01}
 LORA = {"lora_rank": 4, "lora_alpha": 12.0}
@@ -106,7 +106,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedzo": tensors("fedzo", eps=0.01),
     "fedzo gaussian linear loss_clip": tensors("fedzo", eps=0.01, noise="gaussian", schedule="linear", loss_clip=0.03),
 }
-GRAD = {"algorithm": "fedkseed-grad", "num_seeds": 128, "lr": 2.0**-9}
+GRAD = {"algorithm": "fedkseed-grad", "aggregator": "mean", "num_seeds": 128, "lr": 2.0**-9}
 RUNS |= {
     "fedkseed-grad": tensors(**GRAD),
     "fedkseed-grad coefficients int8 momentum pages": tensors(

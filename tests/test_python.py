@@ -295,7 +295,7 @@ def test_another_setting_is_refused_and_the_run_left_alone(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"nonsense": 1}, "setting 'nonsense' is unknown; expected one of: algorithm, "),
+        ({"nonsense": 1}, "setting 'nonsense' is unknown; expected one of: aggregator, algorithm, "),
         ({"lr": -1}, "--lr is '-1': "),
         ({"fraction_train": 2}, "--fraction-train is '2': "),
     ],

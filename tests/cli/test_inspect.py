@@ -7,6 +7,8 @@ import pytest
 from tests.support.command_line import CommandLine, assert_one_line
 
 import fedkseed as fk
+from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.metrics import best_round
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
@@ -22,6 +24,7 @@ def test_inspect_shows_what_a_ledger_holds(fedkseed: CommandLine, finished: Path
     assert "K = 64, hadamard" in words
     assert "36 taken" in words  # 3 rounds, 2 clients, 6 steps
     assert "checkpoint of a run" in words
+    assert "aggregator clipped (a mean to which no reply brings more than the median one); least counted " in words
 
 
 def test_inspect_takes_a_path_as_it_is(fedkseed: CommandLine, finished: Path, tmp_path: Path) -> None:
@@ -68,11 +71,12 @@ def test_a_round_of_a_run_can_be_shown_evaluated_exported_and_reported(
 ) -> None:
     shown = " ".join(fedkseed("inspect", copied).stdout.split())
     assert "kept the ledgers of 4 rounds, 0 to 3; --round N shows one" in shown
-    assert "best round 2, held-out loss" in shown
+    best = best_round(RunFolder.open(copied).recorded().losses)
+    assert f"best round {best}, held-out loss" in shown
     assert "rounds 2" in " ".join(fedkseed("inspect", copied, "--round", 2).stdout.split())
     assert fedkseed("export", copied, tmp_path / "one.ledger", "--round", 1, "--ledger-only").code == 0
     assert (tmp_path / "one.ledger").read_bytes() == (copied / "ledgers" / "round-00001.safetensors").read_bytes()
-    assert "after 1 rounds" in fedkseed("evaluate", copied, "--round", 1, "--limit", 1).stdout
+    assert "after 1 round" in fedkseed("evaluate", copied, "--round", 1, "--limit", 1).stdout
     assert fedkseed("report", copied, "--round", 2).code == 0
     assert "Round 2 of 3" in (copied / "report" / "index.html").read_text(encoding="utf-8")
     for command in (["inspect", copied], ["evaluate", copied], ["report", copied], ["export", copied, tmp_path / "other"]):

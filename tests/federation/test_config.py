@@ -82,3 +82,35 @@ def test_what_a_step_costs_and_how_many_seeds_a_request_holds() -> None:
     assert count_steps(epochs, 8191, "a") == 8191
     with pytest.raises(RunError, match="1 epochs of client 'a' are 8192 steps; expected 1 to 8191"):
         count_steps(epochs, 8192, "a")
+
+
+@pytest.mark.parametrize("algorithm", ["fedkseed", "fedkseed-pro"])
+@pytest.mark.parametrize("rule", ["trimmed-mean", "median", "krum"])
+def test_rules_that_compare_seeds_want_shared_ones(algorithm: str, rule: str) -> None:
+    """One line, with what to do; gradients need none, and shared seeds may do without such a rule."""
+    text = f"--aggregator {rule} compares .* along the same seeds, .*; give --shared-seeds on, or take clipped or mean"
+    with pytest.raises(ValidationError, match=text):
+        FederationConfig(lr=1, algorithm=algorithm, aggregator=rule)
+    assert FederationConfig(lr=1, algorithm=algorithm, aggregator=rule, shared_seeds="on").rule.name == rule
+    assert FederationConfig(lr=1, algorithm="fedkseed-grad", aggregator=rule).rule.name == rule
+    assert FederationConfig(lr=1, algorithm=algorithm, shared_seeds="on").rule.name == "clipped"
+
+
+def test_a_baseline_is_a_mean_and_no_other_rule() -> None:
+    for said in ({}, {"aggregator": "mean"}):
+        assert FederationConfig(lr=1, algorithm="fedavg", **said).rule.name == "mean"
+    with pytest.raises(ValidationError, match="--aggregator is 'median' and --algorithm fedavg does not take it"):
+        FederationConfig(lr=1, algorithm="fedavg", aggregator="median")
+    with pytest.raises(ValidationError, match="--shared-seeds is 'on' and --algorithm fedkseed-grad does not take it"):
+        FederationConfig(lr=1, algorithm="fedkseed-grad", shared_seeds="on")
+
+
+def test_a_secure_sum_is_a_mean_and_no_other_rule() -> None:
+    """By default, and what cannot be is refused: of a sum nobody sees the replies."""
+    assert (
+        FederationConfig(lr=1, secure_sums="on").rule.name
+        == FederationConfig(lr=1, secure_sums="on", aggregator="mean").rule.name
+    )
+    assert FederationConfig(lr=1, secure_sums="on").rule.name == "mean"
+    with pytest.raises(ValidationError, match="--secure-sums is on and --aggregator clipped; a rule must see each reply"):
+        FederationConfig(lr=1, secure_sums="on", aggregator="clipped")

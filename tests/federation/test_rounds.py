@@ -7,17 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkseed.errors import ProtocolError
-from fedkseed.federation import shares
+from fedkseed.federation import FederationConfig, shares
+from fedkseed.federation.aggregators import AGGREGATORS
 from fedkseed.federation.envelope import check_name
 
 SIZES = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.integers(1, 2**53), min_size=1, max_size=9)
-LIMITS = st.none() | st.floats(0.05, 1)
+MAX_SHARES = st.none() | st.floats(0.05, 1)
+RULES = st.sampled_from(sorted(AGGREGATORS))
 
 
-@given(SIZES, LIMITS)
-def test_shares_are_one_in_all_and_none_is_above_the_limit(sizes: dict[str, int], limit: float | None) -> None:
-    found, n = shares(sizes, limit), len(sizes)
-    allowed = max(0.5, 2 / n) if limit is None else max(limit, 1 / n)
+def weights(sizes: dict[str, int], max_share: float | None = None, rule: str = "mean") -> dict[str, float]:
+    config = FederationConfig(lr=1e-3, max_share=max_share, aggregator=rule, shared_seeds="on")
+    return shares(sizes, config.largest_share(len(sizes)))
+
+
+@given(SIZES, MAX_SHARES, RULES)
+def test_shares_are_one_in_all_and_none_is_above_the_limit(sizes: dict[str, int], max_share: float | None, rule: str) -> None:
+    found, n = weights(sizes, max_share, rule), len(sizes)
+    allowed = max(0.5 if rule == "mean" else 0.0, 2 / n) if max_share is None else max(max_share, 1 / n)
     assert list(found) == list(sizes)
     assert math.isclose(sum(found.values()), 1)
     assert min(found.values()) > 0
@@ -28,18 +35,20 @@ def test_shares_are_one_in_all_and_none_is_above_the_limit(sizes: dict[str, int]
 
 
 def test_shares_by_paper_and_pencil() -> None:
-    assert shares({"a": 1, "b": 3}, None) == {"a": 0.25, "b": 0.75}
-    assert shares({"a": 98, "b": 1, "c": 1}, None) == pytest.approx({"a": 2 / 3, "b": 1 / 6, "c": 1 / 6})
-    assert shares({"a": 10**7, "b": 10, "c": 20, "d": 10}, None) == {"a": 0.5, "b": 0.125, "c": 0.25, "d": 0.125}
-    assert shares({"a": 6, "b": 3, "c": 1}, 0.4) == {"a": 0.4, "b": 0.4, "c": pytest.approx(0.2)}
-    assert shares({"a": 9, "b": 1}, 0.1) == {"a": 0.5, "b": 0.5}
-    assert shares({}, None) == {}
+    assert weights({"a": 1, "b": 3}) == {"a": 0.25, "b": 0.75}
+    assert weights({"a": 98, "b": 1, "c": 1}) == pytest.approx({"a": 2 / 3, "b": 1 / 6, "c": 1 / 6})
+    assert weights({"a": 10**7, "b": 10, "c": 20, "d": 10}) == {"a": 0.5, "b": 0.125, "c": 0.25, "d": 0.125}
+    assert weights({"a": 6, "b": 3, "c": 1}, 0.4) == {"a": 0.4, "b": 0.4, "c": pytest.approx(0.2)}
+    assert weights({"a": 9, "b": 1}, 0.1) == {"a": 0.5, "b": 0.5}
+    assert weights({}) == {}
+    five = {"a": 10**7, "b": 10, "c": 20, "d": 10, "e": 20}
+    assert [weights(five, None, rule)["a"] for rule in ("mean", "clipped", "median")] == [0.5, 0.4, 0.4]
 
 
 def test_shares_that_no_limit_touches_are_the_plain_quotients() -> None:
     """To the bit: ledgers of before stay what they were."""
     sizes = {"a": 7, "b": 11, "c": 13}
-    assert shares(sizes, None) == {name: size / 31 for name, size in sizes.items()}
+    assert weights(sizes) == {name: size / 31 for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize(

@@ -444,7 +444,7 @@ def test_settings_are_kebab_case_and_empty_means_unset(sites: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"nonsense": 1}, "run-config key 'nonsense' is unknown; expected one of: algorithm, "),
+        ({"nonsense": 1}, "run-config key 'nonsense' is unknown; expected one of: aggregator, algorithm, "),
         ({"lr": ""}, "run-config has no lr; set it in pyproject.toml or with flwr run --run-config"),
         ({"num-rounds": 0}, "run-config num-rounds is '0': "),
         ({"deadline": -1.0}, "run-config deadline is '-1.0': "),

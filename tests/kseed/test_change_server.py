@@ -12,6 +12,7 @@ from tests.support.changes import BASE, config, honest, numbers_of, play, reply_
 
 import fedkseed as fk
 from fedkseed.errors import LedgerError, ProtocolError
+from fedkseed.federation.aggregators import AGGREGATORS
 from fedkseed.kseed.change_client import patched
 from fedkseed.kseed.change_messages import SCALARS, ChangeReply, ChangeRequest
 from fedkseed.kseed.change_server import ChangeServer, combined, new_page
@@ -561,18 +562,57 @@ def test_scalars_of_dropped_steps_take_nothing_off_the_changes() -> None:
     change = numbers_of(requests["a"])
     silent = scalars_to(requests["b"], [0, 0, 0, 0], dropped=(0, 1, 2, 3))
     replies = {"a": reply_to(requests["a"], change), "b": silent}
-    found = combined(requests, replies, {"a": 0.5, "b": 0.5}, "table")
+    found = combined(requests, replies, {"a": 0.5, "b": 0.5}, "table")[0]
     np.testing.assert_allclose(found, replies["a"].numbers.decode(K), rtol=1e-12)
     nearly = scalars_to(requests["b"], [0, 0, 0, 1e-6], dropped=(0, 1, 2))
     np.testing.assert_allclose(
-        combined(requests, replies | {"b": nearly}, {"a": 0.5, "b": 0.5}, "table"), found, rtol=1 / K, atol=1e-7
+        combined(requests, replies | {"b": nearly}, {"a": 0.5, "b": 0.5}, "table")[0], found, rtol=1 / K, atol=1e-7
     )
 
 
 def test_a_round_of_dropped_scalars_is_no_change() -> None:
     requests = {"b": asked("b", "two-point")}
     silent = scalars_to(requests["b"], [0, 0, 0, 0], dropped=(0, 1, 2, 3))
-    np.testing.assert_array_equal(combined(requests, {"b": silent}, {"b": 1.0}, "coefficients"), 0)
+    np.testing.assert_array_equal(combined(requests, {"b": silent}, {"b": 1.0}, "coefficients")[0], 0)
+
+
+@pytest.mark.parametrize("rule", [name for name in AGGREGATORS if name != "mean"])
+def test_one_hostile_change_of_ten_leads_nowhere(rule: str) -> None:
+    """Ten times the others' against them; the mean is the control. Who counts how much is told."""
+    names = [f"client-{i}" for i in range(10)]
+    truth = 0.1 * np.sin(np.arange(K))
+    found = {}
+    for name in (rule, "mean"):
+        a_server = server(names, aggregator=name)
+        changes = {r.client: truth + 0.1 * numbers_of(r) for r in a_server.plan()} | {"client-4": -10 * truth}
+        outcome = a_server.absorb([(r.client, reply_to(r, changes[r.client]).encode()) for r in a_server.plan()])
+        assert a_server.ledger.state is not None
+        found[name] = float(a_server.ledger.state["numbers"] @ truth / (truth @ truth))
+        counted = {c.client: c.sizes.get("counted") for c in outcome.contributions}
+        if name == "mean":
+            assert set(counted.values()) == {None}
+        else:
+            assert counted["client-4"] == min(counted.values())  # type: ignore[type-var]
+            assert "counted" in round_event(outcome, 0.1)["clients"]["client-4"]
+    assert found["mean"] < 0
+    assert found[rule] > 0.7
+
+
+@pytest.mark.parametrize("basis", ["table", "coefficients"])
+def test_hostile_scalars_among_changes_bring_in_no_more_than_the_median_reply(basis: Any) -> None:
+    """One two-point client among four that send changes; honest scalars are untouched, and the mean is the control."""
+    names = "abcde"
+    requests = {name: asked(name, "two-point" if name == "e" else "gradient") for name in names}
+    replies = {name: reply_to(requests[name]) for name in "abcd"}
+    weights = dict.fromkeys(names, 0.2)
+    without = combined(requests, replies, weights, basis)[0]
+    for grads, expected in (([1e-3] * 4, 1.0), ([9000.0, -9000.0, 9000.0, 9000.0], 0.0)):
+        both = replies | {"e": scalars_to(requests["e"], grads)}
+        found, counted = combined(requests, both, weights, basis, AGGREGATORS["clipped"])
+        assert counted["e"] == pytest.approx(expected, abs=1e-3)
+        assert np.linalg.norm(found) < 1.1 * np.linalg.norm(without) / 0.8
+        control, _ = combined(requests, both, weights, basis)
+        assert (np.linalg.norm(control) > 10 * np.linalg.norm(without)) == (expected == 0)
 
 
 def test_pool_of_a_published_ledger_is_its_open_pages() -> None:

@@ -72,8 +72,10 @@ def rounds(basis: str, spread: float) -> Rounds:
         replies = {name: ChangeReply.decode(clients[name].answer(request.encode())) for name, request in asked.items()}
         kinds = {replies[name].kind: name for name in names}
         assert kinds.keys() == {CHANGE, SCALARS}
-        alone = [combined(asked, {kinds[kind]: replies[kinds[kind]]}, {kinds[kind]: 1.0}, basis) for kind in (CHANGE, SCALARS)]  # type: ignore[arg-type]
-        found.append([*alone, combined(asked, replies, dict.fromkeys(names, 0.5), basis)])  # type: ignore[arg-type]
+        alone = [
+            combined(asked, {kinds[kind]: replies[kinds[kind]]}, {kinds[kind]: 1.0}, basis)[0] for kind in (CHANGE, SCALARS)
+        ]  # type: ignore[arg-type]
+        found.append([*alone, combined(asked, replies, dict.fromkeys(names, 0.5), basis)[0]])  # type: ignore[arg-type]
     task, z = clients["a"].task, directions(new_page(settings, 0).pool, basis)
     bound.rebuild(np.zeros(K, np.float32))
     w = flat(bound.model)

@@ -34,6 +34,7 @@ K, TAU, LR = 8, 6, 0.5
 
 def config(**changes: Any) -> FederationConfig:
     settings = {"lr": LR, "num_rounds": 5, "fraction_train": 0.5, "local_steps": TAU, "num_seeds": K, "seed": 7}
+    settings["aggregator"] = "mean"
     return FederationConfig(**(settings | changes))
 
 
@@ -912,3 +913,130 @@ def test_the_size_of_the_scalars_is_told_of_each_client_without_dropped_steps() 
     assert event["projected_grad_rms"] == pytest.approx(math.sqrt((25 + 4 * 49) / 7))  # over all steps that count
     assert event["clients"][second.client]["projected_grad_rms"] == 7.0
     assert "change_norm" not in event
+
+
+# --- Hostile scalars within the limits ---
+
+
+def robust(**changes: Any) -> Server:
+    return server(**{"aggregator": "clipped", "fraction_train": 1.0, "local_steps": 8, "num_seeds": 64} | changes)
+
+
+def told(a_server: Server, hostile: dict[str, Callable[[NDArray[np.float32]], Any]]) -> Outcome:
+    """A round in which some clients change what they would send."""
+    replies = []
+    for request in a_server.plan():
+        grads = hostile.get(request.client, np.asarray)(grads_of(request))
+        replies.append((request.client, reply_to(request, grads).encode()))
+    return a_server.absorb(replies)
+
+
+def norm(a_server: Server) -> float:
+    return float(np.linalg.norm(history(a_server.ledger).accumulators))
+
+
+def limit_once(grads: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.array([9999, *grads[1:]], np.float32)
+
+
+LIES = {"all": lambda g: np.full(len(g), 9999.0), "one": limit_once, "times -10": lambda g: -10 * g}
+
+
+@algorithms
+@pytest.mark.parametrize("lie", LIES)
+def test_one_of_ten_does_not_carry_the_numbers_away(algorithm: str, lie: str) -> None:
+    """Nor how likely seeds are; the mean is the control."""
+    honest, found, control = (robust(algorithm=algorithm, aggregator=rule) for rule in ("clipped", "clipped", "mean"))
+    told(honest, {})
+    for a_server in (found, control):
+        outcome = told(a_server, {"client-3": LIES[lie]})
+        assert outcome.refusals == ()
+        named = {c.client: c.sizes for c in outcome.contributions}
+        if a_server is found:
+            assert named["client-3"]["counted"] < min(0.5, *(named[name]["counted"] for name in CLIENTS if name != "client-3"))
+            assert named["client-3"]["clipped_scalars"] == {"all": 8, "one": 1}.get(lie, named["client-3"]["clipped_scalars"])
+            assert sum(sizes["clipped_scalars"] for name, sizes in named.items() if name != "client-3") == 0
+        else:
+            assert "counted" not in named["client-3"]
+    assert norm(found) < 1.3 * norm(honest)
+    assert norm(control) > 1.5 * norm(honest)
+    assert history(found.ledger).grad_sums.max() < 6 * history(honest.ledger).grad_sums.max()
+
+
+def test_scalars_within_a_loss_clip_need_no_scale() -> None:
+    a_server = robust(loss_clip=0.1)
+    assert [c.sizes["clipped_scalars"] for c in told(a_server, {}).contributions] == [0] * 10
+    assert history(a_server.ledger).grad_scales.size == 0
+
+
+def test_the_scale_is_in_the_ledger_so_that_a_resume_is_exact() -> None:
+    straight, resumed = robust(), robust()
+    for i in range(4):
+        for a_server in (straight, resumed):
+            told(a_server, {"client-1": LIES["times -10"], "client-2": limit_once})
+        assert len(history(straight.ledger).grad_scales) == 10 * (i + 1)
+        resumed = Server(resumed.config, fk.Ledger.decode(resumed.ledger.encode()), CLIENTS)
+    assert straight.ledger.encode() == resumed.ledger.encode()
+    bare = replace(straight.ledger, history=replace(history(straight.ledger), grad_scales=np.zeros(0)))  # the control
+    forgetful = Server(straight.config, bare, CLIENTS)
+    for a_server in (straight, forgetful):
+        told(a_server, {"client-2": limit_once})
+    assert history(straight.ledger).grad_scales.size > history(forgetful.ledger).grad_scales.size
+
+
+def test_a_run_of_means_keeps_no_scale() -> None:
+    a_server = robust(aggregator="mean")
+    told(a_server, {})
+    assert history(fk.Ledger.decode(a_server.ledger.encode())).grad_scales.size == 0
+    assert b"grad_scales" not in a_server.ledger.encode()
+
+
+@pytest.mark.parametrize("scales", [[-1.0], [0.0], [np.nan], [1.0] * 65537], ids=["negative", "zero", "nan", "many"])
+def test_a_ledger_with_impossible_scales_is_damaged(scales: list[float]) -> None:
+    ledger = robust().ledger
+    bad = replace(ledger, history=replace(history(ledger), grad_scales=np.array(scales)))
+    with pytest.raises(LedgerError, match="ledger is damaged"):
+        fk.Ledger.decode(bad.encode())
+
+
+# --- Shared seeds ---
+
+
+@algorithms
+def test_with_shared_seeds_all_clients_of_a_round_step_along_the_same(algorithm: str) -> None:
+    a_server = robust(algorithm=algorithm, shared_seeds="on", aggregator="median")
+    drawn = []
+    for _ in range(3):
+        requests = a_server.plan()
+        assert len({request.indices for request in requests}) == 1
+        drawn.append(requests[0].indices)
+        play(a_server)
+    a_server.plan()
+    a_server.absorb([])
+    drawn.append(a_server.plan()[0].indices)
+    assert len(set(drawn)) == 4  # a round's own, and an attempt's
+    assert len({request.indices for request in robust(algorithm=algorithm).plan()}) == 10  # the control
+
+
+def test_with_shared_seeds_fewer_steps_are_the_first_ones() -> None:
+    settings = config(aggregator="median", shared_seeds="on", local_unit="epochs", local_steps=1, fraction_train=1.0)
+    sizes = {"a": 3, "b": 9, "c": 5}
+    a, b, c = Server(settings, start(settings, BASE), list(sizes), num_examples=sizes).plan()
+    assert (len(a.indices), len(b.indices), len(c.indices)) == (3, 9, 5)
+    assert a.indices == b.indices[:3]
+    assert c.indices == b.indices[:5]
+
+
+@pytest.mark.parametrize("rule", ["trimmed-mean", "median", "krum"])
+def test_rules_on_shared_seeds_by_hand(rule: str) -> None:
+    """Nine clients that say 1, 2, ... 8 and one that says -100 times that: all but the mean give what the nine say."""
+    truth = np.arange(1.0, 9)
+    found = []
+    for name in (rule, "mean"):
+        a_server = robust(aggregator=name, shared_seeds="on", weighting="equal")
+        indices = np.array(a_server.plan()[0].indices)
+        told(a_server, {client: lambda g: truth for client in CLIENTS} | {"client-0": lambda g: -100 * truth})
+        expected = np.zeros(64)
+        np.add.at(expected, indices, -LR * truth)
+        found.append(bool(np.allclose(history(a_server.ledger).accumulators, expected)))
+    assert found == [True, False]

@@ -142,6 +142,7 @@ def test_use_prompts_false_means_no(home: Path, words: list[str], value: bool) -
 
 def test_a_prompt_that_fills_the_length_is_dropped_as_in_the_published_code(home: Path) -> None:
     assert config_of().long_prompts == config_of("--dataset", "dolly", "--zerotask", "0").long_prompts == "drop"
+    assert config_of().aggregator == "mean"
 
 
 def test_it_runs_as_a_module_too(tmp_path: Path) -> None:

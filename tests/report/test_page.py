@@ -354,6 +354,18 @@ def test_a_run_of_nothing_but_divergence_can_be_drawn(make: Maker) -> None:
     assert "Diverged" in sketch(make([evaluation(0, math.nan), event, evaluation(1, math.nan)], 1), "held_out_loss").text
 
 
+def test_what_a_rule_made_of_each_client_is_shown_where_it_tells(make: Maker) -> None:
+    clients = {
+        name: {"weight": 0.5, "loss": 3.0, "counted": share, "clipped_scalars": cut}
+        for name, share, cut in (("honest", 1.0, 0), ("hostile", 0.125, 7))
+    }
+    events = [evaluation(0, 4.0), *(closed(n, clients=clients, clipped_scalars=7) for n in (1, 2))]
+    text = words(make(events, 2))
+    assert "what of its accepted replies went in, by the rule clipped. 14 scalars were clipped." in text
+    assert "hostile 2 0 0 12 %" in text
+    assert "Counted" not in words(make([events[0], closed(1)], 1, name="other"))
+
+
 def test_a_long_run_of_many_clients_can_be_drawn(make: Maker) -> None:
     events = [evaluation(0, 4.0)]
     for n in range(1, 201):

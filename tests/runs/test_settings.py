@@ -172,6 +172,17 @@ def test_values_in_range_are_taken_and_others_are_one_line(
         assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("algorithm", ["fedkseed", "fedkseed-grad", "fedavg"])
+def test_a_run_from_before_there_were_rules_goes_on_as_a_mean(needed: dict[str, Any], tmp_path: Path, algorithm: str) -> None:
+    """New ones are clipped; what the folder does not say is as it was then."""
+    run = RunFolder.create(tmp_path / "run", build(needed | {"algorithm": algorithm}))
+    assert run.config.rule.name == RunFolder.open(run.path).config.rule.name == ("mean" if algorithm == "fedavg" else "clipped")
+    file = run.path / "config.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith(("aggregator", "shared_seeds"))]
+    file.write_text("\n".join(lines) + "\n")
+    assert RunFolder.open(run.path).config.rule.name == "mean"
+
+
 def test_a_flag_is_the_settings_name_in_kebab_case() -> None:
     assert flag("num_rounds") == "--num-rounds"
     assert flag("lr") == "--lr"

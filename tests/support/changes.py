@@ -31,6 +31,7 @@ def config(**changes: Any) -> FederationConfig:
         "local_steps": 1,
         "num_seeds": 128,
         "wire": "float32",
+        "aggregator": "mean",
         "seed": 7,
     }
     return FederationConfig(**(settings | changes))

@@ -81,7 +81,7 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
         if reply.dropped > request.steps:
             raise ProtocolError(f"{reply.dropped} steps were dropped of {request.steps}; expected no more")
 
-    def _close(self, replies: Mapping[str, TensorReply], weights: Mapping[str, float]) -> None:
+    def _close(self, replies: Mapping[str, TensorReply], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
         """x <- sum_i p_i x_i, in float64 and in the order of the clients' names."""
         total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self._shapes.items()}
         for client, reply in replies.items():
@@ -90,3 +90,4 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
         tensors = {name: x.float() for name, x in total.items()}
         before = self._checkpoint
         self._checkpoint = TunedTensors(before.algorithm, before.base, before.round + 1, tensors)
+        return {}

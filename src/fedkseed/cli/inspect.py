@@ -11,11 +11,16 @@ from fedkseed.cli.console import complain, say
 from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
+from fedkseed.report.reading import Round, read
+from fedkseed.report.summary import participation
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.folder import RunFolder, tuned_file
 from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.metrics import best_round
 from fedkseed.text import counted
+
+LEAST = 3
+"""Clients of whose replies the least counted, as many as are named."""
 
 
 def inspect(path: Path, which: str | None = None) -> None:
@@ -83,6 +88,8 @@ def _of_run(path: Path) -> dict[str, str]:
         return {}
     run = RunFolder.open(path)
     found, kept, rows = run.recorded(), run.ledgers.rounds, dict[str, str]()
+    if run.config.facts.has_ledger:
+        rows["aggregator"] = f"{run.config.rule.name} ({run.config.rule.about}){_cut(read(path).rounds)}"
     if kept:
         rows["kept"] = f"the ledgers of {counted(len(kept), 'round')}, {kept[0]} to {kept[-1]}; --round N shows one"
     if (best := best_round(found.losses)) is not None:
@@ -90,6 +97,16 @@ def _of_run(path: Path) -> dict[str, str]:
     if found.damage:
         complain(f"{found.damage}; it is left out")
     return rows
+
+
+def _cut(rounds: Sequence[Round]) -> str:
+    """What the rule has cut so far, and of whose replies the least went in."""
+    clipped = sum(r.clipped_scalars or 0 for r in rounds)
+    known = [(p.counted, p.client) for p in participation(rounds) if p.counted is not None]
+    told = [f"{clipped:,} scalars clipped"] if clipped else []
+    if known:
+        told.append("least counted " + ", ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(known)[:LEAST]))
+    return "".join(f"; {one}" for one in told)
 
 
 def _show(rows: dict[str, str]) -> None:

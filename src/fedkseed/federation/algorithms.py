@@ -84,9 +84,9 @@ OWN_TENSORS = ("train", "freeze")
 SEEDS = (*PROBES, *OWN_TENSORS, "num_seeds", "wire", "dtype", "audit_log")
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
-    "checkpointing",
+    "checkpointing", "aggregator",
 )  # fmt: skip
-SCALARS = ("directions",)
+SCALARS = ("directions", "aggregator", "shared_seeds")
 SUMS = ("secure_sums", "secure_clip")
 IMPORTANCE = ("importance_clip", "importance_start")
 TENSORS = ("max_value",)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedkseed.federation.aggregators import AGGREGATORS, Aggregator
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
 from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
@@ -11,8 +12,10 @@ from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 if TYPE_CHECKING:  # which cannot know the tables' names
     AlgorithmName: TypeAlias = str
     FamilyName: TypeAlias = str
+    AggregatorName: TypeAlias = str
 else:
     AlgorithmName, FamilyName = Literal[tuple(ALGORITHMS)], Literal[tuple(FAMILIES)]
+    AggregatorName = Literal[tuple(AGGREGATORS)]
 OptimizerName = Literal["sgd", "momentum", "adam", "sign"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -21,6 +24,8 @@ Step = Annotated[float, Field(ge=SMALLEST_STEP, le=LARGEST_STEP)]
 Count = Annotated[int, Field(ge=1)]
 MIN_COHORT, MOST_WEIGHT = 3, 0.5
 """Of a secure sum: in one of two clients each would know the other's part, and one that mostly is one client's tells of it."""
+LIKE_ALL = {"aggregator": "mean"}
+"""What an algorithm that does not take a setting does all the same, so that it may be said."""
 
 
 class FederationConfig(BaseModel):
@@ -79,7 +84,19 @@ class FederationConfig(BaseModel):
     )
     max_examples: Count = Field(10_000_000, description="A client that claims more records is refused.")
     max_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Largest weight of one reply in a round; a half where none is given, of one or two replies no limit."
+        None,
+        description="Largest weight of one reply in a round (default: twice an equal share; with --aggregator mean a half, of "
+        "one or two replies no limit).",
+    )
+    aggregator: AggregatorName = Field(
+        "clipped",
+        description="How replies become one change: "
+        + "; ".join(f"{row.name} ({row.about})" for row in AGGREGATORS.values())
+        + ". All but mean bound each scalar too; with --secure-sums on it is mean.",
+    )
+    shared_seeds: Literal["off", "on"] = Field(
+        "off",
+        description="Of two-point algorithms: each client steps along seeds of its own, or all of a round along the same.",
     )
     min_replies: Count = Field(1, description="A round with fewer accepted replies is repeated, three times at most.")
     wire: Literal["float16", "float32", "int8", "int4", "int2", "sign"] = Field(
@@ -130,7 +147,11 @@ class FederationConfig(BaseModel):
     def _only_what_the_algorithm_takes(self) -> Self:
         for name in sorted(SOME_TAKE):
             field = type(self).model_fields.get(name)
-            if field is not None and not self.facts.takes(name) and getattr(self, name) != field.default:
+            if (
+                field is not None
+                and not self.facts.takes(name)
+                and getattr(self, name) not in (field.default, LIKE_ALL.get(name))
+            ):
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
                     f"leave it out, or choose one of {', '.join(that_take(name))}"
@@ -140,6 +161,11 @@ class FederationConfig(BaseModel):
                 f"--local-steps {self.local_steps} of --directions {self.directions} are {self.local_steps * self.directions} "
                 f"seeds; a request holds {MAX_STEPS}, so lower one of them"
             )
+        if self.facts.sends == "scalars" and self.rule.same_seeds and not self.same_seeds:
+            raise ValueError(
+                f"--aggregator {self.aggregator} compares what clients measure along the same seeds, and each steps along its "
+                "own; give --shared-seeds on, or take clipped or mean"
+            )
         if self.facts.sends == "changes":
             self._check_changes()
         elif self.wire not in ("float16", "float32"):
@@ -148,10 +174,23 @@ class FederationConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sums_are_means(cls, settings: Any) -> Any:
+        """What a secure sum allows is its default."""
+        if isinstance(settings, dict) and settings.get("secure_sums") == "on":
+            return {"aggregator": "mean", **settings}
+        return settings
+
     @model_validator(mode="after")
     def _sums_hide_replies(self) -> Self:
         if self.secure_sums == "off":
             return self
+        if self.rule.needs_each_reply:
+            raise ValueError(
+                f"--secure-sums is on and --aggregator {self.aggregator}; a rule must see each reply, which a sum hides; take "
+                "--aggregator mean, or leave out --secure-sums"
+            )
         if self.two_point_clients:
             raise ValueError(
                 f"--secure-sums is on and --two-point-clients {self.two_point_clients}; scalars and changes are weighed "
@@ -188,6 +227,18 @@ class FederationConfig(BaseModel):
         return ALGORITHMS[self.algorithm]
 
     @property
+    def rule(self) -> Aggregator:
+        """How replies become one change."""
+        return AGGREGATORS[self.aggregator if self.facts.takes("aggregator") else "mean"]
+
+    def largest_share(self, num_replies: int) -> float:
+        """The largest weight of one of so many replies; an equal share is always allowed."""
+        equal = 1 / max(num_replies, 1)
+        if self.max_share is not None:
+            return max(self.max_share, equal)
+        return 2 * equal if self.rule.needs_each_reply else max(0.5, 2 * equal)
+
+    @property
     def passes_per_step(self) -> int:
         """What a local step costs in forward passes: of several directions one more than these; else see `Algorithm`."""
         return self.directions + 1 if self.directions > 1 else self.facts.passes_per_step
@@ -203,7 +254,7 @@ class FederationConfig(BaseModel):
 
         They do in secure sums: along seeds of its own, each would be alone in the sum of these.
         """
-        return self.secure_sums == "on"
+        return "on" in (self.shared_seeds, self.secure_sums)
 
     @property
     def min_cohort(self) -> int:

@@ -20,6 +20,7 @@ from fedkseed.randomness import generator
 MAX_ATTEMPTS = 3
 Status = Literal["closed", "repeat", "failed"]
 PROJECTED_GRAD_RMS, CHANGE_NORM = "projected_grad_rms", "change_norm"
+CLIPPED_SCALARS, COUNTED = "clipped_scalars", "counted"
 """What replies send, by size: the root mean square of a client's scalars, the length of its change of K coefficients."""
 MOST_GUESSES = 10_000
 """A mean loss of training is at most so many times that of a guess; a run that diverges makes it large by itself."""
@@ -27,7 +28,11 @@ MOST_GUESSES = 10_000
 
 @dataclass(frozen=True)
 class Contribution:
-    """An accepted reply: whose it is, its weight in the round, what the client reported, how large that is (see `Rounds`)."""
+    """An accepted reply: whose it is, its weight in the round, what the client reported, its sizes (see `Rounds`).
+
+    The sizes are how large what it sent is, and what became of it: `clipped_scalars`, how many of its scalars were bounded;
+    `counted`, the share of it that went in, see `fedkseed.federation.aggregators`.
+    """
 
     client: str
     weight: float
@@ -177,8 +182,12 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         """Raise a ProtocolError if what the reply holds, beside its head, is not an answer to the request."""
 
     @abstractmethod
-    def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> None:
-        """Move the checkpoint on by the accepted replies, in the order of the clients' names."""
+    def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
+        """Move the checkpoint on by the accepted replies, in the order of the clients' names.
+
+        Returns:
+            What became of a client's numbers on the way, by the names that `metrics.jsonl` has for it; {} if nothing did.
+        """
 
     def _close_mean(self, mean: NDArray[np.float64]) -> None:
         """Move the checkpoint on by the weighted mean of vectors of which none is known, where clients can send such."""
@@ -293,12 +302,13 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         weights = self._weights(accepted)
         server_round = self.checkpoint.round + 1
         missing = tuple(sorted(set(self._pending) - answered))
+        treated: Mapping[str, Mapping[str, float]] = {}
         if len(weights) < self.config.min_replies:
             status = self._repeat(self._pending.keys() - accepted.keys())
         else:
-            self._close({name: accepted[name] for name in weights}, weights)
+            treated = self._close({name: accepted[name] for name in weights}, weights)
             status = self._closed()
-        contributions = tuple(self._contribution(accepted[name], weights[name]) for name in weights)
+        contributions = tuple(self._contribution(accepted[name], weights[name], treated.get(name, {})) for name in weights)
         self._pending = {}
         return Outcome(server_round, status, contributions, tuple(refusals), missing, taken)
 
@@ -379,7 +389,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         self._check(request, reply)
         return reply
 
-    def _contribution(self, reply: ReplyT, weight: float) -> Contribution:
+    def _contribution(self, reply: ReplyT, weight: float, treated: Mapping[str, float]) -> Contribution:
         request = self._pending[reply.client]
         return Contribution(
             reply.client,
@@ -388,29 +398,25 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             request.num_steps,
             reply.num_dropped,
             reply.loss,
-            self._sizes(request, reply),
+            {**self._sizes(request, reply), **treated},
         )
 
     def _weights(self, accepted: Mapping[str, ReplyT]) -> dict[str, float]:
         """p_i by client, in the order of the names."""
         by_examples = self.config.weighting == "examples"
-        return shares(
-            {name: accepted[name].num_examples if by_examples else 1 for name in sorted(accepted)}, self.config.max_share
-        )
+        sizes = {name: accepted[name].num_examples if by_examples else 1 for name in sorted(accepted)}
+        return shares(sizes, self.config.largest_share(len(sizes)))
 
 
-def shares(sizes: Mapping[str, int], max_share: float | None) -> dict[str, float]:
-    """What each of some weighs, in proportion to its size and no more than `max_share`; together 1.
+def shares(sizes: Mapping[str, int], limit: float) -> dict[str, float]:
+    """What each of some weighs, in proportion to its size and no more than a limit; together 1.
 
-    What the largest would have beyond their share goes to the others in proportion. An equal share is always allowed.
+    What the largest would have beyond their share goes to the others in proportion.
 
     Args:
         sizes: positive, by name.
-        max_share: None: a half, and of one or two no limit.
+        limit: at least an equal share; see `FederationConfig.largest_share`.
     """
-    if not sizes:
-        return {}
-    limit = max(0.5, 2 / len(sizes)) if max_share is None else max(max_share, 1 / len(sizes))
     held, free, rest = set(), 1.0, sum(sizes.values())
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         if free * sizes[name] / rest <= limit:

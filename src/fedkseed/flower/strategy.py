@@ -168,7 +168,7 @@ class FedKSeed(Strategy):
                 log(WARNING, "round %s: evaluation of %s refused: %s", server_round, name, error)
         if not found:
             return None
-        weights = shares({name: found[name].num_tokens for name in sorted(found)}, self.config.max_share)
+        weights = shares({name: found[name].num_tokens for name in sorted(found)}, self.config.largest_share(len(found)))
         loss = sum(weight * found[name].loss for name, weight in weights.items())
         num_examples, num_tokens = (sum(getattr(e, what) for e in found.values()) for what in ("num_examples", "num_tokens"))
         return self._evaluated(

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
+from fedkseed.federation.aggregators import AGGREGATORS, Aggregator, clip_shares
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.envelope import Reply
-from fedkseed.federation.rounds import CHANGE_NORM, Outcome, Refusal, Rounds, Summed
+from fedkseed.federation.rounds import CHANGE_NORM, COUNTED, Outcome, Refusal, Rounds, Summed
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch, seeds_of
 from fedkseed.kseed.coding import encode
@@ -197,9 +198,12 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
         change = to_coefficients(reply.numbers.decode(request.size), request.basis).astype(np.float64)
         return {CHANGE_NORM: float(np.linalg.norm(change))}
 
-    def _close(self, replies: Mapping[str, ChangeReply], weights: Mapping[str, float]) -> None:
+    def _close(self, replies: Mapping[str, ChangeReply], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
         """Combine the replies, take the optimiser's step, code what the page lacks, and turn it where its rounds are over."""
-        self._close_mean(combined(self._pending, replies, weights, self.config.basis))
+        rule = self.config.rule
+        change, counted = combined(self._pending, replies, weights, self.config.basis, rule)
+        self._close_mean(change)
+        return {name: {COUNTED: share} for name, share in counted.items()} if rule.needs_each_reply else {}
 
     def _close_mean(self, mean: F64) -> None:
         """See `Rounds`."""
@@ -255,33 +259,52 @@ def vector(request: bytes, reply: bytes) -> tuple[F64, Reply]:
 
 
 def combined(
-    requests: Mapping[str, ChangeRequest], replies: Mapping[str, ChangeReply], weights: Mapping[str, float], basis: Basis
-) -> F64:
-    """The change that a round's replies amount to, float64[K], in the order of the clients' names.
+    requests: Mapping[str, ChangeRequest],
+    replies: Mapping[str, ChangeReply],
+    weights: Mapping[str, float],
+    basis: Basis,
+    rule: Aggregator = AGGREGATORS["mean"],
+) -> tuple[F64, dict[str, float]]:
+    """The change that a round's replies amount to, float64[K], and the share of each reply that went in.
 
     A gradient client's change of n steps averages n gradients. A two-point step along one of K seeds, times K, has a
     gradient's expectation and about K times its variance, so it is worth 1/K of a gradient step; scalars of m steps are
     m / (K n) of a change. The best linear unbiased mean weighs by these (docs/gradients.md). Scalars alone are not blown up
     to a whole step: they move the numbers by `-lr sum_t g_t` at their seeds, as FedKSeed does.
 
+    The rule makes one of the changes. Scalars, of other seeds at each client, are added up whatever it is; unless that is the
+    mean, no client's bring in more than the median of all replies, with scalars taken to be sqrt(K) times as long as they are,
+    since a two-point step goes as far as 1 / sqrt(K) of a gradient step.
+
     Args:
         requests: by client.
-        replies: by client.
+        replies: by client, in the order of their names.
         weights: the clients' shares p_i, by their numbers of examples.
         basis: which numbers these are.
+        rule: how changes become one.
     """
     size = next(iter(requests.values())).size
-    changes, scalars, amount, small = np.zeros(size), np.zeros(size), 0.0, 0.0
-    for name, reply in replies.items():
-        request, weight = requests[name], weights[name]
-        if reply.kind == CHANGE:
-            changes += weight * reply.numbers.decode(size)
-            amount += weight
-        else:
-            moves = -request.lr * reply.numbers.decode(reply.steps)
-            np.add.at(scalars, np.array(seeds_of(request)), weight * moves)
-            small += weight * (reply.steps - reply.num_dropped) / (size * request.steps)
-    if all(reply.kind == CHANGE for reply in replies.values()):
-        return changes
+    changed = [name for name, reply in replies.items() if reply.kind == CHANGE]
+    moves = {
+        name: -requests[name].lr * reply.numbers.decode(reply.steps) for name, reply in replies.items() if reply.kind != CHANGE
+    }
+    counted, change, amount = dict.fromkeys(replies, 1.0), np.zeros(size), 0.0
+    vectors = np.array([replies[name].numbers.decode(size) for name in changed])
+    if changed:
+        change, shares = rule.combine(vectors, np.array([weights[name] for name in changed]))
+        counted |= dict(zip(changed, shares.tolist(), strict=True))
+    for name in changed:
+        amount += weights[name]
+    if not moves:
+        return change, counted
+    if rule.needs_each_reply:
+        longer = 1.0 if basis == "table" else np.sqrt(size)
+        lengths = [weights[name] * np.linalg.norm(vector) for name, vector in zip(changed, vectors, strict=True)]
+        lengths += [weights[name] * longer * np.linalg.norm(one) for name, one in moves.items()]
+        counted |= dict(zip(moves, clip_shares(np.array(lengths))[len(changed) :].tolist(), strict=True))
+    scalars, small = np.zeros(size), 0.0
+    for name, one in moves.items():
+        np.add.at(scalars, np.array(seeds_of(requests[name])), weights[name] * one * counted[name])
+        small += weights[name] * (len(one) - replies[name].num_dropped) / (size * requests[name].steps)
     turned = gradient_to_basis(scalars, basis)
-    return (changes + turned) / (amount + small) if amount else turned
+    return (change + turned) / (amount + small) if changed else turned, counted

@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -36,6 +36,7 @@ FORMATS = (FORMAT, PAGED_FORMAT, MIXED_FORMAT)
 METADATA = "fedkseed"
 MAX_COLUMNS = 64
 """Most tensors in a ledger's file, many times what any has: each one more costs time before it is refused."""
+MAX_SCALES = 65536
 SHORT_DIGEST: np.dtype[Any] = np.dtype("<u4")
 
 
@@ -57,11 +58,14 @@ class History:
         accumulators: the coefficients before rounding, float64[K].
         grad_sums: sums of |clipped projected gradient| for each seed, float64[K].
         grad_counts: how many went into each sum, int64[K].
+        grad_scales: what the running scale of the scalars remembers (`fedkseed.kseed.scale`), float64, at most 65,536; empty
+            where none is kept.
     """
 
     accumulators: NDArray[np.float64]
     grad_sums: NDArray[np.float64]
     grad_counts: NDArray[np.int64]
+    grad_scales: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -306,6 +310,8 @@ class Ledger:
             tensors["accumulators"] = self.history.accumulators.astype("<f8")
             tensors["grad_sums"] = self.history.grad_sums.astype("<f8")
             tensors["grad_counts"] = self.history.grad_counts.astype("<i8")
+            if self.history.grad_scales.size:
+                tensors["grad_scales"] = self.history.grad_scales.astype("<f8")
         else:
             packed = pack(self.coefficients, self.precision)
             metadata["exponent"] = packed.exponent
@@ -333,7 +339,11 @@ class Ledger:
             return cls(pool, base, precision, _round(metadata), pool.check_coefficients(coefficients), None)
         columns: dict[str, str] = {"accumulators": "<f8", "grad_sums": "<f8", "grad_counts": "<i8"}
         history = History(**{name: tensor_of(tensors, name, np.dtype(kind), pool.size) for name, kind in columns.items()})
-        sums = history.grad_sums
+        if "grad_scales" in tensors:
+            history = replace(history, grad_scales=tensor_of(tensors, "grad_scales", np.dtype("<f8"), None))
+        sums, scales = history.grad_sums, history.grad_scales
+        if len(scales) > MAX_SCALES or not (np.isfinite(scales) & (scales > 0)).all():
+            raise ValueError("the scales of the scalars are not positive numbers, or too many")
         if not np.isfinite(sums).all() or sums.min() < 0 or history.grad_counts.min() < 0:
             raise ValueError("a seed's sum or number of gradients is negative or not finite")
         return cls(pool, base, precision, _round(metadata), rounded(history.accumulators, precision), history)

@@ -10,16 +10,19 @@ from numpy.typing import NDArray
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.envelope import Reply
-from fedkseed.federation.rounds import PROJECTED_GRAD_RMS, Rounds
+from fedkseed.federation.rounds import CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS, Rounds
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.kseed.ledger import History, Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.optimizer import SGD
 from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.scale import followed, largest
 from fedkseed.kseed.steps import GRAD_EXPONENT, largest_grad
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import derive, generator
+
+F64 = NDArray[np.float64]
 
 
 def seed_pool(config: FederationConfig) -> SeedPool:
@@ -134,36 +137,54 @@ class Server(Rounds[TrainRequest, TrainReply]):
         return self.ledger.history
 
     def _draw_seeds(self, server_round: int, attempt: int, client: str, likely: NDArray[np.float64] | None) -> tuple[int, ...]:
-        whose = () if self.config.same_seeds else (client,)
-        draw = generator(self.config.seed, server_round, attempt, *whose, "seeds")
-        count = self.steps[client] * self.config.directions
-        return tuple(draw.choice(self.ledger.pool.size, count, p=likely).tolist())
+        """A client's own seeds; of shared ones as many as its steps need."""
+        shared, each = self.config.same_seeds, self.config.directions
+        draw = generator(self.config.seed, server_round, attempt, *(() if shared else (client,)), "seeds")
+        count = max(self.steps.values()) if shared else self.steps[client]
+        drawn = draw.choice(self.ledger.pool.size, count * each, p=likely)
+        return tuple(drawn[: self.steps[client] * each].tolist())
 
-    def _close(self, replies: Mapping[str, TrainReply], weights: Mapping[str, float]) -> None:
-        """Average what the replies say of the K numbers, in the order of the clients' names, and take the optimiser's step."""
-        history, total = self._history, np.zeros(self.ledger.pool.size)
+    def _close(self, replies: Mapping[str, TrainReply], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
+        """Make one vector of what the replies say of the K numbers, by the rule, and take the optimiser's step."""
+        history, rule = self._history, self.config.rule
+        sent = {name: reply.projected_grads.unpack().astype(np.float64) for name, reply in replies.items()}
+        grads, scales = self._bounded(sent)
+        indices = {name: np.array(self._pending[name].indices[: len(values)]) for name, values in grads.items()}
+        used = np.unique(np.concatenate([np.zeros(0, int), *indices.values()]))
+        vectors = np.zeros((len(replies), len(used)))
         sums, counts = history.grad_sums.copy(), history.grad_counts.copy()
-        for name, reply in replies.items():
-            request = self._pending[name]
-            total += weights[name] * gradient(request, reply)
-            self._remember(request, reply, sums, counts)
-        self._step(total, sums, counts)
+        for vector, (name, values) in zip(vectors, grads.items(), strict=True):
+            np.add.at(vector, np.searchsorted(used, indices[name]), values)
+            kept = kept_scalars(self._pending[name], replies[name])
+            np.add.at(sums, indices[name][kept], np.minimum(np.abs(values[kept]), self.config.importance_clip))
+            np.add.at(counts, indices[name][kept], 1)
+        total, counted = np.zeros(self.ledger.pool.size), np.zeros(0)
+        if replies:
+            total[used], counted = rule.combine(vectors, np.array([weights[name] for name in replies]))
+        self._step(total, sums, counts, scales)
+        if not rule.needs_each_reply:
+            return {}
+        return {
+            name: {CLIPPED_SCALARS: int(np.sum(sent[name] != grads[name])), COUNTED: share}
+            for name, share in zip(replies, counted.tolist(), strict=True)
+        }
 
-    def _close_mean(self, mean: NDArray[np.float64]) -> None:
+    def _close_mean(self, mean: F64) -> None:
         """See `Rounds`; the importances, which only Pro draws by, stay as they are."""
-        self._step(mean, self._history.grad_sums, self._history.grad_counts)
+        self._step(mean, self._history.grad_sums, self._history.grad_counts, self._history.grad_scales)
 
-    def _step(self, total: NDArray[np.float64], sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+    def _step(self, total: F64, sums: F64, counts: NDArray[np.int64], scales: F64) -> None:
         change, _ = SGD.step(total, next(iter(self._pending.values())).lr, {})
-        self.ledger = self.ledger.advance(History(self._history.accumulators + change, sums, counts))
+        self.ledger = self.ledger.advance(History(self._history.accumulators + change, sums, counts, scales))
 
-    def _remember(self, request: TrainRequest, reply: TrainReply, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
-        """Add a reply's |clipped projected gradients| to each seed's sum and count, in place."""
-        grads = reply.projected_grads.unpack().astype(np.float64)
-        kept = kept_scalars(request, reply)
-        indices = np.array(request.indices[: len(grads)])[kept]
-        np.add.at(sums, indices, np.minimum(np.abs(grads[kept]), self.config.importance_clip))
-        np.add.at(counts, indices, 1)
+    def _bounded(self, grads: Mapping[str, F64]) -> tuple[Mapping[str, F64], F64]:
+        """What counts of the scalars, by the running scale, and what that remembers; all, where they are bounded otherwise."""
+        scales = self._history.grad_scales
+        if not self.config.rule.needs_each_reply or self.config.loss_clip is not None:
+            return grads, scales
+        scales = followed(scales, list(grads.values()))
+        limit = largest(scales)
+        return {name: np.clip(values, -limit, limit) for name, values in grads.items()}, scales
 
 
 def scalars_size(grads: NDArray[np.float32], dropped: Sequence[int]) -> dict[str, float]:

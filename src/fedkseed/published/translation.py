@@ -40,6 +40,7 @@ def translate(args: argparse.Namespace) -> SimulationConfig:
         "eps": args.zo_eps,
         "num_seeds": args.K,
         "noise": args.noise,
+        "aggregator": "mean",
         "weighting": "equal" if args.equal_weight else "examples",
         "loss_clip": args.grad_clip if args.grad_clip > 0 else None,
         "importance_clip": args.bias_loss_clip,

@@ -243,10 +243,18 @@ def _rounds(record: RunRecord) -> Html:
 def _clients(record: RunRecord) -> Html:
     seen = participation(record.rounds)
     rows: list[list[Text]] = [[p.client, str(p.accepted), str(p.refused), str(p.missing)] for p in seen[:MAX_ROWS]]
+    header = ["client", "accepted", "refused", "no reply"]
     caption = f"{len(seen):,} of {_clients_of(record)} have been asked; rounds of each."
+    if any(p.counted is not None for p in seen):
+        header.append("counted")
+        for row, p in zip(rows, seen, strict=False):
+            row.append(units.NONE if p.counted is None else f"{100 * p.counted:.0f} %")
+        caption += f" Counted: what of its accepted replies went in, by the rule {record.config.rule.name}."
+        clipped = sum(r.clipped_scalars or 0 for r in record.rounds)
+        caption += f" {counted(clipped, 'scalar')} were clipped." if clipped else ""
     if len(seen) > MAX_ROWS:
         caption += f" The {MAX_ROWS} most often asked are shown."
-    return details("Every client", table(caption, ["client", "accepted", "refused", "no reply"], rows, 1))
+    return details("Every client", table(caption, header, rows, 1))
 
 
 def _refusals(record: RunRecord) -> list[Html]:

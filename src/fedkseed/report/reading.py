@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,8 +33,9 @@ class Evaluation:
 class Round:
     """One closed round.
 
-    Bytes are means per client, seconds include the clients' work, steps are of the whole cohort. The last three are as
-    `metrics.jsonl` has them (docs/federation.md); None in runs of before, and of algorithms that have none.
+    Bytes are means per client, seconds include the clients' work, steps are of the whole cohort. The last five are as
+    `metrics.jsonl` has them (docs/federation.md), `counted` by client; None or empty in runs of before, and of algorithms and
+    rules that have none.
     """
 
     server_round: int
@@ -52,6 +53,8 @@ class Round:
     projected_grad_rms: float | None = None
     change_norm: float | None = None
     moved_rms: float | None = None
+    clipped_scalars: int | None = None
+    counted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_asked(self) -> int:
@@ -195,6 +198,10 @@ def _round(event: dict[str, Any]) -> Round:
         seconds_by={str(activity): _number(by, activity) for activity in by},
         num_steps=_count(event, "num_steps") if "num_steps" in event else None,
         peak_bytes=_count(event, "peak_bytes") if "peak_bytes" in event else None,
+        clipped_scalars=_count(event, "clipped_scalars") if "clipped_scalars" in event else None,
+        counted={
+            str(name): _number(client, "counted") for name, client in event.get("clients", {}).items() if "counted" in client
+        },
         **{name: _number(event, name) for name in ("projected_grad_rms", "change_norm", "moved_rms") if name in event},
     )
 

@@ -48,12 +48,16 @@ def traffic(rounds: Sequence[Round]) -> Traffic | None:
 
 @dataclass(frozen=True)
 class Participation:
-    """How often a client's reply was accepted, was refused, or did not come."""
+    """How often a client's reply was accepted, was refused, or did not come; what share of the accepted ones counted.
+
+    The share is the mean over its rounds; None where the rule tells none.
+    """
 
     client: str
     accepted: int
     refused: int
     missing: int
+    counted: float | None = None
 
     @property
     def asked(self) -> int:
@@ -66,7 +70,20 @@ def participation(rounds: Sequence[Round]) -> list[Participation]:
     accepted = Counter(name for r in rounds for name in r.client_losses)
     refused = Counter(name for r in rounds for name in r.refused)
     missing = Counter(name for r in rounds for name in r.missing)
-    clients = [Participation(name, accepted[name], refused[name], missing[name]) for name in accepted | refused | missing]
+    counted: dict[str, list[float]] = {}
+    for r in rounds:
+        for name, share in r.counted.items():
+            counted.setdefault(name, []).append(share)
+    clients = [
+        Participation(
+            name,
+            accepted[name],
+            refused[name],
+            missing[name],
+            sum(counted[name]) / len(counted[name]) if name in counted else None,
+        )
+        for name in accepted | refused | missing
+    ]
     return sorted(clients, key=lambda p: (-p.asked, -p.accepted, p.client))
 
 

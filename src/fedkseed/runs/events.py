@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.federation.rounds import CHANGE_NORM, PROJECTED_GRAD_RMS, Contribution, Outcome
+from fedkseed.federation.rounds import CHANGE_NORM, CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS, Contribution, Outcome
 
 if TYPE_CHECKING:  # torch comes with it, and who shows events need not wait for that
     from fedkseed.evaluation import EvalLoss
@@ -33,7 +33,7 @@ def round_event(outcome: Outcome, lr: float) -> dict[str, Any]:
 
 
 def _sizes(contributions: Sequence[Contribution]) -> dict[str, float]:
-    """How large what the cohort sent is: of scalars over all its steps, of changes the mean over its clients."""
+    """How large what the cohort sent is: of scalars over all its steps, of changes the mean over its clients; what was cut."""
     sizes = {}
     scalars = [
         (c.sizes[PROJECTED_GRAD_RMS], c.num_steps - c.dropped_steps) for c in contributions if PROJECTED_GRAD_RMS in c.sizes
@@ -42,6 +42,8 @@ def _sizes(contributions: Sequence[Contribution]) -> dict[str, float]:
         sizes[PROJECTED_GRAD_RMS] = math.sqrt(math.fsum(n * rms**2 for rms, n in scalars) / sum(n for _, n in scalars))
     if changes := [c.sizes[CHANGE_NORM] for c in contributions if CHANGE_NORM in c.sizes]:
         sizes[CHANGE_NORM] = math.fsum(changes) / len(changes)
+    if any(CLIPPED_SCALARS in c.sizes for c in contributions):
+        sizes[CLIPPED_SCALARS] = sum(c.sizes.get(CLIPPED_SCALARS, 0) for c in contributions)
     return sizes
 
 
@@ -66,16 +68,23 @@ def summary(event: dict[str, Any], num_rounds: int) -> str:
     loss = "-" if event["train_loss"] is None else f"{event['train_loss']:.4f}"
     dropped = f", {event['dropped_steps']} steps dropped" if event["dropped_steps"] else ""
     refused = f", {len(event['refused'])} replies refused" if event["refused"] else ""
+    clipped = f", {event[CLIPPED_SCALARS]} scalars clipped" if event.get(CLIPPED_SCALARS) else ""
     return (
         f"{place}: loss {loss} at {event['num_replies']} clients, {event['bytes_down']:,.0f} bytes down and "
-        f"{event['bytes_up']:,.0f} up each, {event['seconds']:.1f} s{dropped}{refused}"
+        f"{event['bytes_up']:,.0f} up each, {event['seconds']:.1f} s{dropped}{refused}{clipped}"
     )
+
+
+def _counted(client: dict[str, Any]) -> str:
+    return f", {100 * client[COUNTED]:.0f} % counted" if COUNTED in client else ""
 
 
 def details(event: dict[str, Any]) -> list[str]:
     """What else an event says, for those who asked for everything."""
     lines = [
-        f"  {client}: weight {one['weight']:.3f}, loss " + ("-" if one["loss"] is None else f"{one['loss']:.4f}")
+        f"  {client}: weight {one['weight']:.3f}, loss "
+        + ("-" if one["loss"] is None else f"{one['loss']:.4f}")
+        + _counted(one)
         for client, one in event.get("clients", {}).items()
         if "weight" in one
     ]

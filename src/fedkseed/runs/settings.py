@@ -224,7 +224,7 @@ class SimulationConfig(RunConfig):
 
 FOUND_OUT = ("max_length", "date", "eval_limit")
 """The settings that are found out when a run starts, where they are left open."""
-BEFORE = {"long_prompts": "drop"}
+BEFORE = {"long_prompts": "drop", "aggregator": "mean"}
 """What runs did that are older than a setting, where that is not its default."""
 PATTERNS = ("train", "freeze")
 """The settings that are lists of patterns."""
