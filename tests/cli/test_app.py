@@ -19,7 +19,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "except SystemExit as error: assert not error.code, error.code\n"
         "print(sorted({'torch', 'transformers', 'numba', 'scipy'} & set(sys.modules)))\n"
     )
-    for args in (["--help"], ["simulate", "--help"]):
+    for args in (["--help"], ["simulate", "--help"], ["merge", "--help"]):
         done = shell(sys.executable, "-c", code, *args)
         assert done.code == 0, done
         assert done.stdout.endswith("[]\n")

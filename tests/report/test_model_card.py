@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
@@ -10,6 +11,7 @@ from fedkseed.kseed.card import Prompt, licence_of
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.server import start
 from fedkseed.models.identity import BaseIdentity
+from fedkseed.noise.pool import SeedPool
 from fedkseed.report.model_card import About, model_card
 from fedkseed.runs.settings import SimulationConfig, build
 
@@ -57,6 +59,20 @@ def test_the_card_of_a_bare_ledger_is_shorter(ledger: Ledger) -> None:
     said = rows(model_card("base", ledger.published()))
     assert set(said) == {"base model", "method", "candidate seeds", "rounds", "licence", "digest of the published ledger"}
     assert said["digest of the published ledger"].startswith(f"`{ledger.published().digest()}`")
+
+
+def test_the_card_of_a_sum_does_not_say_how_it_was_found(ledger: Ledger) -> None:
+    other = Ledger(SeedPool(5, 64), ledger.base, "float32", 1, np.ones(64, np.float32), None)
+    one = Ledger(SeedPool(4, 128), ledger.base, "float32", 1, np.ones(128, np.float32), None)
+    card = model_card("base", one + other)
+    said = " ".join(card.split())
+    assert (
+        "How they were found is not known here. These weights are the base model's plus K such directions on each of 2 pages"
+        in said
+    )
+    assert "federated" not in said
+    assert rows(card)["candidate seeds"].count("K = ") == 2
+    assert "federated-learning" not in ModelCard(card).data.tags
 
 
 @pytest.mark.parametrize("base", ["owner/name", "base", "a: b", '"quoted" # 1', "1e3", "null", "modèle 模型 🌱"])

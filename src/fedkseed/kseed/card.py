@@ -67,8 +67,11 @@ def head_of(fields: Mapping[str, Any]) -> str:
 
 
 def pool_text(ledger: Ledger) -> str:
-    """A ledger's pool in words; of several pages that of the last."""
-    return f"K = {ledger.pool.size:,}, {ledger.pool.family} noise, key {ledger.pool.key:#018x}"
+    """A ledger's pool in words; of pages that have no size or family in common each one's."""
+    pools = [page.pool for page in ledger.pages] or [ledger.pool]
+    if len({(pool.size, pool.family) for pool in pools}) == 1:
+        pools = pools[-1:]
+    return "; ".join(f"K = {pool.size:,}, {pool.family} noise, key {pool.key:#018x}" for pool in pools)
 
 
 def published_text(ledger: Ledger) -> str:

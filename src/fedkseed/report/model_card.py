@@ -19,6 +19,8 @@ BY_SCALARS = """A causal language model, tuned by federated learning without bac
 a number, how the loss of its records changes along a random direction that a seed stands for."""
 BY_CHANGES = """A causal language model, tuned by federated learning with gradients in K numbers: a client sends how far each of
 K random directions, which seeds stand for, took its records' loss down."""
+BY_NUMBERS = """A causal language model, tuned as K numbers over its base: they say how far its weights go along random
+directions, which seeds stand for. How they were found is not known here."""
 BY_TENSORS = "tuned by federated learning: clients train it on their own records and send it back, the server averages."
 ATTACHED = {None: "A causal language model", "lora": "A LoRA adapter of a causal language model"}
 """By `Algorithm.attaches`; all else is a soft prompt."""
@@ -92,7 +94,8 @@ def model_card(base: str, tuning: Ledger | TunedTensors, about: About | None = N
 
 
 def _metadata(base: str, tuning: Ledger | TunedTensors, about: About, library: str) -> str:
-    scalars = isinstance(tuning, Ledger) and not tuning.pages
+    known = about.config is not None
+    scalars = isinstance(tuning, Ledger) and not tuning.pages and known
     datasets = [name.split(":")[0] for name in _data_names(about.config) if is_hub_id(name)]
     fields = {
         "library_name": library,
@@ -100,7 +103,7 @@ def _metadata(base: str, tuning: Ledger | TunedTensors, about: About, library: s
         "base_model": base,
         **(about.licence or {"license": "unknown"}),
         **({"datasets": datasets} if datasets else {}),
-        "tags": ["fedkseed", "federated-learning", *(["zeroth-order-optimisation"] if scalars else [])],
+        "tags": ["fedkseed", *(["federated-learning"] if known else []), *(["zeroth-order-optimisation"] if scalars else [])],
     }
     return head_of(fields)
 
@@ -113,7 +116,7 @@ def _how(tuning: Ledger | TunedTensors, facts: Algorithm | None) -> str:
     if isinstance(tuning, TunedTensors):
         return f"{ATTACHED.get(facts.attaches if facts else None, 'A soft prompt of a causal language model')}, {BY_TENSORS}"
     several = f" on each of {len(tuning.pages)} pages" if len(tuning.pages) > 1 else ""
-    how = BY_CHANGES if tuning.pages else BY_SCALARS
+    how = BY_NUMBERS if facts is None else BY_CHANGES if tuning.pages else BY_SCALARS
     return f"{how} These weights are the base model's plus\nK such directions{several}, by the ledger's coefficients."
 
 
@@ -121,7 +124,7 @@ def rows_of(tuning: Ledger | TunedTensors, about: About) -> dict[str, str]:
     """What a card's table says of a tuned model, but for its base."""
     config, rows = about.config, dict[str, str]()
     if isinstance(tuning, Ledger):
-        rows["method"] = f"{config.facts.title if config else 'FedKSeed'} ({PAPER})"
+        rows["method"] = f"{config.facts.title if config else 'numbers over seeds'} ({PAPER})"
         rows["candidate seeds"] = pool_text(tuning)
     elif config is not None:
         rows["method"] = f"{config.facts.title}: {config.facts.about}"
