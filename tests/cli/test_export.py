@@ -138,7 +138,7 @@ def test_the_published_ledger_is_small_and_enough(fedkseed: CommandLine, tiny: P
     assert (result.code, result.stderr) == (0, "")
     size = (tmp_path / "model.ledger").stat().st_size
     assert 8192 < size < 9500
-    assert f"{size:,} bytes, 1 rounds, K = 4096" in result.stdout
+    assert f"{size:,} bytes, 1 round, K = 4096" in result.stdout
     digests = []
     for path in (run / "ledger.safetensors", tmp_path / "model.ledger"):
         model = load_model(tiny / "model", "float32")

@@ -63,7 +63,7 @@ def test_float_tensors_are_tuned_and_a_line_says_so(wrapped: bool, caplog: pytes
     kept, before = integers(model).clone(), {name: x.clone() for name, x in (("norm", model.norm), ("scale", model.scale))}
     bound = fk.bind(model, POOL)
     kind = "Wrapped" if wrapped else "int8"
-    said = f"1 quantised tensors stay as they are, such as weight ({kind}); tuned are 2 others, such as norm"
+    said = f"left as they are: 1 quantised tensor, such as weight ({kind}); tuned: 2 others, such as norm"
     assert caplog.messages == [said]
     a = np.linspace(-1, 1, 16).astype(np.float32)
     bound.rebuild(a)

@@ -13,6 +13,7 @@ from fedkseed.kseed.distance import difference, moved_rms
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import TENSORS
 from fedkseed.runs.folder import tuned_file
+from fedkseed.text import counted
 
 UNITS = {"absolute": "", "proportional": " of itself"}
 
@@ -35,9 +36,8 @@ def merge(paths: Sequence[Path], weights: str | None, output: Path) -> None:
         raise RunFolderError(f"{output} exists; give a file that does not")
     ledger = merged([_ledger_file(path) for path in paths], factors)
     ledger.save(output)
-    pages = f"{len(ledger.pages)} pages" if len(ledger.pages) > 1 else "1 page"
     sizes = ", ".join(str(size) for size in sorted({page.pool.size for page in ledger.pages}))
-    say(f"{output}: {output.stat().st_size:,} bytes, {pages}, K = {sizes}")
+    say(f"{output}: {output.stat().st_size:,} bytes, {counted(len(ledger.pages), 'page')}, K = {sizes}")
     if len({page.movement for page in ledger.pages}) == 1:
         say(f"moves a weight by {moved_rms(ledger):.3g}{UNITS[ledger.pages[0].movement]} (root mean square)")
 

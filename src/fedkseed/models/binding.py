@@ -34,6 +34,7 @@ from fedkseed.models.projection import FLOATS, Projection, check_gradient
 from fedkseed.models.sweeps import KeptSweep, backends_for, between, from_base, in_place, scaled
 from fedkseed.noise import Mixture, Sweep
 from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
+from fedkseed.text import counted
 
 LOG = logging.getLogger(__name__)
 
@@ -332,8 +333,8 @@ class Binding:
         if not left:
             return None
         return (
-            f"{len(left)} quantised tensors stay as they are, such as {left[0].name} ({_kind_of(left[0].parameter)}); "
-            f"tuned are {len(self._tunable)} others, such as {self._tunable[0].name}"
+            f"left as they are: {counted(len(left), 'quantised tensor')}, such as {left[0].name} "
+            f"({_kind_of(left[0].parameter)}); tuned: {counted(len(self._tunable), 'other')}, such as {self._tunable[0].name}"
         )
 
     def _why_not(self, name: str) -> str:
