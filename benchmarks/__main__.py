@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-ON_ANY_MACHINE = ("noise", "step", "round", "secure")
+ON_ANY_MACHINE = ("noise", "step", "round", "secure", "swap")
 
 for name in sys.argv[1:] or ON_ANY_MACHINE:
     importlib.import_module(f".{name}", __package__).main()
