@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from tests.support import laws
-from tests.support.rows import kinds, quick_backends
+from tests.support.rows import backends, kinds, quick_backends
 from torch.utils.checkpoint import checkpoint
 
 import fedkseed as fk
+from fedkseed.demo import model_folder
 from fedkseed.errors import BindingError, FedKSeedError, InvalidValueError, LedgerError
 from fedkseed.kseed.coding import BITS
 from fedkseed.kseed.gradient_steps import gradient_steps
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.thinning import thinned
+from fedkseed.models.loading import load_model
 from fedkseed.noise.families import transform
 
 POOL = fk.SeedPool(0x0123456789ABCDEF, 128)
@@ -75,8 +77,8 @@ def digest(model: torch.nn.Module) -> str:
 # --- The promise: at any time the model is the one that its ledger gives ---
 
 
-@quick_backends
-@pytest.mark.parametrize("wire", BITS)
+@backends
+@pytest.mark.parametrize("wire", ["float16", "int4"])
 def test_the_ledger_rebuilds_the_trained_model_to_the_bit(backend: str, wire: str, tmp_path: Path) -> None:
     """After every step, from its file, on every backend."""
     model, optimizer = fk.prepare(Net(), POOL, lr=3e-2, wire=wire)
@@ -97,6 +99,28 @@ def Net_of(model: torch.nn.Module) -> torch.nn.Module:  # noqa: N802
     plain = Net(next(model.parameters()).dtype)
     plain.load_state_dict(model.state_dict())
     return plain
+
+
+@pytest.mark.parametrize("wire", BITS)
+def test_so_it_is_on_every_wire(wire: str) -> None:
+    model, optimizer = fk.prepare(Net(), POOL, lr=3e-2, wire=wire)
+    train(model, optimizer)
+    fresh = Net()
+    fk.apply(fresh, fk.Ledger.decode(fk.ledger_of(model).encode()))
+    assert laws.all_bits(fresh) == laws.all_bits(Net_of(model)) != laws.all_bits(Net())
+
+
+@quick_backends
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_adapter_that_was_trained_elsewhere_is_the_model_that_it_was_there(
+    backend: str, threads: int, torch_threads: None
+) -> None:
+    """On whichever machine this runs: three steps over the demo's model, int8, as of 2026-11-27."""
+    torch.set_num_threads(threads)
+    model = load_model(model_folder(), "float32").to(laws.device_of(backend))
+    ledger = fk.apply(model, Path(__file__).parents[1] / "vectors" / "adapter.safetensors", backend)
+    assert ledger.digest() == "94a6c105acce8a7f6ed20ee4594aa1f4736f1ccee35f953f779cd781719c94a3"
+    assert digest(model.cpu()) == "1923b0e73c3a083b682069e0bac03c88b11d58b5e80633dda97ef424372c2bb4"
 
 
 @kinds
