@@ -32,7 +32,7 @@ import numpy as np, torch
 from transformers import AutoModelForCausalLM
 import fedkseed as fk
 from fedkseed.runs.memory import peak_memory
-from fedkseed.kseed.gradient_steps import gradient_steps
+from fedkseed.kseed.gradient_steps import folded_gradient, gradient_steps
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.runs.task import checkpoint_activations
@@ -52,7 +52,10 @@ elif mode.startswith("gradient"):
     if mode.endswith("checkpointing"):
         checkpoint_activations(model)
     bound = fk.bind(model, fk.SeedPool(1, 65536), base=folder)
-    gradient_steps(bound, np.zeros(65536), "table", 3, differentiable, OPTIMIZERS["adam"], 1e-6)
+    gradient_steps(
+        bound, np.zeros(65536), "table", 3,
+        lambda t: folded_gradient(bound, "table", lambda: differentiable(t)), OPTIMIZERS["adam"], 1e-6,
+    )
 else:
     bound = fk.bind(model, fk.SeedPool(1, 4096), base=None if mode == "copy" else folder)
     bound.rebuild(np.full(4096, 1e-6, np.float32))

@@ -59,6 +59,10 @@ class ProtocolError(FedKSeedError, ValueError):
     """Bytes that are not a message, or a message that does not belong where it arrived."""
 
 
+class PrivacyError(FedKSeedError):
+    """A release that a privacy budget does not allow, or an account of releases that cannot be read."""
+
+
 class LedgerError(FedKSeedError):
     """A ledger that cannot be read or written, or belongs to another base model or pool."""
 

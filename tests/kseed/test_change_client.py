@@ -27,7 +27,7 @@ from fedkseed.kseed.change_client import ChangeClient
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, seeds_of
 from fedkseed.kseed.change_server import ChangeServer, new_page
 from fedkseed.kseed.coding import LARGEST
-from fedkseed.kseed.gradient_steps import gradient_steps
+from fedkseed.kseed.gradient_steps import folded_gradient, gradient_steps
 from fedkseed.kseed.optimizer import OPTIMIZERS
 
 F64 = NDArray[np.float64]
@@ -317,7 +317,10 @@ def test_gradient_steps_by_hand(optimizer: str) -> None:
     start = 0.01 * np.random.default_rng(0).standard_normal(K)
     chosen, lr = OPTIMIZERS[optimizer], 0.02
     state = chosen.start(K)
-    steps = gradient_steps(bound, start, "table", 3, lambda t: task.differentiable_loss(np.array([t])), chosen, lr)
+    steps = gradient_steps(
+        bound, start, "table", 3,
+        lambda t: folded_gradient(bound, "table", lambda: task.differentiable_loss(np.array([t]))), chosen, lr,
+    )  # fmt: skip
     z, w0, x = directions(pool, "table"), flat(quadratic_model()), start.copy()
     losses = []
     for t in range(3):

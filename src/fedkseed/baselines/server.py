@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedkseed.baselines.checkpoint import TunedTensors
 from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, tensors_digest, unpack_tensors
-from fedkseed.baselines.parameters import check_tensors
+from fedkseed.baselines.parameters import Tensors, check_tensors
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation import FederationConfig, Rounds
 from fedkseed.randomness import derive
+
+
+def _flat(tensors: Tensors) -> NDArray[np.float64]:
+    """All numbers in the order of the tensors' names, float64."""
+    return torch.cat([tensors[name].double().reshape(-1) for name in sorted(tensors)]).numpy()
 
 
 class TensorServer(Rounds[TensorRequest, TensorReply]):
@@ -83,11 +90,19 @@ class TensorServer(Rounds[TensorRequest, TensorReply]):
 
     def _close(self, replies: Mapping[str, TensorReply], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
         """x <- sum_i p_i x_i, in float64 and in the order of the clients' names."""
-        total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self._shapes.items()}
-        for client, reply in replies.items():
-            for name, x in unpack_tensors(reply.tensors).items():
-                total[name] += weights[client] * x.double()
-        tensors = {name: x.float() for name, x in total.items()}
         before = self._checkpoint
+        if self.mechanism is None:
+            total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self._shapes.items()}
+            for client, reply in replies.items():
+                for name, x in unpack_tensors(reply.tensors).items():
+                    total[name] += weights[client] * x.double()
+            tensors = {name: x.float() for name, x in total.items()}
+        else:
+            here = _flat(before.tensors)
+            changes = (_flat(unpack_tensors(reply.tensors)) - here for reply in replies.values())
+            there = torch.from_numpy(here + self._released(changes, len(here))).float()
+            names = sorted(self._shapes)
+            parts = torch.split(there, [self._shapes[name].numel() for name in names])
+            tensors = {name: part.reshape(self._shapes[name]) for name, part in zip(names, parts, strict=True)}
         self._checkpoint = TunedTensors(before.algorithm, before.base, before.round + 1, tensors)
         return {}

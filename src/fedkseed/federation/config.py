@@ -4,10 +4,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fedkseed.errors import ConfigError
 from fedkseed.federation.aggregators import AGGREGATORS, Aggregator
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
 from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
+from fedkseed.privacy import DELTA, Privacy
+from fedkseed.privacy.settings import ClipNorm, Delta, Epsilon, NoiseMultiplier, Unit
 
 if TYPE_CHECKING:  # which cannot know the tables' names
     AlgorithmName: TypeAlias = str
@@ -134,6 +137,21 @@ class FederationConfig(BaseModel):
     secure_clip: Annotated[float, Field(ge=SMALLEST_CLIP, le=LARGEST_CLIP)] = Field(
         1000.0, description="With --secure-sums on: a client's numbers are clipped to this."
     )
+    dp: Unit | None = Field(
+        None,
+        description="Differential privacy: record, clients hide each of their records; client, the server, which is trusted, "
+        "hides each client in what it publishes (docs/privacy.md).",
+    )
+    clip_norm: ClipNorm | None = Field(
+        None, description="With --dp: longest vector that a record's slopes or gradient, or a client's change, counts as."
+    )
+    noise_multiplier: NoiseMultiplier | None = Field(
+        None,
+        description="With --dp: deviation of the noise over the clip norm (default: what makes --epsilon last for "
+        "--num-rounds).",
+    )
+    epsilon: Epsilon | None = Field(None, description="With --dp: the budget; the run ends before it is exceeded.")
+    delta: Delta | None = Field(None, description=f"With --dp: where epsilon is counted (default: {DELTA:g}).")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(42, description="Seed of everything random in the run.")
 
     @field_validator("*", mode="before")
@@ -161,6 +179,7 @@ class FederationConfig(BaseModel):
                 f"--local-steps {self.local_steps} of --directions {self.directions} are {self.local_steps * self.directions} "
                 f"seeds; a request holds {MAX_STEPS}, so lower one of them"
             )
+        self._check_privacy()
         if self.facts.sends == "scalars" and self.rule.same_seeds and not self.same_seeds:
             raise ValueError(
                 f"--aggregator {self.aggregator} compares what clients measure along the same seeds, and each steps along its "
@@ -221,6 +240,64 @@ class FederationConfig(BaseModel):
                 "weighed against changes of sgd only, so take that and let --server-optimizer bound the steps"
             )
 
+    def _check_privacy(self) -> None:
+        """Refuse what would void the guarantee, or not be what it looks like."""
+        if self.dp is None:
+            for name in ("clip_norm", "noise_multiplier", "epsilon", "delta"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is {value:g} and there is no --dp; leave it out, or give --dp"
+                    )
+            return
+        if self.clip_norm is None:
+            raise ValueError(f"--dp is {self.dp} and --clip-norm is missing; give the longest vector of one {self.dp}")
+        if self.noise_multiplier is None and self.epsilon is None:
+            raise ValueError(f"--dp is {self.dp} and there is no noise; give --epsilon, which finds it, or --noise-multiplier")
+        if self.weighting != "equal":
+            raise ValueError(
+                f"--dp is {self.dp} and --weighting {self.weighting}, which tells how many records each client has; take equal"
+            )
+        if self.dp == "client" and self.facts.draws == "importance":
+            raise ValueError(
+                f"--dp is client and --algorithm {self.algorithm} draws seeds by what single clients sent; take fedkseed"
+            )
+        if self.dp == "client" and self.aggregator not in ("clipped", "mean"):
+            raise ValueError(
+                f"--dp is client and --aggregator {self.aggregator}; what one client moves is not bounded then, so leave it out"
+            )
+        if self.dp == "client" and self.secure_sums == "on":
+            raise ValueError(
+                "--dp is client and --secure-sums on; a server that sees no single reply can clip none; leave one out"
+            )
+        if self.dp == "record":
+            if self.facts.sends == "tensors":
+                raise ValueError(
+                    f"--dp is record and --algorithm {self.algorithm} sends tensors, of which single records are not known; "
+                    "take --dp client, or an algorithm of K numbers"
+                )
+            if self.local_unit == "epochs":
+                raise ValueError("--dp is record and --local-unit epochs, which tells the number of records; count steps")
+            if self.loss_clip is not None:
+                raise ValueError(
+                    f"--dp is record and --loss-clip {self.loss_clip:g}, by which a record decides whether a step is dropped; "
+                    "leave it out: --clip-norm bounds it"
+                )
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """The choice of differential privacy; None: none.
+
+        Raises:
+            ConfigError: the noise is to be found yet (`fedkseed.runs.privacy`).
+        """
+        if self.dp is None:
+            return None
+        if self.noise_multiplier is None:
+            raise ConfigError(f"--dp is {self.dp} and the noise has not been found yet; give --noise-multiplier")
+        delta = DELTA if self.delta is None else self.delta
+        chosen = self.model_dump(include={"clip_norm", "noise_multiplier", "epsilon"})
+        return Privacy.model_validate({"unit": self.dp, "delta": delta, **chosen})
+
     @property
     def facts(self) -> Algorithm:
         """What is to be known of the algorithm."""
@@ -228,8 +305,9 @@ class FederationConfig(BaseModel):
 
     @property
     def rule(self) -> Aggregator:
-        """How replies become one change."""
-        return AGGREGATORS[self.aggregator if self.facts.takes("aggregator") else "mean"]
+        """How replies become one change; of hidden clients the mean, which is clipped and noised by itself."""
+        taken = self.facts.takes("aggregator") and self.dp != "client"
+        return AGGREGATORS[self.aggregator if taken else "mean"]
 
     def largest_share(self, num_replies: int) -> float:
         """The largest weight of one of so many replies; an equal share is always allowed."""

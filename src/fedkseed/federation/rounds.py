@@ -15,6 +15,7 @@ from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_loss, check_name
 from fedkseed.federation.schedule import learning_rate
+from fedkseed.privacy import WITHHELD
 from fedkseed.randomness import generator
 
 MAX_ATTEMPTS = 3
@@ -142,6 +143,9 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         num_examples: how many records each client has, by its name, which its replies must say too; needed where `local_unit`
             is epochs.
 
+    Attributes:
+        mechanism: what each round's mean goes through where the settings hide clients; None where they do not.
+
     Raises:
         RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
     """
@@ -155,6 +159,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self.run_id, self.guess_loss = config, run_id, guess_loss
+        self.mechanism = config.privacy.mechanism if config.dp == "client" and config.privacy else None
         self._attempt = 0
         self._failed: set[str] = set()
         self._num_examples: Mapping[str, int] = {}
@@ -262,14 +267,16 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             raise RunError("nobody is here; admit clients before a round is planned")
         if self._attempt >= MAX_ATTEMPTS:
             raise RunError(f"round {self.checkpoint.round + 1} failed {MAX_ATTEMPTS} times; see the refusals, then resume")
-        server_round = self.checkpoint.round + 1
-        draw = generator(self.config.seed, server_round, self._attempt, "cohort")
-        others = [name for name in self.clients if name not in self._failed]
-        asked = others if len(others) >= self.config.min_cohort else self.clients
-        cohort = sorted(draw.choice(asked, min(self.cohort_size, len(asked)), replace=False).tolist())
+        server_round, cohort = self.checkpoint.round + 1, self.cohort()
         lr = learning_rate(self.config.schedule, self.config.lr, server_round - 1, self.config.num_rounds)
         self._pending = dict(self._requests(server_round, self._attempt, cohort, lr))
         return tuple(self._pending.values())
+
+    def cohort(self) -> list[str]:
+        """Whom the next round's requests, or those of the next attempt at it, are for; sorted."""
+        others = [name for name in self.clients if name not in self._failed]
+        asked = others if len(others) >= self.config.min_cohort else self.clients
+        return draw_cohort(self.config, asked, self.cohort_size, self.checkpoint.round + 1, self._attempt)
 
     def whole(self, client: str) -> RequestT | None:
         """A planned request for a client that has lost what it was taken to have; None if the planned one builds on nothing."""
@@ -391,6 +398,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
 
     def _contribution(self, reply: ReplyT, weight: float, treated: Mapping[str, float]) -> Contribution:
         request = self._pending[reply.client]
+        if self.mechanism is not None:  # what is written down of a round may be published too
+            return Contribution(reply.client, weight, WITHHELD, request.num_steps, 0, None)
         return Contribution(
             reply.client,
             weight,
@@ -401,11 +410,22 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             {**self._sizes(request, reply), **treated},
         )
 
+    def _released(self, vectors: Iterable[NDArray[np.float64]], size: int) -> NDArray[np.float64]:
+        """The noisy mean of what the replies amount to, a vector each; over how many were asked, which tells nothing."""
+        assert self.mechanism is not None  # asked only where clients are hidden
+        return self.mechanism.release(vectors, size, len(self._pending))
+
     def _weights(self, accepted: Mapping[str, ReplyT]) -> dict[str, float]:
         """p_i by client, in the order of the names."""
         by_examples = self.config.weighting == "examples"
         sizes = {name: accepted[name].num_examples if by_examples else 1 for name in sorted(accepted)}
         return shares(sizes, self.config.largest_share(len(sizes)))
+
+
+def draw_cohort(config: FederationConfig, asked: Sequence[str], size: int, server_round: int, attempt: int) -> list[str]:
+    """So many of the clients that may be asked, or all, sorted; a function of the run's seed, the round and the attempt."""
+    draw = generator(config.seed, server_round, attempt, "cohort")
+    return sorted(draw.choice(list(asked), min(size, len(asked)), replace=False).tolist())
 
 
 def shares(sizes: Mapping[str, int], limit: float) -> dict[str, float]:

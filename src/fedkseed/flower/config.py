@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedkseed.data import resolve_source
 from fedkseed.data.cache import cache_folder
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
+from fedkseed.privacy import Privacy
+from fedkseed.privacy.accountant import require_accountant
 from fedkseed.runs.folder import RunFolder, settings_of
 from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.provenance import check_same, made_with
@@ -23,6 +25,10 @@ from fedkseed.runs.trackers import TRACKERS
 from fedkseed.runs.validation import Words, validated
 
 NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation", "secure-sums", "key", "keys")
+PRIVACY_KEYS = {
+    "dp": "unit", "clip-norm": "clip_norm", "noise-multiplier": "noise_multiplier", "delta": "delta", "epsilon": "epsilon",
+}  # fmt: skip
+"""A node's own choice, by the names that `Privacy` has for it."""
 CHANGEABLE = ("run", "clients", "num_rounds", "min_clients", "deadline", "eval_every", "eval_limit", "eval_data")
 """What may differ when a run is gone on with: none of it says what a client computes."""
 MOVABLE = {"model", "data", "template"}
@@ -48,6 +54,16 @@ class FlowerConfig(RunConfig):
         if value not in known:
             raise ValueError(f"on Flower only {', '.join(known)} run; the baselines run in fedkseed simulate")
         return value
+
+    @model_validator(mode="after")
+    def _whose_privacy(self) -> Self:
+        if self.dp == "record":
+            raise ValueError(
+                'dp is record, which is for each node to say; leave it out, and give dp = "record" in node-configs'
+            )
+        if self.dp is not None and self.noise_multiplier is None:
+            raise ValueError("dp is client and noise-multiplier is missing; give it (docs/privacy.md has a table)")
+        return self
 
     @field_validator("log")
     @classmethod
@@ -100,6 +116,19 @@ WORDS = Words(
 )
 
 
+PRIVACY_WORDS = Words(
+    value=lambda path: f"node-config {_privacy_key(path[0])}",
+    missing=lambda name: f"node-config has no {_privacy_key(name)}; dp, clip-norm and noise-multiplier belong together",
+    unknown=lambda name: f"node-config key {_privacy_key(name)!r}",
+    contradiction="node-config: ",
+)
+
+
+def _privacy_key(name: str) -> str:
+    """What a field of `Privacy` is called in a node-config."""
+    return next(key for key, field in PRIVACY_KEYS.items() if field == name)
+
+
 def read_config(run_config: Mapping[str, Any]) -> FlowerConfig:
     """The settings of a run's kebab-case configuration; an empty text stands for a key that is not set.
 
@@ -135,6 +164,7 @@ class Node:
         backpropagation: whether it can backpropagate.
         sums_only: whether it answers nothing that shows its own numbers, whatever the server says.
         key, keys: its private key and the folder of all nodes' public ones, where secure sums are bound to them.
+        privacy: what it hides of its records by itself; None: nothing.
     """
 
     client: str | int
@@ -146,6 +176,7 @@ class Node:
     sums_only: bool = False
     key: Path | None = None
     keys: Path | None = None
+    privacy: Privacy | None = None
 
 
 def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Node:
@@ -165,9 +196,11 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
                 f"start it with flwr run --federation-config 'num-supernodes={config.num_clients}'"
             )
         return Node(int(node_config["partition-id"]), config)
-    unknown = sorted(set(node_config) - set(NODE_KEYS))
+    unknown = sorted(set(node_config) - {*NODE_KEYS, *PRIVACY_KEYS})
     if unknown:
-        raise ConfigError(f"node-config key {unknown[0]!r} is unknown; expected one of: {', '.join(NODE_KEYS)}")
+        raise ConfigError(
+            f"node-config key {unknown[0]!r} is unknown; expected one of: {', '.join((*NODE_KEYS, *PRIVACY_KEYS))}"
+        )
     for key in ("name", "data"):
         if not node_config.get(key):
             raise ConfigError(f'node-config has no {key}; start the SuperNode with --node-config \'name="..." data="..."\'')
@@ -205,8 +238,23 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
         backpropagation=able == "yes",
         sums_only=sums == "required",
         **paths,
+        privacy=_privacy(node_config),
         **state,
     )
+
+
+def _privacy(node_config: Mapping[str, Any]) -> Privacy | None:
+    given = {name: node_config[key] for key, name in PRIVACY_KEYS.items() if node_config.get(key) not in (None, "")}
+    if not given:
+        return None
+    privacy = validated(Privacy, given, PRIVACY_WORDS)
+    require_accountant()
+    if node_config.get("eval-data"):
+        raise ConfigError(
+            f"node-config eval-data is {node_config['eval-data']!r} and dp is {privacy.unit}: an evaluation tells the loss of "
+            "its records as it is; leave one of them out"
+        )
+    return privacy
 
 
 def open_run(config: FlowerConfig, records: Records | None = None) -> RunFolder:

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from fedkseed.data import EncodedExample, read_source
 from fedkseed.errors import ConfigError, ProtocolError
+from fedkseed.federation.envelope import Request
 from fedkseed.flower import summing
+from fedkseed.flower.budget import KeptHistory
 from fedkseed.flower.config import EngineConfig, FlowerConfig, node_settings
 from fedkseed.flower.envelope import Evaluation, Hello, Lacking
 from fedkseed.flower.kept import KeptPages
@@ -21,9 +23,11 @@ from fedkseed.kseed.change_client import ChangeClient, patched
 from fedkseed.kseed.change_messages import ChangeRequest
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
+from fedkseed.kseed.private_steps import sampling_rate
 from fedkseed.kseed.server import seed_pool
 from fedkseed.models.loading import Dtype
 from fedkseed.noise.pool import SeedPool
+from fedkseed.privacy import WITHHELD
 from fedkseed.runs.algorithms import roles_of
 from fedkseed.runs.learner import Learner, learner_of
 from fedkseed.runs.records import Records, encoded_for, prepare, sample
@@ -147,6 +151,7 @@ class Participant:
                 drawn(config, read_examples(config, learner, node.eval_data, "evaluation", "test")) if node.eval_data else []
             )
         self._node, self._config, self._backpropagation = node, config, node.backpropagation
+        self._privacy, self._history = node.privacy, KeptHistory(node.state, self.name)
         self._loaded = loaded.bound
         self._kept = KeptPages(node.state, self.name, self._loaded.identity)
         self._seconds_loading = time.perf_counter() - begin
@@ -171,7 +176,7 @@ class Participant:
         return Hello(
             name=self.name,
             base=self._loaded.identity.fingerprint,
-            num_examples=len(self._examples),
+            num_examples=len(self._examples) if self._privacy is None else WITHHELD,
             num_eval_examples=len(self._held_out),
             num_eval_tokens=sum(example.num_targets for example in self._held_out),
             backpropagation=self._backpropagation,
@@ -181,13 +186,14 @@ class Participant:
         """Train as a request's bytes say; the reply's bytes, or those of `Lacking`.
 
         Raises:
+            PrivacyError: the node's privacy budget is spent.
             ProtocolError: see `answer` of `fedkseed.kseed.client.Client` and `fedkseed.kseed.change_client.ChangeClient`.
         """
         begin = time.perf_counter()
         watch, roles, loaded = Stopwatch(), roles_of(self._config.facts), self._loaded
         request = roles.request(data)
         task = TextTask(loaded.model, self._examples, self._pad_id, watch)
-        client = roles.client(self.name, loaded.bound, loaded.identity, task, watch)
+        client = roles.client(self.name, loaded.bound, loaded.identity, task, watch, self._privacy)
         said = Log()
 
         def heard(step: int, loss: float) -> None:
@@ -198,9 +204,11 @@ class Participant:
             if _lacks(client.pages, request):
                 log(INFO, "%s: round %s builds on pages that are not here; asking for all", self.name, request.server_round)
                 return Lacking(pages=len(client.pages)).encode()
+            self._spend(request)
             reply = client.answer(data, heard)
             self._kept.save(request, client.pages)
         else:
+            self._spend(request)
             reply = client.answer(data, heard)
         spent = ", ".join(f"{activity} {seconds:.2f} s" for activity, seconds in watch.read().items())
         log(
@@ -210,6 +218,20 @@ class Participant:
         )
         self._seconds_loading = 0.0  # of what it keeps for the next
         return reply
+
+    def _spend(self, request: Request) -> None:
+        """Count what the reply will cost, before it is made: a node that dies in between has counted too much.
+
+        Raises:
+            PrivacyError: the budget does not allow it.
+        """
+        if (privacy := self._privacy) is None:
+            return
+        if privacy.unit == "record":
+            epsilon = self._history.spend(privacy, sampling_rate(request.batch_size, len(self._examples)), request.num_steps)
+        else:
+            epsilon = self._history.spend(privacy, 1.0, 1)
+        log(INFO, "%s: epsilon is %.3f at delta %g after this round, of a %s", self.name, epsilon, privacy.delta, privacy.unit)
 
     def evaluate(self, data: bytes) -> bytes:
         """The loss of this node's evaluation records under the published ledger of these bytes.

@@ -28,6 +28,7 @@ from fedkseed.runs.algorithms import require_secure, roles_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.events import summary
 from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.privacy import Account
 
 if TYPE_CHECKING:  # it needs an extra
     from fedkseed.secure.server import SecureSum
@@ -69,7 +70,11 @@ class FedKSeed(Strategy):
         self._base, self._weight_bytes, self._evaluate_here, self._guess_loss = base, weight_bytes, evaluate, guess_loss
         self._server = roles_of(config.facts).server(config, run.load_ledger() or base, None, guess_loss, None)
         observer = Log(describe=partial(summary, num_rounds=config.num_rounds))
-        self._driver = Driver(run, self._server, observer, self._called, config.trackers)
+        account = None
+        if config.privacy is not None:
+            account = Account(config, {}, run.load_checkpoint())
+            run.made_with = {**(run.made_with or {}), "privacy": account.noted()}
+        self._driver = Driver(run, self._server, observer, self._called, config.trackers, account)
         self._members: dict[str, Member] = {}
         self._asked: dict[str, Message] = {}
         self._asked_again: set[str] = set()
@@ -139,7 +144,9 @@ class FedKSeed(Strategy):
         return arrived, unreadable
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
-        """The ledger in its published form, for every client here that has records to evaluate on."""
+        """The ledger in its published form, for every client that has records to evaluate on; none where clients are hidden."""
+        if self.config.dp is not None:  # a loss would tell of one what its change does not
+            return []
         data = self.ledger.published().encode()
         return [
             Message(wrap(data), member.node_id, MessageType.EVALUATE, ttl=self.config.deadline, group_id=str(server_round))

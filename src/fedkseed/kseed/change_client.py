@@ -5,24 +5,31 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedkseed.errors import ModelError, NoBackwardError, ProtocolError
 from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest, seeds_of
 from fedkseed.kseed.coding import Coded, encode
-from fedkseed.kseed.gradient_steps import Foldable, gradient_steps
+from fedkseed.kseed.gradient_steps import Foldable, folded_gradient, gradient_steps
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Page, pages_digest
+from fedkseed.kseed.private_steps import poisson_batches, private_gradient, private_steps, wire_scalars
 from fedkseed.kseed.rounding import pack
-from fedkseed.kseed.steps import GRAD_EXPONENT, StepSettings, local_steps
+from fedkseed.kseed.steps import GRAD_EXPONENT, LocalSteps, StepSettings, local_steps
 from fedkseed.models.identity import BaseIdentity
+from fedkseed.privacy import WITHHELD, Mechanism, Privacy
 from fedkseed.randomness import generator
 
 log = logging.getLogger(__name__)
+F64 = NDArray[np.float64]
 Heard = Callable[[int, float], None]
+Measure = Callable[[int], tuple[F64, float]]
+"""The gradient of a step, and its loss."""
 
 
 class ChangeClient:
@@ -33,13 +40,16 @@ class ChangeClient:
         model: the model, shared with others or not: every answer starts with a rebuild.
         base: identity of the model's base weights.
         task: its records and their loss.
+        privacy: what the client hides of them by itself, whatever a request says; None: nothing.
 
     Attributes:
         pages: those that it has seen; lost ones are sent again.
     """
 
-    def __init__(self, name: str, model: Foldable, base: BaseIdentity, task: DifferentiableTask) -> None:
-        self.name, self.model, self.task = name, model, task
+    def __init__(
+        self, name: str, model: Foldable, base: BaseIdentity, task: DifferentiableTask, privacy: Privacy | None = None
+    ) -> None:
+        self.name, self.model, self.task, self.privacy = name, model, task, privacy
         self._base = bytes.fromhex(base.fingerprint)
         self.pages: tuple[Page, ...] = ()
 
@@ -70,6 +80,15 @@ class ChangeClient:
         return (reply or self._by_two_points(request, page, heard)).encode()
 
     def _by_gradient(self, request: ChangeRequest, page: Page, heard: Heard) -> ChangeReply:
+        measure = self._private_gradients if self._hides_records else self._gradients
+        optimizer, start = OPTIMIZERS[request.optimizer], page.numbers()
+        steps = gradient_steps(
+            self.model, start, page.basis, request.steps, measure(request, page, heard), optimizer, request.lr
+        )
+        change = self._released(steps.change) if self._hides_client else steps.change
+        return self._reply(request, CHANGE, encode(change, request.wire), steps.dropped, steps.losses)
+
+    def _gradients(self, request: ChangeRequest, page: Page, heard: Heard) -> Measure:
         batch = self._batches(request)
 
         def loss(step: int) -> torch.Tensor:
@@ -77,23 +96,70 @@ class ChangeClient:
             heard(step, value.item())
             return value
 
-        optimizer = OPTIMIZERS[request.optimizer]
-        steps = gradient_steps(self.model, page.numbers(), page.basis, request.steps, loss, optimizer, request.lr)
-        return self._reply(request, CHANGE, encode(steps.change, request.wire), steps.dropped, steps.losses)
+        return lambda step: folded_gradient(self.model, page.basis, partial(loss, step))
+
+    def _private_gradients(self, request: ChangeRequest, page: Page, heard: Heard) -> Measure:
+        mechanism = self._mechanism
+        batches = poisson_batches(self.task.num_examples, request.batch_size, mechanism.source)
+
+        def loss(step: int, record: int) -> torch.Tensor:
+            value = self.task.differentiable_loss(np.array([record]))
+            heard(step, value.item())
+            return value
+
+        def measure(step: int) -> tuple[F64, float]:
+            of_record = partial(loss, step)
+            return private_gradient(self.model, page.basis, next(batches), of_record, mechanism, request.batch_size)
+
+        return measure
 
     def _by_two_points(self, request: ChangeRequest, page: Page, heard: Heard) -> ChangeReply:
-        batch = self._batches(request)
+        self.model.rebuild(page.coefficients())  # and stay there: the scalars say how the loss slopes where the round begins
+        settings = StepSettings(0.0, request.eps, request.max_grad, request.loss_clip, "float16")
+        if self._hides_records:
+            steps = self._private_steps(request, settings, heard)
+        else:
+            batch = self._batches(request)
 
-        def loss(step: int) -> float:
-            value = self.task.loss(batch(step))
+            def loss(step: int) -> float:
+                value = self.task.loss(batch(step))
+                heard(step, value)
+                return value
+
+            steps = local_steps(self.model, seeds_of(request), loss, settings)
+        grads = steps.projected_grads
+        if self._hides_client:
+            grads = wire_scalars(self._released(grads.astype(np.float64)), request.max_grad, "float16")
+        packed = pack(grads, "float16", GRAD_EXPONENT)
+        return self._reply(request, SCALARS, Coded("float16", 1.0, packed.numbers), steps.dropped, steps.losses)
+
+    def _private_steps(self, request: ChangeRequest, settings: StepSettings, heard: Heard) -> LocalSteps:
+        mechanism = self._mechanism
+        batches = poisson_batches(self.task.num_examples, request.batch_size, mechanism.source)
+
+        def loss(step: int, record: int) -> float:
+            value = self.task.loss(np.array([record]))
             heard(step, value)
             return value
 
-        self.model.rebuild(page.coefficients())  # and stay there: the scalars say how the loss slopes where the round begins
-        settings = StepSettings(0.0, request.eps, request.max_grad, request.loss_clip, "float16")
-        steps = local_steps(self.model, seeds_of(request), loss, settings)
-        packed = pack(steps.projected_grads, "float16", GRAD_EXPONENT)
-        return self._reply(request, SCALARS, Coded("float16", 1.0, packed.numbers), steps.dropped, steps.losses)
+        return private_steps(self.model, seeds_of(request), batches, loss, settings, mechanism, request.batch_size)
+
+    @property
+    def _hides_records(self) -> bool:
+        return self.privacy is not None and self.privacy.unit == "record"
+
+    @property
+    def _hides_client(self) -> bool:
+        return self.privacy is not None and self.privacy.unit == "client"
+
+    @property
+    def _mechanism(self) -> Mechanism:
+        assert self.privacy is not None  # asked only where it hides something
+        return self.privacy.mechanism
+
+    def _released(self, vector: F64) -> F64:
+        """The one vector that a client sends, clipped and noised as a whole."""
+        return self._mechanism.release([vector], len(vector), 1.0)
 
     def _batches(self, request: ChangeRequest) -> Callable[[int], np.ndarray]:
         where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
@@ -102,15 +168,15 @@ class ChangeClient:
     def _reply(
         self, request: ChangeRequest, kind: int, numbers: Coded, dropped: tuple[int, ...], losses: np.ndarray
     ) -> ChangeReply:
-        kept = np.delete(losses, dropped)
+        kept, private = np.delete(losses, dropped), self.privacy is not None
         return ChangeReply(
             **request.head(),
-            num_examples=self.task.num_examples,
-            loss=float(kept.mean()) if kept.size and math.isfinite(kept.mean()) else None,
+            num_examples=WITHHELD if private else self.task.num_examples,
+            loss=None if private or not kept.size or not math.isfinite(kept.mean()) else float(kept.mean()),
             kind=kind,
             steps=request.steps,
             numbers=numbers,
-            dropped=dropped,
+            dropped=() if private else dropped,
         )
 
 

@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from fedkseed.errors import ProtocolError
 from fedkseed.federation.task import Task, batches, by_step, check_addressee
 from fedkseed.kseed.messages import TrainReply, TrainRequest
+from fedkseed.kseed.private_steps import poisson_batches, private_steps, wire_scalars
 from fedkseed.kseed.rounding import pack
-from fedkseed.kseed.steps import GRAD_EXPONENT, Movable, StepSettings, local_steps
+from fedkseed.kseed.steps import GRAD_EXPONENT, LocalSteps, Movable, StepSettings, local_steps
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
+from fedkseed.privacy import WITHHELD, Privacy
 from fedkseed.randomness import generator
+
+Heard = Callable[[int, float], None]
 
 
 class Model(Movable, Protocol):
@@ -36,13 +40,14 @@ class Client:
         model: the model, shared with others or not: every answer starts with a rebuild.
         base: identity of the model's base weights.
         task: its records and their loss.
+        privacy: what the client hides of them by itself, whatever a request says; None: nothing.
     """
 
-    def __init__(self, name: str, model: Model, base: BaseIdentity, task: Task) -> None:
-        self.name, self.model, self.task = name, model, task
+    def __init__(self, name: str, model: Model, base: BaseIdentity, task: Task, privacy: Privacy | None = None) -> None:
+        self.name, self.model, self.task, self.privacy = name, model, task, privacy
         self._base = bytes.fromhex(base.fingerprint)
 
-    def answer(self, data: bytes, on_step: Callable[[int, float], None] | None = None) -> bytes:
+    def answer(self, data: bytes, on_step: Heard | None = None) -> bytes:
         """Train as a request says and give the reply's bytes; `on_step` hears each probe's step and loss.
 
         Raises:
@@ -52,6 +57,21 @@ class Client:
         check_addressee(request, self.name, self._base)
         if request.pool != self.model.pool:
             raise ProtocolError(f"request is for {request.pool}; this client's model is bound to {self.model.pool}")
+        privacy, precision = self.privacy, request.coefficients.precision
+        settings = StepSettings(request.lr, request.eps, request.max_grad, request.loss_clip, precision, request.directions)
+        self.model.rebuild(request.coefficients.unpack())
+        hides_records = privacy is not None and privacy.unit == "record"
+        steps = (self._private_steps if hides_records else self._steps)(request, settings, on_step)
+        if privacy is None:
+            kept = np.delete(steps.losses, steps.dropped)
+            loss = float(kept.mean()) if kept.size else None
+            return self._reply(request, steps.projected_grads, steps.dropped, self.task.num_examples, loss)
+        if hides_records:
+            return self._reply(request, steps.projected_grads)
+        released = privacy.mechanism.release([steps.projected_grads.astype(np.float64)], len(request.indices), 1.0)
+        return self._reply(request, wire_scalars(released, request.max_grad, precision))
+
+    def _steps(self, request: TrainRequest, settings: StepSettings, on_step: Heard | None) -> LocalSteps:
         draw = generator(int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name, "batches")
         batch = by_step(batches(self.task.num_examples, request.batch_size, draw))
 
@@ -61,16 +81,34 @@ class Client:
                 on_step(step, value)
             return value
 
-        precision = request.coefficients.precision
-        settings = StepSettings(request.lr, request.eps, request.max_grad, request.loss_clip, precision, request.directions)
-        self.model.rebuild(request.coefficients.unpack())
-        steps = local_steps(self.model, request.indices, loss, settings)
-        kept = np.delete(steps.losses, steps.dropped)
-        reply = TrainReply(
+        return local_steps(self.model, request.indices, loss, settings)
+
+    def _private_steps(self, request: TrainRequest, settings: StepSettings, on_step: Heard | None) -> LocalSteps:
+        assert self.privacy is not None  # asked only where it hides records
+        mechanism = self.privacy.mechanism
+        batches = poisson_batches(self.task.num_examples, request.batch_size, mechanism.source)
+
+        def loss(step: int, record: int) -> float:
+            value = self.task.loss(np.array([record]))
+            if on_step is not None:
+                on_step(step, value)
+            return value
+
+        return private_steps(self.model, request.indices, batches, loss, settings, mechanism, request.batch_size)
+
+    def _reply(
+        self,
+        request: TrainRequest,
+        grads: NDArray[np.float32],
+        dropped: tuple[int, ...] = (),
+        num_examples: int = WITHHELD,
+        loss: float | None = None,
+    ) -> bytes:
+        """The reply's bytes; without the last three it tells nothing but the scalars."""
+        return TrainReply(
             **request.head(),
-            num_examples=self.task.num_examples,
-            projected_grads=pack(steps.projected_grads, precision, GRAD_EXPONENT),
-            dropped=steps.dropped,
-            loss=float(kept.mean()) if kept.size else None,
-        )
-        return reply.encode()
+            num_examples=num_examples,
+            projected_grads=pack(grads, request.coefficients.precision, GRAD_EXPONENT),
+            dropped=dropped,
+            loss=loss,
+        ).encode()

@@ -70,7 +70,7 @@ def gradient_steps(
     start: F64,
     basis: Basis,
     num_steps: int,
-    loss: Callable[[int], torch.Tensor],
+    measure: Callable[[int], tuple[F64, float]],
     optimizer: Optimizer,
     lr: float,
 ) -> GradientSteps:
@@ -84,23 +84,15 @@ def gradient_steps(
         start: the page's numbers, float64[K].
         basis: which numbers they are.
         num_steps: how many steps.
-        loss: the loss at the current weights on the batch of step t, 0-dim, to call `backward` on.
+        measure: the gradient by the page's numbers at the current weights, float64[K], and the loss, of step t.
         optimizer: what a gradient is turned into; its state begins here.
         lr: learning rate.
-
-    Raises:
-        NoBackwardError: the model cannot be backpropagated through.
     """
     numbers, state = start.copy(), optimizer.start(len(start))
     losses, dropped = np.full(num_steps, math.nan), []
     model.rebuild(to_coefficients(numbers, basis))
     for t in range(num_steps):
-        with model.folding() as fold:
-            value = loss(t)
-            losses[t] = value.item()
-            if math.isfinite(losses[t]):
-                _backward(value)
-        gradient = fold.table() if basis == "table" else fold.numbers()
+        gradient, losses[t] = measure(t)
         if not (math.isfinite(losses[t]) and np.isfinite(gradient).all()):
             dropped.append(t)
             continue
@@ -113,6 +105,24 @@ def gradient_steps(
         numbers, state = moved, following
         model.rebuild(to_coefficients(numbers, basis))
     return GradientSteps(numbers - start, tuple(dropped), losses)
+
+
+def folded_gradient(model: Foldable, basis: Basis, loss: Callable[[], torch.Tensor]) -> tuple[F64, float]:
+    """The gradient of a loss at the current weights by a page's numbers, float64[K], and the loss.
+
+    Args:
+        model: see `gradient_steps`.
+        basis: which numbers they are.
+        loss: 0-dim, to call `backward` on; where it is not finite nothing is backpropagated.
+
+    Raises:
+        NoBackwardError: the model cannot be backpropagated through.
+    """
+    with model.folding() as fold:
+        value = loss()
+        if math.isfinite(value.item()):
+            _backward(value)
+    return fold.table() if basis == "table" else fold.numbers(), value.item()
 
 
 def _backward(loss: torch.Tensor) -> None:

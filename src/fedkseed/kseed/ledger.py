@@ -82,8 +82,8 @@ class Ledger:
         pages: of a run of changes all its pages; pool and coefficients are then those of the last one, which is open.
         state: what such a run needs to go on, columns by name: the open page's numbers before coding and the optimiser's
             state; None in the published form.
-        made_with: what a run's checkpoint says of its settings and records (`fedkseed.runs.provenance`); no part of the
-            digest, and None in the published form.
+        made_with: what a run's checkpoint says of its settings and records (`fedkseed.runs.provenance`), and what its privacy
+            cost; no part of the digest. The published form has the latter only, if anything.
         base_model: name of the base model, a hub id or a folder, where it is known; no part of the digest or of the file.
 
     Raises:
@@ -174,7 +174,7 @@ class Ledger:
 
     def published(self) -> Ledger:
         """The same model without what only the run needs: 8 to 16 KB for K = 4096."""
-        return replace(self, history=None, state=None, made_with=None)
+        return replace(self, history=None, state=None, made_with=published(self.made_with))
 
     def stamped(self, made_with: Mapping[str, Any] | None) -> Ledger:
         """The same with what it was made with."""
@@ -353,6 +353,14 @@ def _merged(ledgers: list[Ledger], weights: list[float]) -> Ledger:
     from fedkseed.kseed.arithmetic import merge  # which needs this module
 
     return merge(ledgers, weights)
+
+
+def published(made_with: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What may be published of what a checkpoint was made with: the cost of its privacy, without who has spent what."""
+    privacy = (made_with or {}).get("privacy")
+    if not isinstance(privacy, dict):
+        return None
+    return {"privacy": {name: value for name, value in privacy.items() if name != "histories"}}
 
 
 def _canonical(metadata: dict[str, Any]) -> str:

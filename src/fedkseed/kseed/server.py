@@ -146,6 +146,9 @@ class Server(Rounds[TrainRequest, TrainReply]):
 
     def _close(self, replies: Mapping[str, TrainReply], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
         """Make one vector of what the replies say of the K numbers, by the rule, and take the optimiser's step."""
+        if self.mechanism is not None:
+            self._close_hidden(replies)
+            return {}
         history, rule = self._history, self.config.rule
         sent = {name: reply.projected_grads.unpack().astype(np.float64) for name, reply in replies.items()}
         grads, scales = self._bounded(sent)
@@ -168,6 +171,14 @@ class Server(Rounds[TrainRequest, TrainReply]):
             name: {CLIPPED_SCALARS: int(np.sum(sent[name] != grads[name])), COUNTED: share}
             for name, share in zip(replies, counted.tolist(), strict=True)
         }
+
+    def _close_hidden(self, replies: Mapping[str, TrainReply]) -> None:
+        """Take the noisy mean, with noise where somebody was asked to step; what single clients sent is not remembered."""
+        used = np.unique([index for request in self._pending.values() for index in request.indices])
+        vectors = (gradient(self._pending[name], reply)[used] for name, reply in replies.items())
+        total = np.zeros(self.ledger.pool.size)
+        total[used] = self._released(vectors, len(used))
+        self._close_mean(total)
 
     def _close_mean(self, mean: F64) -> None:
         """See `Rounds`; the importances, which only Pro draws by, stay as they are."""

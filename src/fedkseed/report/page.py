@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from fedkseed.privacy import DELTA
 from fedkseed.report import units
 from fedkseed.report.chart import Chart
 from fedkseed.report.markup import ON_DISK, Html, Text, card, details, document, figures, quiet, table, tag
@@ -100,6 +101,8 @@ def _cards(record: RunRecord) -> list[Html]:
             f"{counted(dropped, 'step')} dropped" if dropped else "",
         )
     )
+    if record.config.dp is not None:
+        cards.append(_privacy_card(record))
     moved = traffic(record.rounds)
     if moved is None:
         return [*cards, card("Bytes per client and round", units.NONE, "nothing has been sent yet")]
@@ -121,6 +124,17 @@ def _cards(record: RunRecord) -> list[Html]:
         )
     )
     return cards
+
+
+def _privacy_card(record: RunRecord) -> Html:
+    """What the rounds so far promise."""
+    config = record.config
+    epsilon = record.rounds[-1].epsilon if record.rounds else 0.0
+    budget = "" if config.epsilon is None else f"the budget is {config.epsilon:g}"
+    if epsilon is None:
+        return card("Differential privacy", "none", "next to no noise was added: nothing is promised", budget)
+    delta = DELTA if config.delta is None else config.delta
+    return card("Differential privacy", f"epsilon {epsilon:.3g}", f"at delta {delta:g}, of each {config.dp}", budget)
 
 
 def _compared(value: float, reference: float, what: str) -> str:

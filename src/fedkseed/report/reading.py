@@ -33,7 +33,7 @@ class Evaluation:
 class Round:
     """One closed round.
 
-    Bytes are means per client, seconds include the clients' work, steps are of the whole cohort. The last five are as
+    Bytes are means per client, seconds include the clients' work, steps are of the whole cohort. The last six are as
     `metrics.jsonl` has them (docs/federation.md), `counted` by client; None or empty in runs of before, and of algorithms and
     rules that have none.
     """
@@ -55,6 +55,7 @@ class Round:
     moved_rms: float | None = None
     clipped_scalars: int | None = None
     counted: Mapping[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
 
     @property
     def num_asked(self) -> int:
@@ -181,6 +182,9 @@ def _evaluation(event: dict[str, Any]) -> Evaluation:
     )
 
 
+SIZES = ("projected_grad_rms", "change_norm", "moved_rms", "epsilon")
+
+
 def _round(event: dict[str, Any]) -> Round:
     by = event.get("seconds_by", {})
     loss = event.get("train_loss")
@@ -202,7 +206,7 @@ def _round(event: dict[str, Any]) -> Round:
         counted={
             str(name): _number(client, "counted") for name, client in event.get("clients", {}).items() if "counted" in client
         },
-        **{name: _number(event, name) for name in ("projected_grad_rms", "change_norm", "moved_rms") if name in event},
+        **{name: _number(event, name) for name in SIZES if event.get(name) is not None},
     )
 
 

@@ -36,6 +36,7 @@ from fedkseed.kseed.server import Server, seed_pool
 from fedkseed.kseed.server import vector as scalars_vector
 from fedkseed.models.binding import Binding
 from fedkseed.models.identity import BaseIdentity
+from fedkseed.privacy import WITHHELD, Privacy
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.task import (
@@ -89,7 +90,7 @@ class Roles:
     Attributes:
         server: `(settings, ledger or the base's identity, clients or None, the loss of a guess or None, sizes or None)`.
         request: reads a request's bytes.
-        client: `(name, bound model, the base's identity, task, stopwatch) -> Participant`.
+        client: `(name, bound model, the base's identity, task, stopwatch, its own privacy or None) -> Participant`.
         vector: `(request's bytes, reply's bytes) -> (what it adds to a secure sum, the reply)`.
         terms: `(request's bytes) -> 32 bytes`, the same for all who are asked to do the same.
     """
@@ -98,7 +99,7 @@ class Roles:
         [RunConfig, Ledger | BaseIdentity, Sequence[str] | None, float | None, Mapping[str, int] | None], Server | ChangeServer
     ]
     request: Callable[[bytes], Request]
-    client: Callable[[str, Binding, BaseIdentity, TextTask, Stopwatch], Participant]
+    client: Callable[[str, Binding, BaseIdentity, TextTask, Stopwatch, Privacy | None], Participant]
     vector: Callable[[bytes, bytes], tuple[NDArray[np.float64], Reply]]
     terms: Callable[[bytes], bytes]
 
@@ -106,14 +107,14 @@ class Roles:
 SCALARS = Roles(
     Server,
     TrainRequest.decode,
-    lambda name, bound, base, task, watch: Client(name, TimedModel(bound, watch), base, task),
+    lambda name, bound, base, task, watch, privacy: Client(name, TimedModel(bound, watch), base, task, privacy),
     scalars_vector,
     train_terms,
 )
 CHANGES = Roles(
     ChangeServer,
     ChangeRequest.decode,
-    lambda name, bound, base, task, watch: ChangeClient(name, TimedPages(bound, watch), base, task),
+    lambda name, bound, base, task, watch, privacy: ChangeClient(name, TimedPages(bound, watch), base, task, privacy),
     change_vector,
     change_terms,
 )
@@ -148,9 +149,11 @@ def over_ledger(
     base = check_base(ledger, loaded, config.model)
     if config.checkpointing == "on":
         checkpoint_activations(model)
-    server = roles.server(config, ledger or base, list(records.clients), guess_loss(model), records.sizes)
+    own = config.privacy if config.dp == "record" else None
+    sizes = records.sizes if own is None else dict.fromkeys(records.clients, WITHHELD)
+    server = roles.server(config, ledger or base, list(records.clients), guess_loss(model), sizes)
     clients = {
-        name: roles.client(name, loaded.bound, base, TextTask(model, examples, records.pad_id, watch), watch)
+        name: roles.client(name, loaded.bound, base, TextTask(model, examples, records.pad_id, watch), watch, own)
         for name, examples in records.clients.items()
     }
     return Federation(model, server, clients, lambda: loaded.restore(server.ledger))

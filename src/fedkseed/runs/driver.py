@@ -21,6 +21,7 @@ from fedkseed.runs.events import evaluation_event, round_event
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.metrics import best_round
 from fedkseed.runs.observer import WARNING, Observer
+from fedkseed.runs.privacy import Account
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.trackers import tracking
 
@@ -42,6 +43,7 @@ class Driver:
         observer: who watches.
         called: what a client is called in what a person reads, such as with its node.
         log: trackers that get all numbers too; see `fedkseed.runs.trackers`.
+        account: what the run's privacy has cost; None of a run without.
 
     Attributes:
         outcome: of the last attempt at a round.
@@ -54,8 +56,9 @@ class Driver:
         observer: Observer,
         called: Callable[[str], str] = str,
         log: Sequence[str] = (),
+        account: Account | None = None,
     ) -> None:
-        self.run, self.server, self.observer = run, server, observer
+        self.run, self.server, self.observer, self.account = run, server, observer, account
         self._called, self._log = called, log
         self._track: Callable[[dict[str, Any]], None] = lambda event: None
         self.outcome: Outcome | None = None
@@ -101,13 +104,20 @@ class Driver:
     def _drive(self, attempt: Callable[[], bool], evaluate: Callable[[], None]) -> Checkpoint:
         if self._due() and self.round not in self.run.recorded().losses:
             evaluate()
-        while not self.server.finished:
-            while not attempt():
-                pass
-            if self._due():
+        while not self.server.finished and not self._spent():
+            if attempt() and self._due():
                 evaluate()
+        if self.round not in self.run.recorded().losses and not self.server.finished:  # the budget ended it
+            evaluate()
         self._name_best()
         return self.server.checkpoint
+
+    def _spent(self) -> bool:
+        """Whether the privacy budget ends the run here."""
+        why = self.account.exceeded(self.server) if self.account is not None else None
+        if why is not None:
+            self.observer.note(f"{why}: the run ends after round {self.round} of {self.config.num_rounds}")
+        return why is not None
 
     def plan(self) -> list[tuple[Request, bytes]]:
         """The requests of the next attempt at a round, and their bytes."""
@@ -196,6 +206,10 @@ class Driver:
         """Write down what a round led to; see `close`."""
         self.outcome = outcome
         event = round_event(outcome, self._requests[0][0].lr)
+        if self.account is not None:
+            self.account.record([request for request, _ in self._requests], outcome)
+            self.run.made_with = {**(self.run.made_with or {}), "privacy": self.account.noted()}
+            event["epsilon"] = self.account.epsilon()
         event["refused"] |= dict(unreadable)
         event["missing"] = [client for client in outcome.missing if client not in event["refused"]]
         for client, reason in sorted(event["refused"].items()):
@@ -245,7 +259,10 @@ class Driver:
             )
         event = evaluation_event(self.round, result, weight_bytes, seconds) | ({"clients": clients} if clients else {})
         self._warn(result.loss)
-        self.run.ledgers.keep(self.server.checkpoint)  # before the event: what has a loss has a ledger
+        checkpoint = self.server.checkpoint
+        if self.account is not None:  # what its privacy cost goes with a ledger
+            checkpoint = checkpoint.stamped(self.run.made_with)
+        self.run.ledgers.keep(checkpoint)  # before the event: what has a loss has a ledger
         self.run.append_metrics(event)
         self._tell(event)
         return event

@@ -28,6 +28,7 @@ from fedkseed.runs.held_out import affordable
 from fedkseed.runs.inputs import Inputs
 from fedkseed.runs.learner import USUAL_LENGTH, Learner, load_learner
 from fedkseed.runs.observer import WARNING, Observer
+from fedkseed.runs.privacy import with_noise
 from fedkseed.runs.settings import RunConfig, SimulationConfig
 
 EVAL_FRACTION = 0.05
@@ -99,6 +100,10 @@ def prepare(
             "lower it, or raise --fraction-train or --num-clients"
         )
     sizes = {name: len(part) for name, part in parts.items()}
+    if found := with_noise(config, sizes):
+        config = config.model_copy(update=found)
+        noise, kept = found["noise_multiplier"], f"{config.num_rounds} rounds keep to epsilon {config.epsilon:g}"
+        observer.note(f"noise multiplier: {noise:.4g}, with which {kept}")
     limit = affordable(config, sizes) if config.eval_limit is None else config.eval_limit
     chosen = sample(len(evaluation.examples), limit, config.seed)
     observer.note(f"evaluating on {len(chosen):,} of {len(held_out):,} held-out records{_why(config, len(chosen), evaluation)}")

@@ -131,6 +131,15 @@ class RunConfig(FederationConfig):
         return self
 
     @model_validator(mode="after")
+    def _replayable(self) -> Self:
+        if self.dp == "client" and self.audit_log == "on":
+            raise ValueError(
+                "--dp is client and --audit-log on, which keeps every reply as it came and replays rounds whose noise nobody "
+                "knows; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _chat_takes_them(self) -> Self:
         if self.template_arguments is not None or self.refused_turns != "stop" or self.date is not None:
             self.prompts()
@@ -222,7 +231,7 @@ class SimulationConfig(RunConfig):
         return self
 
 
-FOUND_OUT = ("max_length", "date", "eval_limit")
+FOUND_OUT = ("max_length", "date", "eval_limit", "noise_multiplier")
 """The settings that are found out when a run starts, where they are left open."""
 BEFORE = {"long_prompts": "drop", "aggregator": "mean"}
 """What runs did that are older than a setting, where that is not its default."""

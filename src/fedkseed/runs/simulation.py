@@ -26,6 +26,7 @@ from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.learner import load_learner
 from fedkseed.runs.memory import peak_memory
 from fedkseed.runs.observer import Nobody, Observer, Probe
+from fedkseed.runs.privacy import Account, warnings
 from fedkseed.runs.provenance import check_same, made_with
 from fedkseed.runs.records import Records, prepare
 from fedkseed.runs.resolution import eps_warning
@@ -80,18 +81,23 @@ class Simulation:
         observer.note(f"model: {config.model}, {d:,} parameters in {dtype}")
         if config.facts.measures == "two-point" and (warning := eps_warning(model, config.eps)):
             observer.note(warning)
+        account = None
+        if config.privacy is not None:
+            account = Account(config, records.sizes, checkpoint)
+            for warning in warnings(config.privacy, records.sizes):
+                observer.note(warning)
         federation = kind_of(config.facts).federate(config, model, checkpoint, records, self._watch)
         self._federation = federation
         self.model, self.server, self.clients = federation.model, federation.server, federation.clients
         self.restore = federation.restore
         if config != run.config:
             run.write_config(config)
-        run.made_with = made_with(config, records)
+        run.made_with = made_with(config, records) | ({"privacy": account.noted()} if account else {})
         for change in changes:
             observer.note(f"from here on {change}")
         if changes and checkpoint is not None:  # else the next resume would refuse what was accepted now
             run.save_checkpoint(checkpoint)
-        self._driver = Driver(run, self.server, observer, log=log)
+        self._driver = Driver(run, self.server, observer, log=log, account=account)
         self._adding: dict[str, SumClient] = {}
         self._heard: dict[str, Callable[[int, float], None]] = {}
 

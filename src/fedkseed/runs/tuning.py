@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fedkseed.data import collate
+from fedkseed.errors import ConfigError
 from fedkseed.evaluation import mean_loss
 from fedkseed.kseed.calibration import Calibration, calibrate
 from fedkseed.kseed.server import seed_pool
@@ -52,6 +53,8 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
     Raises:
         FedKSeedError: the data or the model cannot be used, or no rate was found.
     """
+    if config.dp is not None:
+        raise ConfigError(f"--dp is {config.dp}, and a rate is looked for on the records without noise; give --lr a number")
     given = inputs or Inputs()
     if config.facts.measures != "two-point":
         records = prepare(config, observer, given)

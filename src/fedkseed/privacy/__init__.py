@@ -1,0 +1,9 @@
+"""Differential privacy: the Gaussian mechanism, what it takes for granted, and what it costs (docs/privacy.md).
+
+Pure functions of their arguments, among them the source of random bytes; `accountant` alone imports dp-accounting.
+"""
+
+from fedkseed.privacy.mechanism import Mechanism, Source, noise_share, poisson_sample
+from fedkseed.privacy.settings import DELTA, WITHHELD, Privacy
+
+__all__ = ["DELTA", "WITHHELD", "Mechanism", "Privacy", "Source", "noise_share", "poisson_sample"]
