@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -327,6 +328,16 @@ def replayed(folder: Path) -> Callable[[bytes], bool]:
         return True
 
     return judge
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """Flower's log of everybody who is let in."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="module")

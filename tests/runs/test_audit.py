@@ -20,10 +20,13 @@ from tests.support.flower_sites import CORRUPTIONS, make_sites
 
 from fedkseed.errors import AuditError, ConfigError, RunFolderError, TooFewRepliesError
 from fedkseed.federation import Rounds, shares
+from fedkseed.federation.algorithms import ALGORITHMS as ALGORITHM_ROWS
+from fedkseed.federation.algorithms import Algorithm
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest
-from fedkseed.runs.audit import Replay, audit
+from fedkseed.runs.algorithms import roles_of
+from fedkseed.runs.audit import SERVERS, Replay, audit
 
 PAGES = {
     "algorithm": "fedkseed-grad", "num_seeds": 128, "lr": 0.003, "wire": "sign", "rounds_per_page": 2,
@@ -199,6 +202,12 @@ def test_it_is_for_its_owners_eyes_and_only_where_it_was_asked_for(logged: Path,
 def test_an_algorithm_without_a_ledger_has_no_such_log(sites: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--audit-log is 'on' and --algorithm fedavg does not take it; .* fedkseed, "):
         in_simulation(sites, tmp_path / "run", algorithm="fedavg", audit_log="on")
+
+
+@pytest.mark.parametrize("row", [row for row in ALGORITHM_ROWS.values() if row.takes("audit_log")], ids=lambda row: row.name)
+def test_a_replay_has_the_server_of_the_run(row: Algorithm) -> None:
+    """Whose table of them is its own, so that it loads no torch."""
+    assert SERVERS[row.sends] is roles_of(row).server
 
 
 # --- No change goes unnamed ---
