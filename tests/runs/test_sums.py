@@ -102,11 +102,12 @@ def test_changes_are_on_the_same_terms_whatever_pages_a_client_has(tiny: Path, t
     assert terms(requests[0].encode()) != terms(replace(requests[0], lr=1e-9).encode())
 
 
-def test_it_learns_what_a_run_without_sums_learns(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"shared_seeds": "on"}, GRADIENTS], ids=["scalars", "changes"])
+def test_it_learns_what_a_run_without_sums_learns(tiny: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Beyond the rounding of 2^-31 of the clip, and where clients weigh less than a half, nothing differs."""
-    changes = {**GRADIENTS, "weighting": "equal", "num_rounds": 2}
+    changes = {**changes, "aggregator": "mean", "weighting": "equal", "num_rounds": 2}
     ledger, metrics = trained(tmp_path / "sums", settings_of(tiny, **changes))
-    plain, usual = trained(tmp_path / "plain", settings_of(tiny, **changes, secure_sums="off", aggregator="mean"))
+    plain, usual = trained(tmp_path / "plain", settings_of(tiny, **changes, secure_sums="off"))
     moved = np.abs(plain.coefficients).max()
     assert np.abs(ledger.coefficients - plain.coefficients).max() < 0.01 * moved
     ours, theirs = ([event for event in each if event["event"] == "round"] for each in (metrics, usual))
@@ -147,6 +148,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({**GRADIENTS, "two_point_clients": 0.5}, "--secure-sums is on and --two-point-clients 0.5"),
     ({"local_unit": "epochs", "local_steps": 1}, "--secure-sums is on and --local-unit epochs; whoever takes more steps"),
+    ({"aggregator": "clipped"}, "--secure-sums is on and --aggregator clipped; a rule must see each reply, which a sum hides"),
     ({"max_share": 0.6}, "--secure-sums is on and --max-share 0.6; a sum that mostly is one client's tells of it"),
     ({"audit_log": "on"}, "--secure-sums and --audit-log are on; the log keeps each client's numbers"),
     ({"secure_clip": 1e-7}, "--secure-clip is '1e-07'"),

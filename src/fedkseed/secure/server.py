@@ -123,7 +123,7 @@ class SecureSum:
             self._end()
             return
         signed = all(reply.signature for reply in found.values())
-        most = MOST_WEIGHT if plan.max_share is None else min(plan.max_share, MOST_WEIGHT)
+        most = max(MOST_WEIGHT if plan.max_share is None else min(plan.max_share, MOST_WEIGHT), 1 / len(found))
         self._roster = roster = Roster(
             tuple(found),
             tuple(shares({name: plan.sizes[name] for name in found}, most).values()),
