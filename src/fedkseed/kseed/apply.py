@@ -17,7 +17,7 @@ from fedkseed.models.closed_page import ClosedPage
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.loading import read_files
 from fedkseed.models.pages import add_pages, runs_of
-from fedkseed.models.parameters import NamedParameter, is_quantised, named_parameters, whole_digest
+from fedkseed.models.parameters import NamedParameter, is_plain_float, named_parameters, whole_digest
 from fedkseed.models.sweeps import Backends, Tensors, backends_for
 
 Reader = Callable[[NamedParameter], torch.Tensor]
@@ -122,7 +122,7 @@ def _read_elsewhere(model: torch.nn.Module, entries: Sequence[NamedParameter], l
 
             def typed(entry: NamedParameter, read: Any = read, dtype: torch.dtype = dtype) -> torch.Tensor:
                 x: torch.Tensor = read(entry)
-                return x.to(entry.parameter.device, dtype, copy=True) if not is_quantised(x) else x
+                return x.to(entry.parameter.device, dtype, copy=True) if is_plain_float(x) else x
 
             if _difference(ledger, entries, typed) is None:
                 return typed

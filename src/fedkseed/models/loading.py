@@ -15,7 +15,7 @@ import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
 from fedkseed.models.base import FileBase, stored_dtypes
-from fedkseed.models.parameters import NamedParameter, is_quantised, named_parameters
+from fedkseed.models.parameters import NamedParameter, is_plain_float, is_quantised, named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -215,7 +215,7 @@ def give_stored_dtypes(model: PreTrainedModel, source: str | Path) -> None:
     usual = _configured_dtype(source)
     for entry in named_parameters(model):
         dtype = next((stored[name] for name in entry.aliases if name in stored), usual)
-        if dtype is not None and not is_quantised(entry.parameter):
+        if dtype is not None and is_plain_float(entry.parameter):
             entry.parameter.data = entry.parameter.data.to(dtype)
 
 

@@ -97,7 +97,12 @@ def value_digest(name: str, shape: torch.Size, dtype: torch.dtype, stretches: It
 
 def is_quantised(x: torch.Tensor) -> bool:
     """Whether a tensor holds integers, as bitsandbytes has them, or is made of other tensors, as torchao's are."""
-    return not x.is_floating_point() or hasattr(x, "__tensor_flatten__")
+    return not (x.is_floating_point() or x.is_complex()) or hasattr(x, "__tensor_flatten__")
+
+
+def is_plain_float(x: torch.Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers itself."""
+    return x.is_floating_point() and not is_quantised(x)
 
 
 def inner_tensors(name: str, x: Any) -> list[tuple[str, torch.Tensor]]:

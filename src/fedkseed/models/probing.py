@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedkseed.errors import ModelError
-from fedkseed.models.parameters import inner_tensors, is_quantised, named_parameters
+from fedkseed.models.parameters import inner_tensors, is_plain_float, named_parameters
 
 CONTEXT_NAMES = (
     "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length", "max_seq_length", "seq_length",
@@ -111,7 +111,7 @@ def _as_loaded(model: Any) -> Iterator[None]:
     model.eval()
     try:
         for parameter, _ in asked:
-            parameter.requires_grad_(not is_quantised(parameter))
+            parameter.requires_grad_(is_plain_float(parameter))
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # architectures raise anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__

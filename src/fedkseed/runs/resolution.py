@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedkseed.models.parameters import is_quantised
+from fedkseed.models.parameters import is_plain_float
 from fedkseed.runs.observer import WARNING
 
 SAMPLED = 4096
@@ -19,7 +19,7 @@ def unmoved(model: torch.nn.Module, eps: float) -> float:
     """The share of a model's weights that adding `eps` and rounding leaves as they are, from an even sample of each tensor."""
     kept = total = 0.0
     for parameter in model.parameters():
-        if is_quantised(parameter) or parameter.is_meta or not parameter.numel():
+        if not is_plain_float(parameter) or parameter.is_meta or not parameter.numel():
             continue
         flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // SAMPLED)]
