@@ -8,9 +8,11 @@ import hashlib
 import re
 import subprocess
 import sys
+import textwrap
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,21 @@ def test_a_federation_over_a_model_of_ones_own_learns_without_a_gradient(tmp_pat
     assert before > 0.5
     assert after < 0.05
     assert (tmp_path / "tuned.safetensors").stat().st_size < 2000
+
+
+def test_the_function_of_the_page_on_rewards_tunes_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / "rewards.md").read_text(encoding="utf-8")
+    (function,) = re.findall(r"^ {4}def score.*\n(?:^ {8}.*\n)+", page, re.MULTILINE)
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(function))
+    assert len(function.splitlines()) == 3
+    (tmp_path / "MODEL").symlink_to(model_folder())
+    write_records(tmp_path / "records.jsonl", [example for own in clients(seed=1).values() for example in own[:4]])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks("rewards.md")), names)
+    assert sorted(names["result"].rewards) == [0, 1, 2]
+    assert names["result"].ledger.coefficients.any()
 
 
 @pytest.mark.filterwarnings("ignore")

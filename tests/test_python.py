@@ -184,7 +184,7 @@ def test_an_empty_cell_of_a_table_is_an_empty_field(tiny: Path, tmp_path: Path, 
         ({"instruction": "a"}, "data is of type dict; expected a list of dicts, a DataFrame or a dataset"),
         (
             [{"instruction": "a", "response": "b"}, {"instruction": "a"}],
-            r"data, record 2: no field 'output' or 'response' or 'completion'; found",
+            r"data, record 2: no field 'output' or 'response' or 'completion' or 'chosen'; found",
         ),
         ([{"instruction": "a", "response": 3}], "data, record 1: field 'response' is a number; expected a string"),
     ],

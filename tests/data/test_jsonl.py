@@ -43,7 +43,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         (b'{"response": "y"}', r"no field 'instruction' or 'prompt'; found \['response'\], so add it"),
         (
             b'{"instruction": "x"}',
-            r"no field 'output' or 'response' or 'completion'; found \['instruction'\], so add it, or say with --columns",
+            r"no field 'output' or 'response' or 'completion' or 'chosen'; found \['instruction'\], so add it, or say",
         ),
         (b'{"instruction": 3, "response": "y"}', r"field 'instruction' is a number; expected a string"),
         (b'{"instruction": "x", "response": ["y"]}', r"field 'response' is a array; expected a string"),

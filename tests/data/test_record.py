@@ -329,3 +329,26 @@ def test_a_bad_conversation_is_named(messages: Any, message: str) -> None:
         to_example({"messages": messages}, HERE)
     assert str(caught.value).startswith("data.jsonl:7: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Say a word", "chosen": "cat", "rejected": "dog"},
+        {
+            "instruction": "Say a word",
+            "output": "cat",
+            "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "dog"}],
+        },
+        {
+            "prompt": "Say a word",
+            "chosen": [{"role": "user", "content": "Say a word"}, {"role": "assistant", "content": "cat"}],
+            "rejected": [{"role": "user", "content": "Say a word"}, {"role": "assistant", "content": "dog"}],
+        },
+    ],
+    ids=["texts", "worse conversation", "conversations"],
+)
+def test_a_pair_has_a_worse_response(record):
+    example = to_example(record, "d:1")
+    assert (example.instruction, example.output, example.rejected) == ("Say a word", "cat", "dog")
+    assert to_example({k: v for k, v in record.items() if k != "rejected"} | {"chosen": "cat"}, "d:1").rejected == ""

@@ -333,7 +333,7 @@ def test_examples_stay_as_they_are() -> None:
         ),
         (
             [{"instruction": "i"}],
-            "data, record 1: no field 'output' or 'response' or 'completion'; found ['instruction'], so add",
+            "data, record 1: no field 'output' or 'response' or 'completion' or 'chosen'; found ['instruction'], so add",
         ),
     ],
 )

@@ -72,7 +72,11 @@ def test_columns_of_a_csv_can_be_named(tmp_path: Path) -> None:
             ":2",
             "no field 'instruction' or 'prompt'; found ['question', 'response'], so add it, or say with --col",
         ),
-        ("instruction,answer\na,b\n", ":2", "no field 'output' or 'response' or 'completion'; found ['answer', 'instruction']"),
+        (
+            "instruction,answer\na,b\n",
+            ":2",
+            "no field 'output' or 'response' or 'completion' or 'chosen'; found ['answer', 'instruction']",
+        ),
         (
             HEADER.encode() + b"a,b,c,d\n" * 20_000 + b"a,\xff,c,d\n",
             ":20002",

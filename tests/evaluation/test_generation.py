@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
+from tests.support.generators import global_states
 
 from fedkseed.data import Example, encode
-from fedkseed.evaluation import exact_match, generate
+from fedkseed.evaluation import Decoder, exact_match, generate
+from fedkseed.evaluation.generation import Draws
 from fedkseed.models.loading import load_model, load_tokenizer
 
 
@@ -134,3 +137,32 @@ def test_a_context_that_was_learnt_ends_an_answer(story):
     with pytest.raises(IndexError):
         generate(model, tokenizer, examples, max_new_tokens=100)
     assert len(generate(model, tokenizer, examples, max_new_tokens=100, context=40)) == len(examples)
+
+
+# --- Drawn answers ---
+
+
+def prompts_of(examples):
+    return [example.input_ids[: example.prompt_length] for example in examples]
+
+
+def test_equal_keys_are_equal_draws_whatever_stands_beside_and_no_global_generator_is_touched(story):
+    model, tokenizer, examples = story
+    decoder, prompts = Decoder(model, tokenizer), prompts_of(examples)
+    before = global_states()
+    drawn = decoder.answers(prompts, 4, 8, temperature=1.0, keys=[1, 2, 3, 4])
+    assert [str(state) for state in global_states()] == [str(state) for state in before]
+    assert decoder.answers(prompts[::-1], 3, 8, temperature=1.0, keys=[4, 3, 2, 1]) == drawn[::-1]
+    assert decoder.answers(prompts, 4, 8, temperature=1.0, keys=[5, 6, 7, 8]) != drawn
+    assert decoder.answers(prompts, 4, 8, temperature=1e-6, keys=[1, 2, 3, 4]) == decoder.answers(prompts, 4, 8)
+
+
+def test_tokens_are_drawn_by_their_probabilities_at_a_temperature():
+    """Chi-square over 3,000 draws of one token of six; the probabilities of another temperature must fail it."""
+    logits = torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0, 2.5]])
+    counts = np.zeros(6)
+    for key in range(3000):
+        counts[int(Draws(0.7, [key])(torch.zeros(1, 1), logits).argmax())] += 1
+    expected = {t: torch.softmax(logits[0] / t, 0).numpy().astype(float) for t in (0.7, 1.0)}
+    assert chisquare(counts, 3000 * expected[0.7] / expected[0.7].sum()).pvalue > 1e-3
+    assert chisquare(counts, 3000 * expected[1.0] / expected[1.0].sum()).pvalue < 1e-9

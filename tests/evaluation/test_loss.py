@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fedkseed.data import EncodedExample, collate, encode, read_examples
 from fedkseed.errors import DataError, InvalidValueError
-from fedkseed.evaluation import evaluate_loss, mean_loss, response_loss
+from fedkseed.evaluation import evaluate_loss, mean_loss, response_log_probs, response_loss
 from fedkseed.models.loading import load_model, load_tokenizer
 
 RTOL = 2e-6  # float32 sums in another order; measured 2e-7 on stories260k
@@ -188,3 +188,16 @@ def test_no_examples_and_no_batch_size_are_refused(model: PreTrainedModel, dolly
         evaluate_loss(model, [], 1, 0)
     with pytest.raises(InvalidValueError, match="batch_size is 0; expected at least 1"):
         evaluate_loss(model, dolly, 0, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES)
+def test_log_probabilities_of_responses_are_those_of_each_alone_however_they_are_batched(
+    model: PreTrainedModel, shapes: list[tuple[int, int, int]]
+) -> None:
+    examples = [random_example(*shape) for shape in shapes]
+    with torch.inference_mode():
+        alone = [-response_loss(model, collate([example], 0))[0].item() for example in examples]
+        for pad_id in (0, None):
+            found = response_log_probs(model, collate(examples, pad_id))
+            np.testing.assert_allclose(found.numpy(), alone, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """What the server decides and the limits of a reply: ranges, defaults, nothing unknown."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -20,6 +21,11 @@ BAD_SETTINGS: list[tuple[str, list[Any]]] = [
     ("schedule", ["step"]),
     ("eps", [0, -1e-3, math.nan, math.inf]),
     ("directions", [0, 1025, 1.5]),
+    ("objective", ["accuracy", "", "a b:c", ":score", "module:", None]),
+    ("scaling", ["sign"]),
+    ("temperature", [-0.1, math.nan, 11]),
+    ("max_new_tokens", [0, 1.5]),
+    ("max_moved", [0, -1, math.inf]),
     ("num_seeds", [0, 65537]),
     ("noise", ["uniform"]),
     ("weighting", ["size"]),
@@ -114,3 +120,41 @@ def test_a_secure_sum_is_a_mean_and_no_other_rule() -> None:
     assert FederationConfig(lr=1, secure_sums="on").rule.name == "mean"
     with pytest.raises(ValidationError, match="--secure-sums is on and --aggregator clipped; a rule must see each reply"):
         FederationConfig(lr=1, secure_sums="on", aggregator="clipped")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scaling": "ranks"}, "--scaling is 'ranks' and --objective loss has no use for it; leave it out"),
+        ({"objective": "dpo", "temperature": 0.5}, "--temperature is 0.5 and --objective dpo has no use for it"),
+        ({"objective": "exact-match", "dpo_beta": 0.5}, "--dpo-beta is 0.5 and --objective exact-match has no use for it"),
+        (
+            {"objective": "rouge-l", "algorithm": "fedkseed-grad"},
+            "--objective rouge-l has no gradient, which --algorithm fedkseed-grad needs; take fedkseed",
+        ),
+        ({"objective": "dpo", "algorithm": "fedavg"}, "--objective is 'dpo' and --algorithm fedavg does not take it"),
+        ({"max_moved": 0.1, "algorithm": "fedkseed-grad"}, "--max-moved is 0.1 and --algorithm fedkseed-grad does not take it"),
+    ],
+    ids=str,
+)
+def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FederationConfig(lr=1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 2),
+        ({"directions": 8}, 9),
+        ({"objective": "exact-match"}, 2),
+        ({"objective": "module:score", "directions": 8}, 16),
+        ({"objective": "dpo"}, 4),
+        ({"objective": "dpo-sign", "directions": 8}, 32),
+        ({"objective": "dpo", "algorithm": "fedkseed-grad"}, 6),
+    ],
+    ids=str,
+)
+def test_a_step_costs_what_its_probes_do(changes: dict[str, Any], passes: int) -> None:
+    """In passes of a record; an answer is one, a pair two."""
+    assert FederationConfig(lr=1, **changes).passes_per_step == passes

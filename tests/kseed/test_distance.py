@@ -10,7 +10,7 @@ from tests.support.changes import play, server
 
 import fedkseed as fk
 from fedkseed.errors import LedgerError
-from fedkseed.kseed.distance import difference, moved_rms
+from fedkseed.kseed.distance import difference, moved_rms, pulled_back
 from fedkseed.kseed.ledger import Ledger
 
 
@@ -109,3 +109,13 @@ def test_what_no_distance_measures_is_refused() -> None:
     assert difference(proportional, proportional).movement == "proportional"
     with pytest.raises(LedgerError, match=r"B is over the base model abab.*, A over"):
         difference(a, replace(a, base=replace(a.base, fingerprint="ab" * 32)), ("A", "B"))
+
+
+def test_coefficients_are_pulled_back_to_a_limit_and_no_shorter_ones_are_touched() -> None:
+    coefficients = np.random.default_rng(1).normal(0, 0.1, 128)
+    length = float(np.linalg.norm(coefficients))
+    for most in (None, length, 2 * length):
+        assert pulled_back(coefficients, most) is coefficients
+    short = pulled_back(coefficients, length / 3)
+    assert np.linalg.norm(short) == pytest.approx(length / 3)
+    np.testing.assert_allclose(short * 3, coefficients)  # in the same direction

@@ -20,6 +20,7 @@ from tests.support import laws
 from tests.support.messages import EPS, NAMES, POSITIVE, SHORT
 
 from fedkseed.errors import ProtocolError
+from fedkseed.federation.objectives import SCALINGS
 from fedkseed.kseed.messages import MAX_BYTES, TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.rounding import PRECISIONS, Packed, Precision, pack
 from fedkseed.noise.pool import SeedPool
@@ -132,6 +133,7 @@ def requests(draw: st.DrawFn) -> TrainRequest:
         max_grad=draw(POSITIVE.filter(lambda x: x <= 65504)),
         loss_clip=draw(st.none() | POSITIVE),
         directions=directions,
+        scaling=draw(st.none() | st.sampled_from(SCALINGS)),
     )
 
 
@@ -342,7 +344,7 @@ def test_a_message_of_another_kind_is_refused() -> None:
 @classes
 def test_another_number_of_fields_is_refused(cls: type[Message]) -> None:
     fields = fields_of(message(cls).encode())
-    for other in (fields[:-1], [*fields, 2, None], [*fields, *fields], fields[:2]):
+    for other in (fields[:-1], [*fields, 2, 1, None], [*fields, *fields], fields[:2]):
         assert f"{len(other)} fields; expected {len(fields)}" in refusal(cls, msgpack.packb(other))
 
 
@@ -353,6 +355,17 @@ def test_one_more_field_of_a_request_is_two_or_more_directions(value: Any) -> No
     assert TrainRequest.decode(msgpack.packb(fields)).num_steps == 2
     assert "number of directions" in refusal(TrainRequest, msgpack.packb([*fields[:-1], value]))
     assert "expected whole steps" in refusal(TrainRequest, msgpack.packb([*fields[:-1], 4]))
+
+
+@pytest.mark.parametrize("value", [None, -1, 3, 1.0, True, "ranks"], ids=str)
+def test_two_more_fields_of_a_request_are_directions_and_scaling(value: Any) -> None:
+    """One direction too; and nothing that says what is scored."""
+    fields = fields_of(replace(request(steps=6), scaling="z-scores").encode())
+    assert fields[-2:] == [1, 1]
+    assert len(fields) == len(fields_of(request(steps=6).encode())) + 2
+    assert TrainRequest.decode(msgpack.packb(fields)).scaling == "z-scores"
+    assert "scaling is" in refusal(TrainRequest, msgpack.packb([*fields[:-1], value]))
+    assert "number of directions" in refusal(TrainRequest, msgpack.packb([*fields[:-2], 0, 1]))
 
 
 @classes

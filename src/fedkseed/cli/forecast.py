@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fedkseed.federation.algorithms import Algorithm
 
 if TYPE_CHECKING:
+    from fedkseed.federation import FederationConfig
     from fedkseed.runs.forecast import Forecast
 
 ACTIVITIES = {"noise": "moving weights", "rebuild": "rebuilding the model", "evaluation": "evaluation"}
@@ -25,6 +26,18 @@ def describe(found: Forecast, facts: Algorithm) -> list[str]:
         f"forecast: about {_duration(found.total_seconds)} on this machine, of which {', '.join(told)}",
         f"forecast: about {both:,.0f} bytes a client and round, {found.bytes_down:,.0f} down and {found.bytes_up:,.0f} up; "
         f"{found.total_bytes:,.0f} in all",
+    ]
+
+
+def cost_of_step(config: FederationConfig) -> list[str]:
+    """What a step on scores costs, as a line; none of a step on the loss, which the forecast's passes say."""
+    if config.goal.smooth:
+        return []
+    probes = 2 * config.directions
+    each = f"answers of at most {config.max_new_tokens} tokens" if config.goal.answers else "pairs, two passes each"
+    return [
+        f"objective {config.objective}: a step has {probes} probes (2 x --directions) of {config.batch_size} records: "
+        f"{probes * config.batch_size} {each}"
     ]
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from fedkseed.cli.console import say, shell_word
 from fedkseed.cli.display import LOADING, Lines, looking_on, waiting, watching
-from fedkseed.cli.forecast import describe
+from fedkseed.cli.forecast import cost_of_step, describe
 from fedkseed.cli.interrupts import again, interruptible, with_run
 from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.errors import ConfigError
@@ -201,7 +201,8 @@ def train(
         if forecast is None:
             total = simulation.config.num_rounds
             observer.note(f"all {total} rounds were done already" if total > 1 else "the only round was done already")
-        for line in describe(forecast, simulation.config.facts) if forecast else ():
+        lines = [*cost_of_step(simulation.config), *describe(forecast, simulation.config.facts)] if forecast else []
+        for line in lines:
             observer.note(line)
         if before is not None:
             before(simulation)

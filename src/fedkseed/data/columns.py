@@ -12,7 +12,8 @@ from fedkseed.errors import DataError, InvalidValueError
 USUAL: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "prompt"),
     "input": ("input", "context"),
-    "output": ("output", "response", "completion"),
+    "output": ("output", "response", "completion", "chosen"),
+    "rejected": ("rejected",),
     "category": ("category",),
     "client": ("client",),
     "messages": ("messages", "conversations"),

@@ -22,6 +22,7 @@ class Example:
             `instruction` (the user's last text) and `input` (the other messages as text).
         alone: the output is a text to learn as a whole, with no prompt before it.
         fault: why the record cannot be learnt, though its source can be read; "" if it can. Encoding drops and counts it.
+        rejected: a worse response than the output, to prefer that one to; "" where there is none.
         where: file and line, for messages.
     """
 
@@ -33,4 +34,5 @@ class Example:
     history: tuple[Turn, ...] = field(default=(), hash=False)
     alone: bool = False
     fault: str = ""
+    rejected: str = ""
     where: str = field(default="", compare=False, repr=False)

@@ -47,7 +47,8 @@ def to_example(record: Mapping[str, Any], where: str, columns: Columns = COLUMNS
     Null, NaN and blank values count as absent; of several columns that may hold a field the first that holds something is
     taken. A record with `messages` whose instruction or response is absent is a conversation: its last message, the
     assistant's, is to be learnt. So is one whose prompt is a list of messages. A response column that the user named,
-    without any instruction or input, is learnt as a whole. Other fields are ignored. What cannot be learnt, such as an empty
+    without any instruction or input, is learnt as a whole. `rejected` is a worse response. Other
+    fields are ignored. What cannot be learnt, such as an empty
     response, is kept: encoding drops the record and counts it.
 
     Args:
@@ -63,10 +64,11 @@ def to_example(record: Mapping[str, Any], where: str, columns: Columns = COLUMNS
     try:
         turns = fields.turns()
         instruction, text, output = split(turns) if turns else fields.texts()
+        rejected = fields.rejected()
     except UnusableError as error:
         return Example("", "", "", category, client, fault=str(error), where=where)
     alone = not turns and fields.alone
-    return Example(instruction, text, output, category, client, history=turns[:-1], alone=alone, where=where)
+    return Example(instruction, text, output, category, client, history=turns[:-1], alone=alone, rejected=rejected, where=where)
 
 
 class _Fields:
@@ -97,6 +99,8 @@ class _Fields:
     def turns(self) -> tuple[Turn, ...]:
         """The conversation that the record holds; empty if it holds none."""
         asked, answered = self._values.get("instruction"), self._values.get("output")
+        if isinstance(answered, (list, tuple)) and "rejected" in self._keys:  # pairs of whole conversations
+            return self._turns("output")
         if isinstance(asked, (list, tuple)) and answered is not None:
             last: tuple[Turn, ...] = (
                 ({"role": "assistant", "content": self._text("output")},) if isinstance(answered, str) else ()
@@ -106,6 +110,11 @@ class _Fields:
         if "messages" not in self._values or (answered is not None and wholly):
             return ()
         return self._turns("messages")
+
+    def rejected(self) -> str:
+        """The worse response, alone or as the last message of a conversation; "" where there is none."""
+        value = self._values.get("rejected")
+        return split(self._turns("rejected"))[2] if isinstance(value, (list, tuple)) else self._text("rejected")
 
     def texts(self) -> tuple[str, str, str]:
         """Instruction, input and output of a record that is no conversation."""

@@ -9,7 +9,7 @@ from fedkseed.data.example import Example
 
 
 def shuffle_responses(examples: Sequence[Example], rng: np.random.Generator) -> list[Example]:
-    """The examples with their outputs permuted in one random cycle, so that none keeps its own.
+    """The examples with their outputs (and worse responses) permuted in one random cycle, so that none keeps its own.
 
     Instruction, input and category stay in place: a partition by category is the same as without the shuffle. Two
     examples of the same output may exchange them; a single example keeps its own, having no other.
@@ -17,7 +17,7 @@ def shuffle_responses(examples: Sequence[Example], rng: np.random.Generator) -> 
     order = rng.permutation(len(examples))
     shuffled = list(examples)
     for receiver, giver in zip(order, np.roll(order, 1), strict=True):
-        shuffled[receiver] = replace(examples[receiver], output=examples[giver].output)
+        shuffled[receiver] = replace(examples[receiver], output=examples[giver].output, rejected=examples[giver].rejected)
     return shuffled
 
 

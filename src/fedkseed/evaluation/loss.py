@@ -22,12 +22,14 @@ class EvalLoss:
         perplexity: exp(loss).
         num_examples: how many.
         num_tokens: response tokens, EOS included.
+        reward: mean score of the set, where a run is tuned on scores.
     """
 
     loss: float
     perplexity: float
     num_examples: int
     num_tokens: int
+    reward: float | None = None
 
     @classmethod
     def of(cls, loss: float, num_examples: int, num_tokens: int) -> Self:
@@ -62,7 +64,33 @@ def response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, i
     return sum((loss for loss, _ in others), total), sum((number for _, number in others), num_tokens)
 
 
+def response_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The log-probability of each response of a batch, its tokens' sum, EOS included; as `response_loss` sees it.
+
+    Returns:
+        tensor[b], in nats.
+    """
+    parts = [_response_log_probs(model, part) for part in batch.passes()]
+    if len(parts) == 1 or batch.attention_mask is None:
+        return parts[0]
+    lengths = batch.attention_mask.sum(1)  # whose examples each part holds, as `passes` goes through them
+    places = torch.cat([(lengths == length).nonzero()[:, 0] for length in sorted(set(lengths.tolist()))])
+    return torch.cat(parts)[places.argsort()]
+
+
+def _response_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    logits, targets, rows = _scored_logits(model, batch)
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return -torch.zeros(len(batch.labels), dtype=each.dtype, device=each.device).index_add(0, rows, each)
+
+
 def _response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    logits, targets, _ = _scored_logits(model, batch)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), len(logits)
+
+
+def _scored_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits that predict response tokens [n, vocabulary], these tokens int64[n], and the example of each, int64[n]."""
     targets = batch.labels[:, 1:]
     scored = targets != IGNORED
     keep = scored.any(0).nonzero()[:, 0]
@@ -73,7 +101,7 @@ def _response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, 
         logits = model(**inputs).logits[:, -batch.input_ids.shape[1] :][:, keep]  # a soft prompt has logits too, in front
     logits = logits[scored[:, keep]]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide, targets[scored], reduction="sum"), len(logits)
+    return wide, targets[scored], scored.nonzero()[:, 0]
 
 
 def mean_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -84,9 +84,12 @@ OWN_TENSORS = ("train", "freeze")
 SEEDS = (*PROBES, *OWN_TENSORS, "num_seeds", "wire", "dtype", "audit_log")
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
-    "checkpointing", "aggregator",
+    "checkpointing", "aggregator", "objective", "dpo_beta",
 )  # fmt: skip
-SCALARS = ("directions", "aggregator", "shared_seeds")
+SCALARS = (
+    "directions", "aggregator", "shared_seeds",
+    "objective", "scaling", "temperature", "max_new_tokens", "dpo_beta", "max_moved",
+)  # fmt: skip
 SUMS = ("secure_sums", "secure_clip")
 IMPORTANCE = ("importance_clip", "importance_start")
 TENSORS = ("max_value",)

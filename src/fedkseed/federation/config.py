@@ -8,6 +8,7 @@ from fedkseed.errors import ConfigError
 from fedkseed.federation.aggregators import AGGREGATORS, Aggregator
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
 from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
+from fedkseed.federation.objectives import CODE, OBJECTIVES, OWN, Objective, Scaling, objective_named
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 from fedkseed.privacy import DELTA, Privacy
 from fedkseed.privacy.settings import ClipNorm, Delta, Epsilon, NoiseMultiplier, Unit
@@ -58,7 +59,26 @@ class FederationConfig(BaseModel):
     directions: Annotated[int, Field(ge=1, le=1024)] = Field(
         1,
         description="With 1 a step has two probes along one seed, with n one-sided slopes along n seeds, on one batch, "
-        "for n + 1 forward passes.",
+        "for n + 1 forward passes; of scores n pairs of probes.",
+    )
+    objective: str = Field(
+        "loss",
+        description="What is tuned on: "
+        + "; ".join(f"{row.name} ({row.about})" for row in OBJECTIVES.values())
+        + "; or PACKAGE:FUNCTION, of (record, answer), whose number is to rise.",
+    )
+    scaling: Scaling = Field(
+        "z-scores", description="Of scores: what becomes of those of a step's probes before slopes are made of them."
+    )
+    temperature: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.0, description="Of scores of answers: 0 answers greedily; else answers are drawn, the same draws for both probes."
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(
+        32, description="Of scores of answers: longest answer in tokens."
+    )
+    dpo_beta: Positive = Field(0.1, description="Of dpo: by how much margins are multiplied; small stays near the base model.")
+    max_moved: Positive | None = Field(
+        None, description="How far the model may go from its base (moved_rms in metrics.jsonl); beyond, it is pulled back."
     )
     num_seeds: Annotated[int, Field(ge=1, le=65536)] = Field(4096, description="Number of candidate seeds (K).")
     noise: FamilyName = Field(
@@ -161,6 +181,13 @@ class FederationConfig(BaseModel):
             raise ValueError("expected a number or a text, no truth value")
         return value
 
+    @field_validator("objective")
+    @classmethod
+    def _is_objective(cls, value: str) -> str:
+        if value not in OBJECTIVES and value != OWN and not CODE.fullmatch(value):
+            raise ValueError(f"expected {', '.join(OBJECTIVES)}, or a function as PACKAGE:FUNCTION")
+        return value
+
     @model_validator(mode="after")
     def _only_what_the_algorithm_takes(self) -> Self:
         for name in sorted(SOME_TAKE):
@@ -174,6 +201,7 @@ class FederationConfig(BaseModel):
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
                     f"leave it out, or choose one of {', '.join(that_take(name))}"
                 )
+        self._check_objective()
         if self.local_steps * self.directions > MAX_STEPS:
             raise ValueError(
                 f"--local-steps {self.local_steps} of --directions {self.directions} are {self.local_steps * self.directions} "
@@ -227,6 +255,24 @@ class FederationConfig(BaseModel):
             )
         return self
 
+    def _check_objective(self) -> None:
+        goal = self.goal
+        if self.facts.measures == "gradient" and not goal.smooth:
+            raise ValueError(
+                f"--objective {self.objective} has no gradient, which --algorithm {self.algorithm} needs; take fedkseed"
+            )
+        for name, has in (
+            ("scaling", not goal.smooth),
+            ("temperature", goal.answers),
+            ("max_new_tokens", goal.answers),
+            ("dpo_beta", goal.smooth and goal.pairs),
+        ):
+            if not has and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --objective {self.objective} has no use for "
+                    "it; leave it out"
+                )
+
     def _check_changes(self) -> None:
         power_of_two = self.num_seeds >= MIN_BLOCK and self.num_seeds & (self.num_seeds - 1) == 0
         if self.basis == "table" and not (FAMILIES[self.noise].has_table and power_of_two):
@@ -275,6 +321,10 @@ class FederationConfig(BaseModel):
                     f"--dp is record and --algorithm {self.algorithm} sends tensors, of which single records are not known; "
                     "take --dp client, or an algorithm of K numbers"
                 )
+            if not self.goal.smooth and self.scaling != "none":
+                raise ValueError(
+                    f"--dp is record and --scaling {self.scaling}, which compares the scores of records; take --scaling none"
+                )
             if self.local_unit == "epochs":
                 raise ValueError("--dp is record and --local-unit epochs, which tells the number of records; count steps")
             if self.loss_clip is not None:
@@ -317,9 +367,19 @@ class FederationConfig(BaseModel):
         return 2 * equal if self.rule.needs_each_reply else max(0.5, 2 * equal)
 
     @property
+    def goal(self) -> Objective:
+        """What is to be known of the objective."""
+        return objective_named(self.objective)
+
+    @property
     def passes_per_step(self) -> int:
-        """What a local step costs in forward passes: of several directions one more than these; else see `Algorithm`."""
-        return self.directions + 1 if self.directions > 1 else self.facts.passes_per_step
+        """What a local step costs in forward passes of a record, an answer being one; see `Algorithm`, and `directions`."""
+        passes = self.facts.passes_per_step
+        if not self.goal.smooth:
+            passes = 2 * self.directions
+        elif self.directions > 1:
+            passes = self.directions + 1
+        return 2 * passes if self.goal.pairs else passes
 
     @property
     def soft_prompt(self) -> int:

@@ -138,8 +138,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         config: the settings.
         run_id: 8 bytes, the same for all messages of the run.
         clients: the stable names of all clients; `admit` changes them between rounds; None if nobody is here yet.
-        guess_loss: the loss of a guess; a mean loss below 0 or above 10,000 times this is refused; None: any finite
-            one will do.
+        guess_loss: the loss of a guess; a mean loss below 0 or above 10,000 times this is refused; None, or another objective
+            than the loss: any finite one will do.
         num_examples: how many records each client has, by its name, which its replies must say too; needed where `local_unit`
             is epochs.
 
@@ -391,7 +391,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             raise ProtocolError(f"num_examples is {reply.num_examples}; this client came with {known}")
         if reply.num_examples > self.config.max_examples:
             raise ProtocolError(f"num_examples is {reply.num_examples}; at most {self.config.max_examples} are accepted")
-        if self.guess_loss is not None:
+        if self.guess_loss is not None and self.config.goal.bounded_below:
             check_loss(reply.loss or 0.0, MOST_GUESSES * self.guess_loss)
         self._check(request, reply)
         return reply

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,15 @@ class Task(Protocol):
 
     def loss(self, records: NDArray[np.int64]) -> float:
         """Mean loss at the model's current weights on the records at these positions."""
+        ...
+
+
+@runtime_checkable
+class DrawingTask(Task, Protocol):
+    """A task whose loss may depend on draws, as on answers that are drawn from the model."""
+
+    def drawn_loss(self, records: NDArray[np.int64], key: int) -> float:
+        """The loss under the draws of a key: of equal keys they are equal, so that two probes differ by their weights only."""
         ...
 
 

@@ -14,6 +14,8 @@ from fedkseed.data.cache import cache_folder
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, Positive
+from fedkseed.federation.objectives import CODE
+from fedkseed.federation.objectives import OWN as OF_NODES
 from fedkseed.privacy import Privacy
 from fedkseed.privacy.accountant import require_accountant
 from fedkseed.runs.folder import RunFolder, settings_of
@@ -24,7 +26,9 @@ from fedkseed.runs.settings import DEALING, RunConfig, SimulationConfig
 from fedkseed.runs.trackers import TRACKERS
 from fedkseed.runs.validation import Words, validated
 
-NODE_KEYS = ("name", "model", "data", "eval-data", "columns", "state", "backpropagation", "secure-sums", "key", "keys")
+NODE_KEYS = (
+    "name", "model", "data", "eval-data", "columns", "state", "backpropagation", "objective", "secure-sums", "key", "keys",
+)  # fmt: skip
 PRIVACY_KEYS = {
     "dp": "unit", "clip-norm": "clip_norm", "noise-multiplier": "noise_multiplier", "delta": "delta", "epsilon": "epsilon",
 }  # fmt: skip
@@ -63,6 +67,15 @@ class FlowerConfig(RunConfig):
             )
         if self.dp is not None and self.noise_multiplier is None:
             raise ValueError("dp is client and noise-multiplier is missing; give it (docs/privacy.md has a table)")
+        return self
+
+    @model_validator(mode="after")
+    def _names_no_code(self) -> Self:
+        if CODE.fullmatch(self.objective) and not isinstance(self, EngineConfig):
+            raise ValueError(
+                f"objective {self.objective!r} names code, which a run may not bring to its nodes; take objective = "
+                f'"{OF_NODES}", and name the function in each node\'s --node-config objective'
+            )
         return self
 
     @field_validator("log")
@@ -229,10 +242,11 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
     dealt = set(map(_kebab, DEALING))
     own = {key: value for key, value in run_config.items() if key != "eval-data" and key not in dealt}
     own |= {key: node_config[key] for key in ("model", "columns") if key in node_config}
+    config = _with_function(read_config(own), node_config.get("objective"))
     eval_data = str(node_config["eval-data"]) if node_config.get("eval-data") else None
     return Node(
         str(node_config["name"]),
-        read_config(own),
+        config,
         str(node_config["data"]),
         eval_data,
         backpropagation=able == "yes",
@@ -255,6 +269,22 @@ def _privacy(node_config: Mapping[str, Any]) -> Privacy | None:
             "its records as it is; leave one of them out"
         )
     return privacy
+
+
+def _with_function(config: FlowerConfig, named: Any) -> FlowerConfig:
+    """The settings with the node's own function, where the run leaves it to the nodes; a run never names code.
+
+    Raises:
+        ConfigError: the node names none.
+    """
+    if config.objective != OF_NODES:
+        return config
+    if not CODE.fullmatch(str(named or "")):
+        raise ConfigError(
+            f"node-config objective is {named!r} and the run leaves its objective to the nodes; give the function of this "
+            "machine that scores answers, as PACKAGE:FUNCTION"
+        )
+    return config.model_copy(update={"objective": str(named)})
 
 
 def open_run(config: FlowerConfig, records: Records | None = None) -> RunFolder:

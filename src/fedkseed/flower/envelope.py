@@ -46,7 +46,7 @@ class _Small(BaseModel):
 
     def encode(self) -> bytes:
         """The message's bytes."""
-        return self.model_dump_json().encode()
+        return self.model_dump_json(exclude_none=True).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
@@ -109,16 +109,18 @@ class Evaluation(_Small):
         loss: nats per response token.
         num_examples: records.
         num_tokens: response tokens, which are the loss's weight.
+        reward: mean score of its records, of a run that is tuned on scores.
     """
 
     ledger: Digest
     loss: float
     num_examples: Annotated[int, Field(ge=1, le=2**53)]
     num_tokens: Annotated[int, Field(ge=1, le=2**53)]
+    reward: float | None = None
 
-    @field_validator("loss")
+    @field_validator("loss", "reward")
     @classmethod
-    def _finite(cls, value: float) -> float:
-        if not math.isfinite(value):
+    def _finite(cls, value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
             raise ValueError("must be finite")
         return value

@@ -10,7 +10,9 @@ from functools import lru_cache, partial
 from logging import DEBUG, INFO
 from typing import Any, Literal
 
-from fedkseed.data import EncodedExample, read_source
+import numpy as np
+
+from fedkseed.data import EncodedExample, Example, read_source
 from fedkseed.errors import ConfigError, ProtocolError
 from fedkseed.federation.envelope import Request
 from fedkseed.flower import summing
@@ -30,6 +32,7 @@ from fedkseed.noise.pool import SeedPool
 from fedkseed.privacy import WITHHELD
 from fedkseed.runs.algorithms import roles_of
 from fedkseed.runs.learner import Learner, learner_of
+from fedkseed.runs.objectives import AnswerTask, PairTask, goal_of
 from fedkseed.runs.records import Records, encoded_for, prepare, sample
 from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, bind_loaded, checkpoint_activations
 
@@ -102,21 +105,38 @@ def simulated_records(config: EngineConfig) -> Records:
     return prepare(config, Log(DEBUG), learner=load_for(config, training=True).learner)
 
 
-def read_examples(
-    config: FlowerConfig, learner: Learner, source: str, what: str, split: Literal["train", "test"]
-) -> list[EncodedExample]:
-    """The tokenised records of a source of one's own; `split` says which of its tasks, of a Natural Instructions folder.
+@dataclass(frozen=True)
+class Held:
+    """Records of a source of one's own.
+
+    Attributes:
+        examples: tokenised.
+        records: what they were encoded from.
+        stop_ids: the ids that end a response.
+    """
+
+    examples: list[EncodedExample]
+    records: list[Example]
+    stop_ids: tuple[int, ...]
+
+    def drawn(self, config: FlowerConfig) -> Held:
+        """Those that are evaluated on: all, or the same seeded draw as in a simulation."""
+        chosen = sample(len(self.examples), config.eval_limit, config.seed)
+        return Held([self.examples[i] for i in chosen], [self.records[i] for i in chosen], self.stop_ids)
+
+
+NOTHING = Held([], [], ())
+
+
+def read_held(config: FlowerConfig, learner: Learner, source: str, what: str, split: Literal["train", "test"]) -> Held:
+    """The records of a source of one's own; `split` says which of its tasks, of a Natural Instructions folder.
 
     Raises:
         FedKSeedError: the file or the tokenizer cannot be used.
     """
     records = read_source(source, split, learner.max_length(config.max_length), config.seed, config.columns)
-    return list(encoded_for(config, learner, records, what, Log(INFO)).examples)
-
-
-def drawn(config: FlowerConfig, examples: list[EncodedExample]) -> list[EncodedExample]:
-    """The records that are evaluated on: all, or the same seeded draw as in a simulation."""
-    return [examples[i] for i in sample(len(examples), config.eval_limit, config.seed)]
+    encoded = encoded_for(config, learner, records, what, Log(INFO))
+    return Held(list(encoded.examples), [records[i] for i in encoded.kept], encoded.stop_ids)
 
 
 class Participant:
@@ -141,15 +161,18 @@ class Participant:
             if who >= len(names):
                 raise ConfigError(f"there are {len(names)} clients in the data and more SuperNodes; start {len(names)}")
             self.name = names[who]
-            self._examples, self._held_out, self._pad_id = records.clients[self.name], [], records.pad_id
+            self._own = Held(records.clients[self.name], list(records.sources[self.name]), records.stop_ids)
+            self._held_out, self._pad_id, self._goal = NOTHING, records.pad_id, records.goal
         else:
             self.name = str(who)
             learner = loaded.learner
             self._pad_id = learner.pad_id
-            self._examples = read_examples(config, learner, node.data or "", "training", "train")
+            self._own = read_held(config, learner, node.data or "", "training", "train")
             self._held_out = (
-                drawn(config, read_examples(config, learner, node.eval_data, "evaluation", "test")) if node.eval_data else []
+                read_held(config, learner, node.eval_data, "evaluation", "test").drawn(config) if node.eval_data else NOTHING
             )
+            everything = [*self._own.examples, *self._held_out.examples], [*self._own.records, *self._held_out.records]
+            self._goal = goal_of(config, learner, self._own.stop_ids, *everything, where="node-config objective")
         self._node, self._config, self._backpropagation = node, config, node.backpropagation
         self._privacy, self._history = node.privacy, KeptHistory(node.state, self.name)
         self._loaded = loaded.bound
@@ -176,9 +199,9 @@ class Participant:
         return Hello(
             name=self.name,
             base=self._loaded.identity.fingerprint,
-            num_examples=len(self._examples) if self._privacy is None else WITHHELD,
-            num_eval_examples=len(self._held_out),
-            num_eval_tokens=sum(example.num_targets for example in self._held_out),
+            num_examples=len(self._own.examples) if self._privacy is None else WITHHELD,
+            num_eval_examples=len(self._held_out.examples),
+            num_eval_tokens=sum(example.num_targets for example in self._held_out.examples),
             backpropagation=self._backpropagation,
         ).encode()
 
@@ -192,7 +215,7 @@ class Participant:
         begin = time.perf_counter()
         watch, roles, loaded = Stopwatch(), roles_of(self._config.facts), self._loaded
         request = roles.request(data)
-        task = TextTask(loaded.model, self._examples, self._pad_id, watch)
+        task = self._task(self._own, watch) or TextTask(loaded.model, self._own.examples, self._pad_id, watch)
         client = roles.client(self.name, loaded.bound, loaded.identity, task, watch, self._privacy)
         said = Log()
 
@@ -228,7 +251,9 @@ class Participant:
         if (privacy := self._privacy) is None:
             return
         if privacy.unit == "record":
-            epsilon = self._history.spend(privacy, sampling_rate(request.batch_size, len(self._examples)), request.num_steps)
+            epsilon = self._history.spend(
+                privacy, sampling_rate(request.batch_size, len(self._own.examples)), request.num_steps
+            )
         else:
             epsilon = self._history.spend(privacy, 1.0, 1)
         log(INFO, "%s: epsilon is %.3f at delta %g after this round, of a %s", self.name, epsilon, privacy.delta, privacy.unit)
@@ -241,21 +266,35 @@ class Participant:
             ProtocolError: it is of another base model or pool, or this node has no such records, or their loss is no number.
         """
         ledger = Ledger.decode(data)
-        if not self._held_out:
+        if not self._held_out.examples:
             raise ProtocolError(f"{self.name!r} has no records to evaluate on; give eval-data in its node-config")
         difference = ledger.base.difference(self._loaded.identity, self._loaded.bound.names)
         first = ledger.pages[0].pool if ledger.pages else ledger.pool
         if difference or first != seed_pool(self._config) or bool(ledger.pages) != self._config.facts.has_pages:
             raise ProtocolError(f"the ledger is of another base model or pool than {self.name!r} has ({difference or first})")
         heard = partial(Log().progress, f"{self.name}: evaluating")
-        result = self._loaded.evaluate(ledger, self._held_out, self._pad_id, heard)
+        watched = self._task(self._held_out, Stopwatch())
+        result = self._loaded.evaluate(ledger, self._held_out.examples, self._pad_id, heard, watched)
         if not math.isfinite(result.loss):  # which an `Evaluation` does not carry: one client's NaN would be everybody's
             raise ProtocolError(
                 f"the held-out loss of {self.name!r} is {result.loss:.4f}: the run diverges. Start anew with a lower lr"
             )
         return Evaluation(
-            ledger=ledger.digest(), loss=result.loss, num_examples=result.num_examples, num_tokens=result.num_tokens
+            ledger=ledger.digest(),
+            loss=result.loss,
+            num_examples=result.num_examples,
+            num_tokens=result.num_tokens,
+            reward=result.reward if result.reward is not None and math.isfinite(result.reward) else None,
         ).encode()
+
+    def _task(self, held: Held, watch: Stopwatch) -> AnswerTask | PairTask | None:
+        """What is tuned on, where that is not the loss."""
+        if self._goal is None:
+            return None
+        if self._config.goal.pairs:  # which are compared with what the base model thinks of them
+            self._loaded.bound.open_page(seed_pool(self._config), [], self._config.movement)
+            self._loaded.bound.rebuild(np.zeros(self._config.num_seeds, np.float32))
+        return self._goal.task(self._loaded.model, held.examples, held.records, watch, self._loaded.identity)
 
 
 def participant_of(run_id: int, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Participant:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
@@ -178,8 +179,10 @@ class FedKSeed(Strategy):
         weights = shares({name: found[name].num_tokens for name in sorted(found)}, self.config.largest_share(len(found)))
         loss = sum(weight * found[name].loss for name, weight in weights.items())
         num_examples, num_tokens = (sum(getattr(e, what) for e in found.values()) for what in ("num_examples", "num_tokens"))
+        rewards = [(weights[name], e.reward) for name, e in found.items() if e.reward is not None]
+        reward = sum(w * r for w, r in rewards) / sum(w for w, _ in rewards) if rewards else None
         return self._evaluated(
-            EvalLoss.of(loss, num_examples, num_tokens),
+            replace(EvalLoss.of(loss, num_examples, num_tokens), reward=reward),
             {name: {"loss": e.loss, "num_tokens": e.num_tokens} for name, e in sorted(found.items())},
         )
 

@@ -9,15 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError
-from fedkseed.federation.task import Task, batches, by_step, check_addressee
+from fedkseed.federation.task import DrawingTask, Task, batches, by_step, check_addressee
 from fedkseed.kseed.messages import TrainReply, TrainRequest
+from fedkseed.kseed.population import population_steps
 from fedkseed.kseed.private_steps import poisson_batches, private_steps, wire_scalars
 from fedkseed.kseed.rounding import pack
 from fedkseed.kseed.steps import GRAD_EXPONENT, LocalSteps, Movable, StepSettings, local_steps
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 from fedkseed.privacy import WITHHELD, Privacy
-from fedkseed.randomness import generator
+from fedkseed.randomness import derive, generator
 
 Heard = Callable[[int, float], None]
 
@@ -58,9 +59,16 @@ class Client:
         if request.pool != self.model.pool:
             raise ProtocolError(f"request is for {request.pool}; this client's model is bound to {self.model.pool}")
         privacy, precision = self.privacy, request.coefficients.precision
-        settings = StepSettings(request.lr, request.eps, request.max_grad, request.loss_clip, precision, request.directions)
-        self.model.rebuild(request.coefficients.unpack())
         hides_records = privacy is not None and privacy.unit == "record"
+        if hides_records and request.scaling not in (None, "none"):
+            raise ProtocolError(
+                f"request is for scores by {request.scaling}, which compare records; this client hides single ones, so let the "
+                "run take scaling none"
+            )
+        settings = StepSettings(
+            request.lr, request.eps, request.max_grad, request.loss_clip, precision, request.directions, request.scaling
+        )
+        self.model.rebuild(request.coefficients.unpack())
         steps = (self._private_steps if hides_records else self._steps)(request, settings, on_step)
         if privacy is None:
             kept = np.delete(steps.losses, steps.dropped)
@@ -72,16 +80,20 @@ class Client:
         return self._reply(request, wire_scalars(released, request.max_grad, precision))
 
     def _steps(self, request: TrainRequest, settings: StepSettings, on_step: Heard | None) -> LocalSteps:
-        draw = generator(int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name, "batches")
-        batch = by_step(batches(self.task.num_examples, request.batch_size, draw))
+        where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
+        batch = by_step(batches(self.task.num_examples, request.batch_size, generator(*where, "batches")))
 
         def loss(step: int) -> float:
-            value = self.task.loss(batch(step))
+            if isinstance(self.task, DrawingTask):  # all probes of a step see the same draws
+                value = self.task.drawn_loss(batch(step), derive(*where, "answers", step))
+            else:
+                value = self.task.loss(batch(step))
             if on_step is not None:
                 on_step(step, value)
             return value
 
-        return local_steps(self.model, request.indices, loss, settings)
+        take = local_steps if request.scaling is None else population_steps
+        return take(self.model, request.indices, loss, settings)
 
     def _private_steps(self, request: TrainRequest, settings: StepSettings, on_step: Heard | None) -> LocalSteps:
         assert self.privacy is not None  # asked only where it hides records

@@ -51,6 +51,17 @@ def moved_rms(ledger: Ledger) -> float:
     return math.hypot(*(float(np.linalg.norm(a)) for a in _coefficients(ledger).values()))
 
 
+def pulled_back(coefficients: NDArray[np.float64], most: float | None) -> NDArray[np.float64]:
+    """Coefficients that lead no further from the base than `most` (see `moved_rms`): shortened to that where they are longer.
+
+    Args:
+        coefficients: float64[K].
+        most: None for no limit.
+    """
+    length = float(np.linalg.norm(coefficients))
+    return coefficients if most is None or length <= most else coefficients * (most / length)
+
+
 def distance(ledger: Ledger, other: Ledger) -> float:
     """How far two ledgers of one base lie apart, relative to how far the first lies from the base (see `moved_rms`)."""
     moved = moved_rms(ledger)

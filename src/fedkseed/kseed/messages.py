@@ -29,6 +29,7 @@ from fedkseed.federation.envelope import (
     read_array,
     unpack_fields,
 )
+from fedkseed.federation.objectives import SCALINGS, Scaling
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed
 from fedkseed.noise.families import BY_CODE
 from fedkseed.noise.pool import MAX_SIZE, SeedPool
@@ -56,6 +57,8 @@ class TrainRequest(Request):
         coefficients: float32[K] as packed.
         indices: the seed of each local step, in order; of several directions, as many seeds a step.
         eps, max_grad, loss_clip, directions: see `fedkseed.kseed.steps.StepSettings`; one direction is not written out.
+        scaling: how the client's scores are scaled; None, which is not written out, where it measures a loss. What is scored is
+            the client's own affair: a request names no code.
     """
 
     pool: SeedPool
@@ -65,6 +68,7 @@ class TrainRequest(Request):
     max_grad: float
     loss_clip: float | None = None
     directions: int = 1
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +101,9 @@ class TrainRequest(Request):
         indices = np.array(self.indices, INDEX).tobytes()
         numbers = [float(self.lr), float(self.eps), self.batch_size, float(self.max_grad), self.loss_clip]
         head = [self.run_id, self.server_round, self.attempt, self.client]
-        several = [self.directions] if self.directions > 1 else []
+        several = [self.directions] if self.directions > 1 or self.scaling else []
+        if self.scaling:
+            several.append(SCALINGS.index(self.scaling))
         return pack_fields(
             REQUEST, [*head, *pool, self.base, *_flat(self.coefficients), self.digest, indices, *numbers, *several]
         )
@@ -109,11 +115,16 @@ class TrainRequest(Request):
         Raises:
             ProtocolError: they are not a request of this version, or a field is out of its range.
         """
-        fields = unpack_fields(data, REQUEST, "request", 18, MAX_BYTES, more=1)
+        fields = unpack_fields(data, REQUEST, "request", 18, MAX_BYTES, more=2)
         run_id, server_round, attempt, client, key, size, family, base = fields[:8]
         precision, exponent, numbers, digest, indices, lr, eps, batch_size, max_grad, loss_clip, *several = fields[8:]
-        for directions in several:
+        directions: int = several[0] if several else 1
+        scaling: Scaling | None = None
+        if len(several) == 1:  # one direction of what has a gradient is not written out
             check_integer("number of directions", directions, 2, MAX_STEPS)
+        elif several:
+            check_integer("scaling", several[1], 0, len(SCALINGS) - 1)
+            scaling = SCALINGS[several[1]]
         check_integer("pool key", key, 0, 2**64 - 1)
         check_integer("pool size", size, 1, MAX_SIZE)
         check_choice("family", family, BY_CODE)
@@ -121,7 +132,7 @@ class TrainRequest(Request):
         packed = _unflat(precision, exponent, numbers)
         steps = tuple(read_array("indices", indices, INDEX).tolist())
         head = (run_id, server_round, attempt, client, base, digest)
-        return cls(*head, lr, batch_size, pool, packed, steps, eps, max_grad, loss_clip, *several)
+        return cls(*head, lr, batch_size, pool, packed, steps, eps, max_grad, loss_clip, directions, scaling)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.envelope import Reply
 from fedkseed.federation.rounds import CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS, Rounds
+from fedkseed.kseed.distance import pulled_back
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.kseed.ledger import History, Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
@@ -100,6 +101,7 @@ class Server(Rounds[TrainRequest, TrainReply]):
                 max_grad=self.config.max_grad,
                 loss_clip=config.loss_clip,
                 directions=config.directions,
+                scaling=None if config.goal.smooth else config.scaling,
             )
             for client in cohort
         }
@@ -186,7 +188,8 @@ class Server(Rounds[TrainRequest, TrainReply]):
 
     def _step(self, total: F64, sums: F64, counts: NDArray[np.int64], scales: F64) -> None:
         change, _ = SGD.step(total, next(iter(self._pending.values())).lr, {})
-        self.ledger = self.ledger.advance(History(self._history.accumulators + change, sums, counts, scales))
+        accumulators = pulled_back(self._history.accumulators + change, self.config.max_moved)
+        self.ledger = self.ledger.advance(History(accumulators, sums, counts, scales))
 
     def _bounded(self, grads: Mapping[str, F64]) -> tuple[Mapping[str, F64], F64]:
         """What counts of the scalars, by the running scale, and what that remembers; all, where they are bounded otherwise."""

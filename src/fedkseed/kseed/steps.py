@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.federation.config import FederationConfig
+from fedkseed.federation.objectives import Scaling
 from fedkseed.kseed.rounding import Precision, rounded
 
 GRAD_EXPONENT = 0
@@ -36,6 +37,7 @@ class StepSettings:
         loss_clip: a step whose two losses differ by more than this is dropped; None keeps all.
         precision: of the projected gradients, rounded before they are used.
         directions: 1 for two probes along one perturbation; n > 1 for one-sided slopes along n of them a step, on one batch.
+        scaling: of scores, see `fedkseed.kseed.population`; None of what has a gradient.
     """
 
     lr: float
@@ -44,6 +46,7 @@ class StepSettings:
     loss_clip: float | None = None
     precision: Precision = "float32"
     directions: int = 1
+    scaling: Scaling | None = None
 
 
 @dataclass(frozen=True)
@@ -124,19 +127,29 @@ def one_sided_steps(model: Movable, indices: Sequence[int], loss: Callable[[int]
         for j, index in enumerate(seeds):
             model.move([*seeds[j - 1 : j], index], [*[-eps] * (j > 0), eps])
             changes[j] = float(loss(t)) - here
-        slopes = changes / eps
-        usable = bool(np.isfinite(slopes).all()) and not any(_clipped(change, settings.loss_clip) for change in changes)
-        if usable and np.abs(slopes).max() <= settings.max_grad:
-            sent = rounded(slopes, settings.precision, GRAD_EXPONENT)
-            usable = bool((np.abs(sent) <= settings.max_grad).all())  # rounding may have led above it
-        else:
-            usable = False
-        if usable:
-            grads[t] = sent
-        else:
+        sent = sendable(changes / eps, changes, settings)
+        if sent is None:
             dropped.append(t)
+        else:
+            grads[t] = sent
         model.move([seeds[-1], *seeds], [-eps, *(-float(update(settings.lr, grad)) for grad in grads[t])])
     return LocalSteps(grads.reshape(-1), tuple(dropped), losses)
+
+
+def sendable(slopes: NDArray[np.float64], changes: NDArray[np.float64], settings: StepSettings) -> NDArray[np.float32] | None:
+    """The slopes of one step as they are sent, rounded; None if the step is to be dropped.
+
+    Args:
+        slopes: one for each direction.
+        changes: the differences of losses that they come from.
+        settings: which are too large.
+    """
+    if not np.isfinite(slopes).all() or any(_clipped(change, settings.loss_clip) for change in changes):
+        return None
+    if np.abs(slopes).max() > settings.max_grad:
+        return None
+    sent = rounded(slopes, settings.precision, GRAD_EXPONENT)
+    return sent if (np.abs(sent) <= settings.max_grad).all() else None  # rounding may have led above it
 
 
 def update(lr: float, grad: np.floating) -> np.float32:
@@ -147,11 +160,15 @@ def update(lr: float, grad: np.floating) -> np.float32:
 def largest_grad(settings: FederationConfig) -> float:
     """The largest magnitude of a projected gradient that an honest client sends.
 
-    With `loss_clip` it keeps no step whose losses differ by more, and what it sends is rounded to 11 bits at worst.
+    Scaled slopes have bounds of their own. With `loss_clip` it keeps no step whose losses differ by more. What it sends is
+    rounded to 11 bits at worst.
     """
+    if not settings.goal.smooth and settings.scaling != "none":
+        bound = 0.5 if settings.scaling == "ranks" else math.sqrt(settings.directions)
+        return min(settings.max_grad, bound * (1 + 2.0**-10))
     if settings.loss_clip is None:
         return settings.max_grad
-    apart = float(np.float32(settings.eps)) * (1 if settings.directions > 1 else 2)
+    apart = float(np.float32(settings.eps)) * (1 if settings.goal.smooth and settings.directions > 1 else 2)
     return min(settings.max_grad, settings.loss_clip / apart * (1 + 2.0**-10))
 
 

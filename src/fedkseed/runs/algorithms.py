@@ -41,6 +41,7 @@ from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.task import (
     BoundModel,
+    ScoredTask,
     Stopwatch,
     TextTask,
     TimedModel,
@@ -75,12 +76,14 @@ class Federation:
         server: the rounds.
         clients: by name.
         restore: sets the model to the server's checkpoint.
+        watched: the held-out records' scores, of a run that is tuned on scores.
     """
 
     model: torch.nn.Module
     server: Rounds[Any, Any]
     clients: Mapping[str, Participant]
     restore: Callable[[], None]
+    watched: ScoredTask | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,10 @@ def over_ledger(
     sizes = records.sizes if own is None else dict.fromkeys(records.clients, WITHHELD)
     server = roles.server(config, ledger or base, list(records.clients), guess_loss(model), sizes)
     clients = {
-        name: roles.client(name, loaded.bound, base, TextTask(model, examples, records.pad_id, watch), watch, own)
-        for name, examples in records.clients.items()
+        name: roles.client(name, loaded.bound, base, records.task(model, name, watch, base), watch, own)
+        for name in records.clients
     }
-    return Federation(model, server, clients, lambda: loaded.restore(server.ledger))
+    return Federation(model, server, clients, lambda: loaded.restore(server.ledger), records.watched(model, watch, base))
 
 
 def check_base(ledger: Ledger | None, loaded: BoundModel, source: str) -> BaseIdentity:

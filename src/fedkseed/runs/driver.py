@@ -65,6 +65,7 @@ class Driver:
         self._requests: list[tuple[Request, bytes]] = []
         self._repeated = 0
         self._audit: AuditLog | None = None
+        self._bounded = False
         self._begin = time.perf_counter()
 
     @property
@@ -205,7 +206,7 @@ class Driver:
     ) -> dict[str, Any] | None:
         """Write down what a round led to; see `close`."""
         self.outcome = outcome
-        event = round_event(outcome, self._requests[0][0].lr)
+        event = round_event(outcome, self._requests[0][0].lr, rewards=not self.config.goal.smooth)
         if self.account is not None:
             self.account.record([request for request, _ in self._requests], outcome)
             self.run.made_with = {**(self.run.made_with or {}), "privacy": self.account.noted()}
@@ -232,6 +233,7 @@ class Driver:
         }
         if isinstance(self.server.checkpoint, Ledger):
             event["moved_rms"] = moved_rms(self.server.checkpoint)
+            self._say_bounded(event["moved_rms"])
         # log and metrics first: a kill in between leaves a line too many, which a resume cuts, never one too few
         self.run.append_metrics(event)
         self.run.save_checkpoint(self.server.checkpoint)
@@ -258,7 +260,7 @@ class Driver:
                 "--dtype, such as float32, or another model"
             )
         event = evaluation_event(self.round, result, weight_bytes, seconds) | ({"clients": clients} if clients else {})
-        self._warn(result.loss)
+        self._warn(result)
         checkpoint = self.server.checkpoint
         if self.account is not None:  # what its privacy cost goes with a ledger
             checkpoint = checkpoint.stamped(self.run.made_with)
@@ -271,15 +273,33 @@ class Driver:
         self.observer.event(event)
         self._track(event)
 
-    def _warn(self, loss: float) -> None:
-        best = min(filter(math.isfinite, self.run.recorded().losses.values()), default=loss)
-        if math.isfinite(loss) and loss <= DIVERGED * best:
+    def _warn(self, result: EvalLoss) -> None:
+        recorded = self.run.recorded()
+        best = min(filter(math.isfinite, recorded.losses.values()), default=result.loss)
+        if math.isfinite(result.loss) and result.loss <= DIVERGED * best:
+            return
+        started = next(iter(recorded.rewards.values()), None)
+        if math.isfinite(result.loss) and result.reward is not None and started is not None and result.reward > started:
+            self.observer.note(
+                f"{WARNING}round {self.round}: the held-out reward has risen from {started:.4f} to {result.reward:.4f} and "
+                f"the held-out loss from {best:.4f} to {result.loss:.4f}: the model forgets, or scores without answering. Read "
+                "its answers (fedkseed evaluate --answers 20); --max-moved keeps it nearer to its base"
+            )
             return
         self.observer.note(
-            f"{WARNING}round {self.round}: the held-out loss is {loss:.4f}, it was {best:.4f}: the run diverges. "
+            f"{WARNING}round {self.round}: the held-out loss is {result.loss:.4f}, it was {best:.4f}: the run diverges. "
             f"Start anew with a lower --lr than {self.config.lr:g}"
             ", or with --lr auto; fedkseed tune explains it"
         )
+
+    def _say_bounded(self, moved: float) -> None:
+        """Say once that the model is as far from its base as it may go."""
+        most = self.config.max_moved
+        if most is not None and moved > most * (1 - 2.0**-10) and not self._bounded:
+            self._bounded = True
+            self.observer.note(
+                f"round {self.round}: the model is as far from its base as --max-moved {most:g} lets it; it is pulled back"
+            )
 
     def _name_best(self) -> None:
         """Say so where an earlier round was better than the last."""

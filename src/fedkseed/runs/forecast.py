@@ -22,7 +22,7 @@ from fedkseed.runs.algorithms import Federation
 from fedkseed.runs.held_out import num_evaluations
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import SimulationConfig
-from fedkseed.runs.task import EVAL_BATCH, Stopwatch, TextTask
+from fedkseed.runs.task import EVAL_BATCH, ScoredTask, Stopwatch, TextTask
 
 QUICK = 0.3
 """Seconds: a step that takes less is taken once more, since the first of a process also compiles."""
@@ -70,7 +70,7 @@ def forecast(config: SimulationConfig, federation: Federation, records: Records,
     steps = float(np.mean([server.steps[name] for name in server.clients]))
     try:
         spent, reply = _step(config, federation, records, watch, requests[0].client)
-        evaluation = _evaluation_seconds(federation.model, records)
+        evaluation = _evaluation_seconds(federation.model, records) + _scoring_seconds(federation.watched, records)
     finally:
         federation.restore()
         watch.read()
@@ -105,9 +105,13 @@ def _step(
     server, client = copy.copy(federation.server), copy.copy(federation.clients[name])
     server.steps = dict.fromkeys(server.clients, 1)
     (request,) = (request for request in server.plan() if request.client == name)
-    everyone = [example for examples in records.clients.values() for example in examples]
-    client.task = TextTask(  # type: ignore[misc]  # a copy's own
-        federation.model, _usual_batch(everyone, config), records.pad_id, watch
+    own = records.clients[name]
+    everyone = own if records.goal else [example for examples in records.clients.values() for example in examples]
+    batch = _usual_batch(everyone, config)
+    client.task = (  # type: ignore[misc]  # a copy's own
+        client.task.subset(batch)  # type: ignore[attr-defined]
+        if records.goal
+        else TextTask(federation.model, [everyone[i] for i in batch], records.pad_id, watch)
     )
     data = request.encode()
     for _ in range(2):
@@ -121,12 +125,13 @@ def _step(
     return {"passes": max(total - rebuild - noise, 0.0), "noise": noise, "rebuild": rebuild}, reply
 
 
-def _usual_batch(examples: Sequence[EncodedExample], config: SimulationConfig) -> list[EncodedExample]:
-    """The batch, of some that are drawn, whose size in tokens is nearest to their mean."""
+def _usual_batch(examples: Sequence[EncodedExample], config: SimulationConfig) -> list[int]:
+    """The places of the batch, of some that are drawn, whose size in tokens is nearest to their mean."""
     draw, size = generator(config.seed, "forecast"), min(config.batch_size, len(examples))
     batches = [draw.choice(len(examples), size, replace=False).tolist() for _ in range(DRAWN)]
     widths = np.array([max(len(examples[i].input_ids) for i in batch) for batch in batches])
-    return [examples[i] for i in batches[int(np.abs(widths - widths.mean()).argmin())]]
+    usual: list[int] = batches[int(np.abs(widths - widths.mean()).argmin())]
+    return usual
 
 
 def _evaluation_seconds(model: Any, records: Records) -> float:
@@ -138,6 +143,18 @@ def _evaluation_seconds(model: Any, records: Records) -> float:
     begin = time.perf_counter()
     evaluate_loss(model, batches[middle], EVAL_BATCH, records.pad_id)
     return (time.perf_counter() - begin) * sum(tokens) / tokens[middle]
+
+
+def _scoring_seconds(watched: ScoredTask | None, records: Records) -> float:
+    """What the scores of an evaluation take, from a few of its records."""
+    if watched is None:
+        return 0.0
+    number = len(records.held_out)
+    few = range(0, number, -(-number // EVAL_BATCH))  # every so many, at most a batch
+    some = watched.subset(few)
+    begin = time.perf_counter()
+    some.reward()
+    return (time.perf_counter() - begin) * number / len(few)
 
 
 def _parts(config: SimulationConfig, done: int, share: float) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkseed.data import COLUMNS, Example, parse_columns, read_records
 from fedkseed.errors import ConfigError
+from fedkseed.evaluation import Score
 from fedkseed.runs.settings import IN_MEMORY
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ class Inputs:
         tokenizer: its tokenizer.
         data: training records.
         eval_data: held-out records.
+        score: the objective's function.
     """
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     data: list[Example] | None = None
     eval_data: list[Example] | None = None
+    score: Score | None = None
 
 
 def separate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
@@ -39,7 +42,7 @@ def separate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
 
     Args:
         settings: of a simulation, by name; `model` may be a pair of a loaded model and its tokenizer; `data` and
-            `eval_data` may be records: a list of dicts, a DataFrame, a dataset.
+            `eval_data` may be records: a list of dicts, a DataFrame, a dataset; `objective` a function.
 
     Raises:
         ConfigError: the model is something else.
@@ -54,6 +57,11 @@ def separate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
             )
         objects["model"], objects["tokenizer"] = model
         named["model"] = f"{IN_MEMORY}{type(model[0]).__name__}"
+    if callable(named.get("objective")):
+        score = objects["score"] = named["objective"]
+        named["objective"] = (
+            f"{getattr(score, '__module__', 'function')}:{getattr(score, '__qualname__', type(score).__name__)}"
+        )
     columns = parse_columns(named["columns"]) if named.get("columns") else COLUMNS
     for key in ("data", "eval_data"):
         if named.get(key) is not None and not _is_named(named[key]):
@@ -72,7 +80,6 @@ def _digest(records: list[Example]) -> str:
     """The first half of the SHA-256 of the records' fields: which records a run had, without the records."""
     digest = hashlib.sha256()
     for e in records:
-        digest.update(
-            json.dumps([e.instruction, e.input, e.output, e.category, e.client, e.history], default=str).encode() + b"\n"
-        )
+        fields = [e.instruction, e.input, e.output, e.category, e.client, e.history, *([e.rejected] if e.rejected else [])]
+        digest.update(json.dumps(fields, default=str).encode() + b"\n")
     return digest.hexdigest()[:32]

@@ -29,6 +29,11 @@ class Metrics:
         """The held-out loss by round, in the order of the evaluations."""
         return {e["server_round"]: e["eval_loss"] for e in self.events if e["event"] == "evaluation"}
 
+    @property
+    def rewards(self) -> dict[int, float]:
+        """The held-out reward by round, of a run that is tuned on scores."""
+        return {e["server_round"]: e["eval_reward"] for e in self.events if type(e.get("eval_reward")) in (int, float)}
+
 
 def event_line(event: dict[str, Any]) -> str:
     """An event as a line of the file: JSON, which has no NaN and no infinity; null stands for both."""

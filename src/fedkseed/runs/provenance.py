@@ -40,6 +40,9 @@ def records_digest(records: Records) -> str:
         for numbers in ([len(e.input_ids) for e in examples], [e.prompt_length for e in examples]):
             digest.update(np.array(numbers, "<i8").tobytes())
         digest.update(b"".join(e.input_ids.astype("<i4").tobytes() for e in examples))
+        for record in records.sources.get(name, ()):
+            if record.rejected:  # which no example holds
+                digest.update(record.rejected.encode(errors="replace") + b"\n")
     return digest.hexdigest()
 
 

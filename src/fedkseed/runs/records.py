@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from fedkseed.data import (
     EncodedData,
@@ -23,13 +25,16 @@ from fedkseed.data import (
 )
 from fedkseed.errors import ConfigError, DataError, ProtocolError
 from fedkseed.federation.envelope import check_name
+from fedkseed.models.identity import BaseIdentity
 from fedkseed.randomness import generator
 from fedkseed.runs.held_out import affordable
 from fedkseed.runs.inputs import Inputs
 from fedkseed.runs.learner import USUAL_LENGTH, Learner, load_learner
+from fedkseed.runs.objectives import Goal, goal_of
 from fedkseed.runs.observer import WARNING, Observer
 from fedkseed.runs.privacy import with_noise
 from fedkseed.runs.settings import RunConfig, SimulationConfig
+from fedkseed.runs.task import ScoredTask, Stopwatch, TextTask
 
 EVAL_FRACTION = 0.05
 TOLERATED = 0.05
@@ -49,6 +54,8 @@ class Records:
         pad_id: what padding holds; None if the model must not see any.
         stop_ids: the ids that end a response.
         frozen: names of the tensors that are not tuned.
+        sources: the records that the clients' examples were encoded from, by the client's name.
+        goal: what is tuned on; None for the loss.
     """
 
     config: SimulationConfig
@@ -58,6 +65,18 @@ class Records:
     pad_id: int | None
     stop_ids: tuple[int, ...]
     frozen: tuple[str, ...]
+    sources: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    goal: Goal | None = None
+
+    def task(self, model: torch.nn.Module, name: str, watch: Stopwatch, base: BaseIdentity) -> TextTask:
+        """What a client measures; `model` is at the weights of `base`."""
+        if self.goal is None:
+            return TextTask(model, self.clients[name], self.pad_id, watch)
+        return self.goal.task(model, self.clients[name], self.sources[name], watch, base)
+
+    def watched(self, model: torch.nn.Module, watch: Stopwatch, base: BaseIdentity) -> ScoredTask | None:
+        """The held-out records' scores, where there are scores; `model` is at the weights of `base`."""
+        return None if self.goal is None else self.goal.task(model, self.held_out, self.references, watch, base)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -111,7 +130,11 @@ def prepare(
         config = config.model_copy(update={"eval_limit": len(chosen)})
     references = [held_out[evaluation.kept[i]] for i in chosen]
     examples = [evaluation.examples[i] for i in chosen]
-    return Records(config, clients, examples, references, learner.pad_id, evaluation.stop_ids, frozen)
+    learnt = [train[i] for i in encoded.kept]
+    sources = {name: [learnt[i] for i in part] for name, part in parts.items()}
+    everything = [*encoded.examples, *examples], [*learnt, *references]
+    goal = goal_of(config, learner, evaluation.stop_ids, *everything, given.score)
+    return Records(config, clients, examples, references, learner.pad_id, evaluation.stop_ids, frozen, sources, goal)
 
 
 def encoded_for(config: RunConfig, learner: Learner, examples: Sequence[Example], what: str, observer: Observer) -> EncodedData:

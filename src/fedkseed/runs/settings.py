@@ -21,6 +21,7 @@ from fedkseed.data import (
 )
 from fedkseed.errors import ConfigError, DataError, InvalidValueError
 from fedkseed.federation.config import Count, FederationConfig, Positive
+from fedkseed.federation.objectives import OWN
 from fedkseed.files import read_toml
 from fedkseed.runs.validation import Words, validated
 
@@ -223,6 +224,12 @@ class SimulationConfig(RunConfig):
     @classmethod
     def _data_is_source(cls, value: str | None, info: ValidationInfo) -> str | None:
         return _checked_source(value, info)
+
+    @model_validator(mode="after")
+    def _own_is_of_nodes(self) -> Self:
+        if self.objective == OWN:
+            raise ValueError("--objective own is of runs on Flower, whose nodes name functions; give PACKAGE:FUNCTION")
+        return self
 
     @model_validator(mode="after")
     def _one_held_out_set(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,6 +157,9 @@ class Simulation:
         self.restore()
         heard = partial(self.observer.progress, f"evaluating after round {self._driver.round}")
         result = evaluate_loss(self.model, self._records.held_out, EVAL_BATCH, self._records.pad_id, heard)
+        if (watched := self._federation.watched) is not None:
+            answering = partial(self.observer.progress, f"scoring after round {self._driver.round}")
+            result = replace(result, reward=watched.reward(answering))
         self._watch.read()  # the rebuild here is part of the evaluation's own seconds
         self._driver.evaluated(result, sum(p.nbytes for p in self.model.parameters()), time.perf_counter() - begin)
 
@@ -169,11 +172,13 @@ class Result:
         folder: the run's folder, which the commands take too.
         checkpoint: the tuned model: a `Ledger`, of a baseline its tensors.
         history: the held-out loss by round; round 0 is the base model.
+        rewards: the held-out reward by round, of a run that is tuned on scores.
     """
 
     folder: Path
     checkpoint: Checkpoint
     history: Mapping[int, float]
+    rewards: Mapping[int, float]
 
     @property
     def ledger(self) -> Ledger:
@@ -200,7 +205,7 @@ def simulate(
         settings: those of `fedkseed simulate` with underscores: a dict, a TOML file or `SimulationConfig`. In a dict, `lr` may
             be "auto"; `model`
             may be a pair (loaded model, tokenizer), which is tuned in place; `data` and `eval_data` may be records: a list
-            of dicts, a DataFrame, a dataset.
+            of dicts, a DataFrame, a dataset; `objective` may be a function of (record, answer).
         run: the run's folder; one that holds a run with these settings is gone on with. None makes one under `runs/`.
         observer: who watches: None for nobody, `fedkseed.Progress()` for a bar.
         log: where the numbers go beside the folder: `tensorboard`, `trackio`, `wandb`.
@@ -237,4 +242,4 @@ def simulate(
         simulation = Simulation(folder, records, watch, learner.model, trackers, records.config, accept_changes)
         checkpoint = simulation.train()
         simulation.restore()
-    return Result(folder.path, checkpoint, folder.recorded().losses)
+    return Result(folder.path, checkpoint, folder.recorded().losses, folder.recorded().rewards)

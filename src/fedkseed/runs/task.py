@@ -6,10 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -32,6 +32,18 @@ if TYPE_CHECKING:
     from fedkseed.noise.pool import SeedPool
 
 EVAL_BATCH = 8
+
+
+class ScoredTask(Protocol):
+    """Records of which each has a score under a model."""
+
+    def reward(self, on_progress: Callable[[int, int], None] | None = None) -> float:
+        """The mean score of the records that have one, answered greedily; NaN if none has."""
+        ...
+
+    def subset(self, places: Sequence[int]) -> Self:
+        """The same with some of the records."""
+        ...
 
 
 class Stopwatch:
@@ -86,10 +98,13 @@ class BoundModel:
         examples: Sequence[EncodedExample],
         pad_id: int | None,
         on_progress: Callable[[int, int], None] | None = None,
+        watched: ScoredTask | None = None,
     ) -> EvalLoss:
-        """The loss of some records under a ledger's model; `on_progress` hears how many are done."""
+        """The loss of some records under a ledger's model, and the reward of those that are watched; `on_progress` hears how
+        many are done."""
         self.restore(ledger)
-        return evaluate_loss(self.model, examples, EVAL_BATCH, pad_id, on_progress)
+        result = evaluate_loss(self.model, examples, EVAL_BATCH, pad_id, on_progress)
+        return result if watched is None else replace(result, reward=watched.reward())
 
 
 def tune_all_but(model: torch.nn.Module, frozen: Collection[str]) -> None:

@@ -55,6 +55,8 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
     """
     if config.dp is not None:
         raise ConfigError(f"--dp is {config.dp}, and a rate is looked for on the records without noise; give --lr a number")
+    if config.objective != "loss":
+        raise ConfigError(f"--lr auto and fedkseed tune measure the loss, and --objective is {config.objective}; give --lr")
     given = inputs or Inputs()
     if config.facts.measures != "two-point":
         records = prepare(config, observer, given)
