@@ -104,6 +104,16 @@ def test_half_a_choice_is_refused(sites: Path, tmp_path: Path, node_config: dict
         node_settings(run_config(sites, tmp_path / "run"), own)
 
 
+def test_a_choice_is_read_as_a_script_writes_it(sites: Path, tmp_path: Path) -> None:
+    """Empty texts are no choice; numbers may be texts."""
+    own = {"name": "a", "data": str(sites / "site-a.jsonl")}
+    keys = ("dp", "clip-norm", "noise-multiplier", "epsilon", "delta")
+    config = run_config(sites, tmp_path / "run")
+    assert node_settings(config, own | dict.fromkeys(keys, "")).privacy is None
+    found = node_settings(config, own | dict(zip(keys, ("record", "1.0", "2", "3", ""), strict=True))).privacy
+    assert found == PRIVACY
+
+
 def test_no_request_and_no_run_chooses_for_a_node(sites: Path, tmp_path: Path) -> None:
     config = run_config(sites, tmp_path / "run", weighting="equal", dp="record", clip_norm=1.0, noise_multiplier=1.0)
     with pytest.raises(ConfigError, match="dp is record, which is for each node to say; leave it out, and give dp"):
