@@ -34,6 +34,7 @@ def test_epsilon_is_that_of_another_accountant(
 
 @rows
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")  # Opacus's own, without sampling
 def test_the_golden_values_are_what_opacus_says(
     noise: float, rate: float, steps: int, delta: float, by_rdp: float, by_prv: float
 ) -> None:
