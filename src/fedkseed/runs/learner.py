@@ -145,8 +145,9 @@ def learner_of(
     tokenizer = given.tokenizer or load_tokenizer(source)
     model = load_model(source, dtype, device) if given.model is None else given.model
     traits = probe(model, _ordinary_ids(tokenizer), max_length or USUAL_LENGTH)
-    quantised = {entry.name for entry in named_parameters(model) if is_quantised(entry.parameter)}  # `bind` tells of them
-    if idle := [name for name in traits.idle if name not in quantised]:
+    entries = named_parameters(model) if traits.idle else []
+    idle = [e.name for e in entries if e.name in traits.idle and not is_quantised(e.parameter)]  # of those `bind` tells
+    if idle:
         watch.note(f"left alone: {len(idle)} tensors on which no loss on text depends, such as {idle[0]}")
     if not traits.pads:
         watch.note("padding would change this model's losses: records of one length share a pass")

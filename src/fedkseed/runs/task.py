@@ -109,8 +109,11 @@ class BoundModel:
 
 def tune_all_but(model: torch.nn.Module, frozen: Collection[str]) -> None:
     """Make all parameters those that require a gradient, but for the ones of these canonical names and quantised ones."""
-    for entry in named_parameters(model):
-        entry.parameter.requires_grad_(entry.name not in frozen and not is_quantised(entry.parameter))
+    for parameter in model.parameters():
+        parameter.requires_grad_(not is_quantised(parameter))
+    for entry in named_parameters(model) if frozen else ():
+        if entry.name in frozen:
+            entry.parameter.requires_grad_(False)
 
 
 def bind_loaded(source: str | Path, model: torch.nn.Module, pool: SeedPool, frozen: Collection[str] = ()) -> BoundModel:
