@@ -216,7 +216,7 @@ class SecureSum:
         self.summed = Summed(
             {roster.names[position]: roster.weights[position] / weight for position in self._stayed},
             np.array(mean),
-            float(np.clip(loss / known * plan.clip, 0, plan.clip)) if known > 0 else None,
+            float(np.clip(loss / known * plan.clip, -plan.clip, plan.clip)) if known > 0 else None,
             int(total[-1]),
         )
         self._end()
