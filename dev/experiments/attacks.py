@@ -178,20 +178,27 @@ def slug(name: str) -> str:
 
 
 def table(work: Path, seeds: list[int]) -> str:
-    """What rules and attacks take of the gain of honest means, in percent: the mean over the seeds, and from where to where."""
+    """What attacks take of the gain of the same rule's honest run, and rules of that of the honest mean, in percent.
+
+    The mean over the seeds that are there, from where to where, and how many they are if not all.
+    """
+
+    def ran(row: str, name: str) -> list[list[float]]:
+        return [losses(work / slug(row) / slug(name) / str(seed)) for seed in seeds]
+
     lines = [f"| rule | {' | '.join(ATTACKS)} |", f"| --- |{' --- |' * len(ATTACKS)}"]
     for row in ROWS:
-        best = [losses(work / slug(f"{row.partition(',')[0]}, mean") / "honest" / str(seed)) for seed in seeds]
         cells = []
         for name in ATTACKS:
-            found = [losses(work / slug(row) / slug(name) / str(seed)) for seed in seeds]
-            lost = [
-                100 * (now[1] - honest[1]) / (honest[0] - honest[1])
-                for now, honest in zip(found, best, strict=True)
-                if len(now) == len(honest) == 2
-            ]
-            spread = f" ({min(lost):.1f} to {max(lost):.1f})" if len(lost) > 1 else ""
-            cells.append(f"{statistics.mean(lost):.1f}{spread}" if lost else "")
+            against = ran(f"{row.partition(',')[0]}, mean" if name == "honest" else row, "honest")
+            pairs = [pair for pair in zip(ran(row, name), against, strict=True) if len(pair[0]) == len(pair[1]) == 2]
+            lost = [100 * (now[1] - honest[1]) / (honest[0] - honest[1]) for now, honest in pairs]
+            if not lost:
+                cells.append("")
+                continue
+            notes = [f"{min(lost):.3g} to {max(lost):.3g}"] if len(lost) > 1 else []
+            notes += [f"{len(lost)} of {len(seeds)} seeds"] if len(lost) < len(seeds) else []
+            cells.append(f"{statistics.mean(lost):.3g} ({'; '.join(notes)})")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ from fedkseed.federation.algorithms import ALGORITHMS
 GRAD = {"algorithm": "fedkseed-grad", "noise": "hadamard"}
 CASES: dict[str, dict[str, Any]] = {
     "scalars": {"local_steps": 40},
-    "directions": {"local_steps": 40, "directions": 8},
+    "directions": {"local_steps": 40, "directions": 8, "lr": 1e-4},
     "int4": GRAD | {"wire": "int4"},
     "sign": GRAD | {"wire": "sign", "num_rounds": 6},
     "adam": GRAD | {"local_optimizer": "adam"},
