@@ -19,7 +19,7 @@ import fedkseed as fk
 from fedkseed.demo import model_folder
 from fedkseed.errors import BindingError, FedKSeedError, InvalidValueError, LedgerError
 from fedkseed.kseed.coding import BITS
-from fedkseed.kseed.gradient_steps import gradient_steps
+from fedkseed.kseed.gradient_steps import folded_gradient, gradient_steps
 from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.thinning import thinned
 from fedkseed.models.loading import load_model
@@ -169,10 +169,11 @@ def test_steps_are_those_of_a_gradient_client() -> None:
     changes = []
     for pool in (POOL, fk.SeedPool(5, 128)):
         bound = fk.bind(Net(), pool)
-        steps = gradient_steps(
-            bound, np.zeros(128), "table", 4, lambda t, m=bound.model: loss_of(m, some_ids(t)), OPTIMIZERS["adam"], 1e-2
-        )
-        changes.append(steps.change)
+
+        def measure(t: int, bound: fk.Binding = bound) -> tuple[np.ndarray, float]:
+            return folded_gradient(bound, "table", lambda: loss_of(bound.model, some_ids(t)))
+
+        changes.append(gradient_steps(bound, np.zeros(128), "table", 4, measure, OPTIMIZERS["adam"], 1e-2).change)
     model, optimizer = fk.prepare(Net(), POOL, lr=1e-2, wire="float32")
     train(model, optimizer)
     numbers = numbers_of(optimizer).detach().double().numpy()
