@@ -28,7 +28,8 @@ PASSES = 15_360
 ROUNDS = 6
 COMMON = {
     "model": str(model_folder()), "partition": "client", "num_clients": 20, "fraction_train": 0.1, "num_rounds": ROUNDS,
-    "batch_size": 16, "max_length": 96, "schedule": "linear", "num_seeds": 4096, "eval_every": 3, "eval_limit": "all",
+    "batch_size": 16, "max_length": 96, "schedule": "linear", "num_seeds": 4096, "aggregator": "mean", "eval_every": 3,
+    "eval_limit": "all",
 }  # fmt: skip
 REWARD = {
     "objective": "exact-match", "local_steps": 5, "directions": 8, "eps": 3e-2, "lr": 2e-3, "max_new_tokens": 2,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch comes with it, and who shows events need not wait for
 def round_event(outcome: Outcome, lr: float, rewards: bool = False) -> dict[str, Any]:
     """What became of a round; with `rewards` the clients' losses are scores' negatives, and told as scores."""
     losses = [c.loss for c in outcome.contributions if c.loss is not None]
-    if outcome.summed is not None and outcome.summed.loss is not None and not rewards:  # a sum's has no sign
+    if outcome.summed is not None and outcome.summed.loss is not None:
         losses = [outcome.summed.loss]
     mean = sum(losses) / len(losses) if losses else None
     return {
