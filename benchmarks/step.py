@@ -145,7 +145,7 @@ def unlike_records(model: torch.nn.Module, rounds: int) -> list[Row]:
             return loss()
 
     seconds = measure({"one": in_one_pass, "split": loss}, rounds)
-    positions = sum(part.input_ids.numel() for part in batch.passes())
+    positions = sum(part.input_ids.numel() for _, part in batch.passes())
     padding = 100 * (1 - sum(lengths) / positions)
     return [
         ratio("a batch of four unlike records, in several passes / in one", seconds["split"], seconds["one"]),

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
@@ -26,6 +26,7 @@ IN_SENTENCES = {
     "fedkseed evaluate": "evaluate runs/first",
     "report": "report runs/first",
     "inspect": "inspect runs/first",
+    "status": "status runs/first",
     "export": "export runs/first tuned",
     "fedkseed doctor": "doctor",
     "fedkseed simulate --help": "simulate --help",
@@ -114,6 +115,9 @@ def test_the_python_runs(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for program in programs:
         model = load_model("./model", "float32")
         base = {name: p.detach().clone() for name, p in model.named_parameters()}
-        # zero coefficients, since what README applies a ledger to is a base model
-        exec(program, {"model": model, "coefficients": np.zeros(4096, np.float32)})
+        ids = torch.arange(3, 9)[None]
+        exec(
+            program, {"model": model, "base": load_model("./model", "float32"), "batches": [{"input_ids": ids, "labels": ids}]}
+        )
         assert any(not base[name].equal(p) for name, p in model.named_parameters())
+        assert Ledger.load(reader / "adapter" / "ledger.safetensors").round == 1

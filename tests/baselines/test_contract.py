@@ -477,6 +477,12 @@ OTHER_VALUES: dict[str, Any] = {
     "audit_log": "on",
     "aggregator": "median",
     "shared_seeds": "on",
+    "objective": "dpo",
+    "scaling": "ranks",
+    "max_moved": 0.5,
+    "max_new_tokens": 7,
+    "temperature": 0.5,
+    "dpo_beta": 0.3,
 }
 
 
@@ -492,6 +498,9 @@ def test_a_setting_that_an_algorithm_does_not_take_is_refused(tiny: Path, algori
     if ALGORITHMS[algorithm].takes(setting):
         if ALGORITHMS[algorithm].takes("basis"):  # the table's wants K a power of two and hadamard noise
             given["basis"] = "coefficients"
+        objective = {"dpo_beta": "dpo", "scaling": "exact-match", "max_new_tokens": "exact-match", "temperature": "exact-match"}
+        if setting in objective:
+            given["objective"] = objective[setting]
         if setting == "aggregator" and ALGORITHMS[algorithm].takes("shared_seeds"):  # which the median wants
             given["shared_seeds"] = "on"
         assert getattr(build(given | {setting: value}), setting) == value

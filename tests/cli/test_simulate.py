@@ -19,7 +19,7 @@ import fedkseed as fk
 
 
 def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
-    result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--run", tmp_path / "run")
+    result = fedkseed("simulate", *flags(tiny_settings(tiny, lr=3e-3)), "--run", tmp_path / "run")
     assert (result.code, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout
     assert "\r" not in result.stdout

@@ -51,17 +51,18 @@ def test_the_passes_hold_what_the_batch_holds_and_no_padding_that_costs_more_tha
     examples = [encoded([1] * n, 1) for n in (300, 20, 290, 24)]
     batch = collate(examples, pad_id=0)
     parts = list(batch.passes())
-    assert [tuple(part.input_ids.shape) for part in parts] == [(2, 300), (2, 24)]
-    for part, wholes in zip(parts, ((0, 2), (3, 1)), strict=True):
+    assert [tuple(part.input_ids.shape) for _, part in parts] == [(2, 300), (2, 24)]
+    for (places, part), wholes in zip(parts, ((0, 2), (3, 1)), strict=True):
+        assert places.tolist() == list(wholes)
         assert part.attention_mask is not None
         assert part.attention_mask.sum(1).tolist() == [len(examples[i].input_ids) for i in wholes]
         assert torch.equal(part.labels, batch.labels[list(wholes), : part.labels.shape[1]])
     alone = collate([examples[0], examples[1]], pad_id=0)
-    assert [part.attention_mask for part in alone.passes()] == [None, None]
+    assert [part.attention_mask for _, part in alone.passes()] == [None, None]
 
 
 def test_a_model_that_must_not_see_padding_sees_none() -> None:
-    parts = list(collate([encoded([1] * n, 1) for n in (3, 5, 3)], pad_id=None).passes())
+    parts = [part for _, part in collate([encoded([1] * n, 1) for n in (3, 5, 3)], pad_id=None).passes()]
     assert [tuple(part.input_ids.shape) for part in parts] == [(2, 3), (1, 5)]
     assert all(part.attention_mask is None for part in parts)
 

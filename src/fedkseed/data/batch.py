@@ -41,10 +41,15 @@ class Batch:
     labels: torch.Tensor
     by_length: bool = False
 
-    def passes(self) -> Iterator[Batch]:
-        """What goes through a model at once: the batch, or parts of it with less padding, or without any."""
+    def passes(self) -> Iterator[tuple[NDArray[np.intp], Batch]]:
+        """What goes through a model at once: the batch, or parts of it with less padding, or without any.
+
+        Returns:
+            The places in the batch of a pass's examples, and these.
+        """
+        whole = np.arange(len(self.input_ids))
         if self.attention_mask is None:
-            yield self
+            yield whole, self
             return
         lengths = self.attention_mask.sum(1).cpu().numpy()
         if self.by_length:
@@ -52,12 +57,12 @@ class Batch:
         elif self.input_ids.device.type == "cpu":
             groups = alike(lengths)
         else:  # a pass there costs as much for few tokens as for many
-            yield self
+            yield whole, self
             return
         for rows in groups:
             longest = int(lengths[rows].max())
             mask = self.attention_mask[rows, :longest] if lengths[rows].min() < longest else None
-            yield Batch(self.input_ids[rows, :longest], mask, self.labels[rows, :longest])
+            yield rows, Batch(self.input_ids[rows, :longest], mask, self.labels[rows, :longest])
 
 
 def alike(lengths: NDArray[np.int64]) -> list[NDArray[np.intp]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 
 from fedkseed.data import IGNORED, Batch, EncodedExample, collate
@@ -59,7 +60,7 @@ def response_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, i
     Returns:
         0-dim tensor of the sum in nats, float32 (float64 for a float64 model); the number of tokens.
     """
-    parts = [_response_loss(model, part) for part in batch.passes()]
+    parts = [_response_loss(model, part) for _, part in batch.passes()]
     (total, num_tokens), others = parts[0], parts[1:]
     return sum((loss for loss, _ in others), total), sum((number for _, number in others), num_tokens)
 
@@ -70,12 +71,8 @@ def response_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     Returns:
         tensor[b], in nats.
     """
-    parts = [_response_log_probs(model, part) for part in batch.passes()]
-    if len(parts) == 1 or batch.attention_mask is None:
-        return parts[0]
-    lengths = batch.attention_mask.sum(1)  # whose examples each part holds, as `passes` goes through them
-    places = torch.cat([(lengths == length).nonzero()[:, 0] for length in sorted(set(lengths.tolist()))])
-    return torch.cat(parts)[places.argsort()]
+    places, parts = zip(*((rows, _response_log_probs(model, part)) for rows, part in batch.passes()), strict=True)
+    return torch.cat(parts)[np.concatenate(places).argsort()]
 
 
 def _response_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.errors import RunError, RunFolderError
+from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.files import read_toml
 from fedkseed.runs.settings import BEFORE, DEALING, DRIVER
 
@@ -31,4 +32,6 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     driver = settings.pop(DRIVER, {})
     if driver and "data" not in settings:  # runs on Flower once noted how records are dealt out, which none were
         settings = {name: value for name, value in settings.items() if name not in DEALING}
-    return BEFORE | settings, driver if isinstance(driver, dict) else {}
+    algorithm = ALGORITHMS.get(str(settings.get("algorithm")))
+    before = {name: value for name, value in BEFORE.items() if algorithm is None or algorithm.takes(name)}
+    return before | settings, driver if isinstance(driver, dict) else {}
