@@ -272,7 +272,10 @@ def test_strangers_are_turned_away_with_a_clear_line(
         206: (greeting(hello().replace(b'"num_examples":3', b'"num_examples":-3')), "not a Hello message (num_examples "),
         207: (greeting(bytes(5000)), "at most 4096 are accepted"),
         208: (node(sites, "site-d", config), "site-d.jsonl': no such file"),
-        209: (node(sites, "site-e", config, data=str(tmp_path / "empty.jsonl")), "no records"),
+        209: (
+            node(sites, "site-e", config, data=str(tmp_path / "empty.jsonl")),
+            "its records or its model cannot be used; the node's log says why",
+        ),
     }
     for node_id, (answer, _) in turned_away.items():
         grid.add(node_id, answer)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgpack
 from flwr.app import ConfigRecord, Context
 
 from fedkseed.errors import ConfigError, ProtocolError
-from fedkseed.flower.config import Node
 from fedkseed.flower.envelope import FIELD, Lacking
+
+if TYPE_CHECKING:  # torch comes with it, which what hands messages on does without
+    from fedkseed.flower.config import Node
 
 SECRETS = "fedkseed-secure-sums"
 """The record of a node's state."""
