@@ -81,15 +81,12 @@ class Algorithm:
 
 PROBES = ("eps", "noise", "loss_clip", "max_grad")
 OWN_TENSORS = ("train", "freeze")
-SEEDS = (*PROBES, *OWN_TENSORS, "num_seeds", "wire", "dtype", "audit_log")
+SEEDS = (*PROBES, *OWN_TENSORS, "num_seeds", "wire", "dtype", "audit_log", "aggregator", "objective", "dpo_beta")
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
-    "checkpointing", "aggregator", "objective", "dpo_beta",
+    "checkpointing",
 )  # fmt: skip
-SCALARS = (
-    "directions", "aggregator", "shared_seeds",
-    "objective", "scaling", "temperature", "max_new_tokens", "dpo_beta", "max_moved",
-)  # fmt: skip
+SCALARS = ("directions", "shared_seeds", "scaling", "temperature", "max_new_tokens", "max_moved")
 SUMS = ("secure_sums", "secure_clip")
 IMPORTANCE = ("importance_clip", "importance_start")
 TENSORS = ("max_value",)
