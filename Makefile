@@ -1,6 +1,7 @@
 # Every target makes .venv by itself; `make PYTHON=python3.12 test` takes another interpreter.
 PYTHON ?= python3
 BIN = .venv/bin
+INSTALLED = .venv/.installed
 READY = .venv/.ready
 
 .PHONY: test test-slow lint docs format bench bench-gpu demo clean
@@ -31,15 +32,20 @@ bench: $(READY)  ## the budgets, as ratios measured in one run; writes benchmark
 bench-gpu: $(READY)  ## the same on a GPU, after a check of its bits; under eight minutes
 	$(BIN)/python -m benchmarks gpu
 
-demo: $(READY)  ## a whole federation in a few minutes, with a tiny model that comes along
+demo: $(INSTALLED)  ## a whole federation in a few minutes, with a tiny model that comes along
 	$(BIN)/fedkseed demo
 
 clean:
 	rm -rf .venv build dist docs/_build
 
 # torch is asked for by its exact version first: a range may pull gigabytes of CUDA
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $(INSTALLED)
+
+# what tests, documents and baselines need beside it
+$(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,flower,baselines]'
 	touch $(READY)
