@@ -67,6 +67,7 @@ def test_it_keeps_the_records_of_a_run_and_reads_those_of_the_next(made: Worker,
 def test_a_worker_that_is_killed_in_the_middle_is_one_error_and_the_next_message_finds_another(
     made: Worker, sites: Path
 ) -> None:
+    made.ask("hello", *about(sites), b"")  # it has started
     before = process_of(made)
     before.suspend()
     threading.Timer(0.3, before.kill).start()
