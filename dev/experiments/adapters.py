@@ -82,7 +82,7 @@ METHODS = {  # in the order in which they are begun
     ),
     "all": Method("all weights", 1e-4),
     "ia3": Method("IA3", 3e-2, config=lambda: peft.IA3Config(target_modules=FACTORS, feedforward_modules=["down_proj"])),
-    "tinylora": Method("TinyLoRA", 1e-2, config=lambda: peft.TinyLoraConfig(target_modules=LINEAR)),
+    "tinylora": Method("TinyLoRA", 3e-3, config=lambda: peft.TinyLoraConfig(target_modules=LINEAR)),
     "ln": Method("LN-tuning", 1e-2, config=lambda: peft.LNTuningConfig(target_modules=NORMS)),
     "vera": Method("VeRA", 1e-2, config=lambda: peft.VeraConfig(target_modules=LINEAR)),
     "k-256": numbers(256),
