@@ -51,13 +51,14 @@ CONTROLS = {
 }
 FOLDS = [f"fold-{kind},90" for kind in ("hadamard,float32,", "hadamard,bfloat16,", "gaussian,float32,")]
 FOLDS += [f"{FOLDS[0]},SMALL=1", f"{FOLDS[1]},SMALL=1"]
+SEVERAL = [f"{family},bfloat16,bfloat16,90,SEVERAL=1" for family in laws.FAMILIES]
 
 
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     variants = [f"{f},{out},{base},{arch}" for f in laws.FAMILIES for out, base, arch in EVERY_DAY]
     roots = [f"roots,,,{arch}" for arch in ARCHITECTURES]
-    return compiled(tmp_path_factory.mktemp("triton"), *variants, *roots, *FOLDS, *CONTROLS.values())
+    return compiled(tmp_path_factory.mktemp("triton"), *variants, *roots, *FOLDS, *SEVERAL, *CONTROLS.values())
 
 
 def count(facts: dict, *names: str) -> int:
@@ -97,7 +98,19 @@ def test_machine_code_has_no_fused_operations_no_spills_and_accesses_of_full_wid
     check_registers(facts)
     elements = 4096 if family == "hadamard" else 2048
     table = wide_accesses(elements, "float32") if family == "hadamard" else 0
-    assert count(facts, "LDG.E.128") == wide_accesses(elements, base) + table
+    assert count(facts, "LDG.E.128") == table
+    assert count(facts, "LDG.E.EF.128") == wide_accesses(elements, base)  # evict first
+    assert count(facts, "STG.E.128") == wide_accesses(elements, out)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", SEVERAL)
+def test_machine_code_of_several_pages_has_no_spills_and_reads_and_writes_a_weight_once(machine_code, variant):
+    facts, (family, out, base) = machine_code[variant], variant.split(",")[:3]
+    assert facts["ptx_fma"] == facts["ptx_ftz"] == facts["stack"] == count(facts, "STL", "LDL") == 0
+    check_registers(facts)
+    elements = 4096 if family == "hadamard" else 2048
+    assert count(facts, "LDG.E.EF.128") == wide_accesses(elements, base)
     assert count(facts, "STG.E.128") == wide_accesses(elements, out)
 
 
@@ -110,7 +123,8 @@ def test_machine_code_of_folds_has_no_atomics_no_spills_and_reads_of_full_width(
     assert count(facts, "DADD") <= 32  # one an element of a tile, and one more where it joins the partial sums
     check_registers(facts)
     partial = wide_accesses(2048, "float64") if family == "hadamard" else 0
-    assert count(facts, "LDG.E.128") == wide_accesses(2048, kind) + partial
+    assert count(facts, "LDG.E.128") == partial
+    assert count(facts, "LDG.E.EF.128") == wide_accesses(2048, kind)
     assert count(facts, "STG.E.128") == partial
 
 
@@ -127,6 +141,7 @@ def test_the_checks_of_machine_code_notice_what_they_look_for(machine_code):
     unaligned = machine_code[CONTROLS["unaligned"]]
     assert count(unaligned, "STG.E.128") == 0
     assert count(unaligned, "LDG.E.128") == wide_accesses(4096, "float32")  # the table's
+    assert count(unaligned, "LDG.E.EF.128") == 0
 
 
 @needs_triton
@@ -134,7 +149,12 @@ def test_the_checks_of_machine_code_notice_what_they_look_for(machine_code):
 @families
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_pair_of_types_compiles_without_fused_operations_and_spills(family, arch, tmp_path):
-    variants = {f"{family},{o},{b},{arch},ALIGNED={aligned}": aligned for o, b in ALL_PAIRS for aligned in (0, 1)}
+    variants = {
+        f"{family},{o},{b},{arch},ALIGNED={aligned},SEVERAL={several}": aligned
+        for o, b in ALL_PAIRS
+        for aligned in (0, 1)
+        for several in (0, 1)
+    }
     found = compiled(tmp_path, f"roots,,,{arch}", *variants)
     for variant, aligned in variants.items():
         check_arithmetic(found[variant], family, found[f"roots,,,{arch}"])
@@ -161,9 +181,9 @@ def launches(gpu, monkeypatch):
     def recording(kernel):
         class Kernel:
             def __getitem__(self, grid):
-                def launch(work, rows, *arguments, **constants):
-                    seen.append((rows, grid[0]))
-                    return kernel[grid](work, rows, *arguments, **constants)
+                def launch(work, *arguments, **constants):
+                    seen.append((len(work), grid[0]))
+                    return kernel[grid](work, *arguments, **constants)
 
                 return launch
 

@@ -1,8 +1,8 @@
 """What the GPU kernels become for a processor that need not be there: `python gpu_machine_code.py VARIANT ...` prints JSON.
 
 A process of its own, because Triton's interpreter, in which the tests run, is chosen when Triton is imported. A variant is
-family,out,base,arch[,name=value ...]; further names are compile options, or ALIGNED=0. A fold is fold-family,base,,arch, for a
-table as large as its tile or larger, or, with SMALL=1, smaller.
+family,out,base,arch[,name=value ...]; further names are compile options, ALIGNED=0, or SEVERAL=1 for several pages. A fold is
+fold-family,base,,arch, for a table as large as its tile or larger, or, with SMALL=1, smaller.
 """
 
 import collections
@@ -22,10 +22,6 @@ from fedkseed.noise import gpu_kernels as kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"float32": tl.float32, "float16": tl.float16, "bfloat16": tl.bfloat16, "none": None}
-MIXTURES = {
-    "hadamard": {"table": "*fp32", "key_low": "i32", "key_high": "i32", "block_bits": "i32"},
-    "gaussian": {"seeds": "*i64", "amounts": "*fp32", "count": "i32"},
-}
 TILES = {"hadamard": kernels.HADAMARD_TILE, "gaussian": kernels.GAUSSIAN_TILE}
 SWEEPS = {"hadamard": kernels.hadamard_sweep, "gaussian": kernels.gaussian_sweep}
 
@@ -43,7 +39,7 @@ FOLDS = {
 }
 
 
-def source(family: str, out: str, base: str, aligned: bool, small: bool) -> ASTSource:
+def source(family: str, out: str, base: str, aligned: bool, small: bool, several: bool) -> ASTSource:
     if family in FOLDS:
         kernel, tile, directions = FOLDS[family]
         constants = {"KIND": TYPES[out], "ALIGNED": aligned, "TILE": tile}
@@ -55,8 +51,9 @@ def source(family: str, out: str, base: str, aligned: bool, small: bool) -> ASTS
         signature, constants, kernel = {"x": "*fp32", "TILE": "constexpr"}, {"TILE": kernels.GAUSSIAN_TILE // 2}, roots
     else:
         kernel = SWEEPS[family]
-        constants = {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": TILES[family]}
-        signature = {"work": "*i64", "rows": "i32", **MIXTURES[family], **dict.fromkeys(constants, "constexpr")}
+        constants = {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "SEVERAL": several, "TILE": TILES[family]}
+        arguments = {"work": "*i64", "rows": "*i32", "mixtures": "*i64", "pages": "i32"}
+        signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -65,9 +62,10 @@ def facts(variant: str) -> dict[str, object]:
     family, out, base, arch, *rest = variant.split(",")
     options = {name: int(value) for name, value in (option.split("=") for option in rest)}
     aligned, small = bool(options.pop("ALIGNED", 1)), bool(options.pop("SMALL", 0))
+    several = bool(options.pop("SEVERAL", 0))
     options = {**kernels.OPTIONS, **options, "enable_fp_fusion": bool(options.get("enable_fp_fusion", 0))}
     compiled = triton.compile(
-        source(family, out, base, aligned, small), target=GPUTarget("cuda", int(arch), 32), options=options
+        source(family, out, base, aligned, small, several), target=GPUTarget("cuda", int(arch), 32), options=options
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

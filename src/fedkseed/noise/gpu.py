@@ -10,7 +10,7 @@ memory, slowly: so they are tested where there is no GPU.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, assert_never
 
 import numpy as np
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from fedkseed.errors import BackendError
 from fedkseed.noise import gpu_kernels as kernels
 from fedkseed.noise.backend import (
     QUANTUM,
@@ -77,41 +78,30 @@ class _GpuSweep:
         self._launches: dict[bool, list[_Launch]] = {}
 
     def __call__(self, *mixtures: Mixture) -> None:
-        if len(mixtures) > 1:
-            self._one_after_the_other(mixtures)
-            return
-        (mixture,) = mixtures
-        hadamard = isinstance(mixture, HadamardMixture)
+        if len({type(mixture) for mixture in mixtures}) > 1:
+            raise BackendError("mixtures of several families came for one sweep; expected one family")
+        hadamard = isinstance(mixtures[0], HadamardMixture)
         if hadamard not in self._launches:  # the families' tiles differ
             self._launches[hadamard] = [_launch(hadamard, kind, group) for kind, group in self._groups.items()]
         kernel: Any = kernels.hadamard_sweep if hadamard else kernels.gaussian_sweep
-        arguments: dict[torch.device, tuple[Any, ...]] = {}
+        packed, there = _pack(mixtures), {}
         for launch in self._launches[hadamard]:
             device = launch.work.device
-            if device not in arguments:
-                arguments[device] = _arguments(mixture, device)
+            if device not in there:
+                there[device] = _upload(packed, device)
             with torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore"):
                 kernel[(launch.tiles,)](
-                    launch.work, len(launch.work), *arguments[device], **launch.constants, **kernels.OPTIONS
-                )
-
-    def _one_after_the_other(self, mixtures: Sequence[Mixture]) -> None:
-        """A launch for each mixture; between two of them halves are in float32, in memory that is given back at the end."""
-        outputs = [slot.out for slot in self._slots]
-        full = [x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in outputs]
-        pairs = list(zip(self._slots, full, strict=True))
-        first = _GpuSweep([replace(slot, out=x) for slot, x in pairs])
-        within = _GpuSweep([replace(slot, out=x, base=x) for slot, x in pairs])
-        last = _GpuSweep([replace(slot, base=x) for slot, x in pairs])
-        for sweep, mixture in zip([first, *[within] * (len(mixtures) - 2), last], mixtures, strict=True):
-            sweep(mixture)
+                    launch.work, launch.rows, there[device], len(mixtures),
+                    SEVERAL=len(mixtures) > 1, **launch.constants, **kernels.OPTIONS,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """One launch: the work table on its device, the number of programs, and what the kernel is compiled for."""
+    """One launch: the work table and each tile's row on their device, the number of programs, and the kernel's constants."""
 
     work: torch.Tensor
+    rows: torch.Tensor
     tiles: int
     constants: dict[str, Any]
 
@@ -180,7 +170,9 @@ def _launch(hadamard: bool, kind: tuple[Any, ...], slots: Sequence[Slot]) -> _La
     device, out, base, aligned = kind
     tile = _tile(hadamard, slots)
     work, tiles = _work(slots, tile)
-    return _Launch(_upload(work, device), tiles, {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": tile})
+    rows = np.repeat(np.arange(len(work), dtype=np.int32), np.diff(work[:, kernels.FIRST_TILE], append=tiles))
+    constants = {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": tile}
+    return _Launch(_upload(work, device), _upload(rows, device), tiles, constants)
 
 
 def _tile(hadamard: bool, slots: Sequence[Slot]) -> int:
@@ -196,13 +188,25 @@ def _is_aligned(slot: Slot) -> bool:
     return addresses % WIDEST_ACCESS == 0
 
 
-def _arguments(mixture: Mixture, device: torch.device) -> tuple[Any, ...]:
-    """What a kernel needs to know of the mixture."""
-    if isinstance(mixture, HadamardMixture):
-        return _upload(mixture.table, device), *_signed_halves(mixture.key), len(mixture.table).bit_length() - 1
-    if not isinstance(mixture, GaussianMixture):
-        assert_never(mixture)
-    return _upload(mixture.seeds.view(np.int64), device), _upload(mixture.amounts, device), len(mixture.seeds)
+def _pack(mixtures: Sequence[Mixture]) -> NDArray[np.int64]:
+    """What a kernel needs to know of the mixtures, in one array, since each copy to a device takes its time."""
+    facts = np.zeros((len(mixtures), kernels.PAGE_COLUMNS), np.int64)
+    parts: list[NDArray[np.int64]] = [facts.reshape(-1)]
+    place = facts.size
+    for row, mixture in zip(facts, mixtures, strict=True):
+        if isinstance(mixture, HadamardMixture):
+            signed_key = mixture.key - (mixture.key >> 63 << 64)
+            row[:3] = place, signed_key, len(mixture.table).bit_length() - 1
+            data = [mixture.table.view(np.int64)]
+        elif isinstance(mixture, GaussianMixture):
+            row[:2] = place, len(mixture.seeds)
+            amounts = np.append(mixture.amounts, np.zeros(len(mixture.amounts) % 2, np.float32))
+            data = [mixture.seeds.view(np.int64), amounts.view(np.int64)]
+        else:
+            assert_never(mixture)
+        parts += data
+        place += sum(part.size for part in data)
+    return np.concatenate(parts)
 
 
 def _signed_halves(key: int) -> tuple[int, ...]:

@@ -3,11 +3,11 @@
 A fold is the other way round: a program owns a tile of the table, or a seed, and reads those gradients that belong to it. So
 nothing is scattered, and no atomic operation makes the order of the additions a matter of chance.
 
-A sweep is one launch however many tensors there are: the work is a table with one row per slot, and a program finds
-its row by bisection. Base values and results have their types as constants, so a kernel is compiled for each pair.
+A sweep is one launch however many tensors and pages there are: the work is a table with one row per slot, and a second one
+says which row a program's tile belongs to. Base values and results have their types as constants, so a kernel is compiled
+for each pair.
 
-Nothing here may be contracted to a fused multiply-add or flush subnormal numbers: compile with `OPTIONS`. bfloat16 is
-widened and rounded by integer operations, which mean the same on a GPU and in Triton's interpreter.
+Nothing here may be contracted to a fused multiply-add or flush subnormal numbers: compile with `OPTIONS`.
 """
 
 # mypy sees Triton's types as they are for Python; in a kernel they mean something else
@@ -25,6 +25,11 @@ COLUMNS = 6
 OUT, BASE, START, SIZE, TENSOR, FIRST_TILE = range(COLUMNS)
 """Columns of the work table, int64: addresses of the first elements, the slot's first position in its tensor, its number
 of elements, the tensor's id, and how many tiles come before it."""
+PAGE_COLUMNS = 4
+TABLE, KEY, BLOCK_BITS = SEEDS, COUNT, _ = range(3)
+"""Columns of what a sweep knows of its mixtures, int64. Hadamard: the place of the table, in words of 64 bits from the
+beginning and even, so that it lies at a multiple of 16 bytes; the pool key; b, where B = 2^b. Gaussian: the place of the
+seeds, which the amounts follow, and their number."""
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
 """How every kernel is compiled; without the first the bits are others."""
@@ -33,8 +38,11 @@ HADAMARD_TILE, GAUSSIAN_TILE = 4096, 2048
 FOLD_TILE = 2048
 """The same of a fold: its sums are of 64 bits."""
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _COLUMNS = tl.constexpr(COLUMNS)
 _OUT, _BASE, _START, _SIZE, _TENSOR, _FIRST_TILE = (tl.constexpr(column) for column in range(COLUMNS))
+_PAGE_COLUMNS = tl.constexpr(PAGE_COLUMNS)
+_TABLE, _KEY, _BLOCK_BITS, _SEEDS, _COUNT = (tl.constexpr(column) for column in (TABLE, KEY, BLOCK_BITS, SEEDS, COUNT))
 _ROUNDS = tl.constexpr(ROUNDS)
 _M0, _M1, _W0, _W1 = (tl.constexpr(word) for word in (*MULTIPLIERS, *WEYL))
 _BLOCK_STREAM = tl.constexpr(0x80000000)
@@ -91,12 +99,12 @@ def _pointers(address, at, offsets, KIND: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _read(address, at, offsets, left, TILE: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements at + offsets at the address, in binary32."""
+    """Elements at + offsets at the address, in binary32. They are read once, so they are the first to leave the cache."""
     pointers = _pointers(address, at, offsets, KIND, ALIGNED)
     if left >= TILE:  # a mask would keep the loads from being as wide as they can be
-        stored = tl.load(pointers)
+        stored = tl.load(pointers, eviction_policy="evict_first")
     else:
-        stored = tl.load(pointers, mask=offsets < left, other=0)
+        stored = tl.load(pointers, mask=offsets < left, other=0, eviction_policy="evict_first")
     if KIND == tl.float32:
         values = stored
     elif KIND == tl.bfloat16:
@@ -113,8 +121,11 @@ def _write(values, address, at, offsets, left, TILE: tl.constexpr, KIND: tl.cons
     if KIND == tl.float32:
         stored = values
     elif KIND == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        if _INTERPRETED:  # its own conversion cuts instead of rounding
+            bits = values.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        else:
+            rounded = values.to(tl.bfloat16).to(tl.uint16, bitcast=True)
         stored = tl.where(values == values, rounded, 0x7FC0).to(tl.uint16)
     else:
         rounded = values.to(tl.float16).to(tl.uint16, bitcast=True)
@@ -125,49 +136,63 @@ def _write(values, address, at, offsets, left, TILE: tl.constexpr, KIND: tl.cons
         tl.store(pointers, stored, mask=offsets < left)
 
 
-@triton.jit(do_not_specialize=["rows", "key_low", "key_high", "block_bits"])
+@triton.jit(do_not_specialize=["pages"])
 def hadamard_sweep(
     work,
     rows,
-    table,
-    key_low,
-    key_high,
-    block_bits,
+    mixtures,
+    pages,
     OUT: tl.constexpr,
     BASE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SEVERAL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """`out[i] <- cast(widen(base[i]) + (-1)^s(b, j) A[j xor r(b)])` on one tile.
+    """`out[i] <- cast(widen(base[i]) + (-1)^s(b, j) A[j xor r(b)])` on one tile; of several pages, added in their order.
 
     A row of the tile holds eight elements, a byte of signs: the upper bits of the shift move the address of an aligned
     octet of the table, and its low three bits permute the octet, so that the look-up loads are as wide as they can be.
 
     Args:
-        work: int64[rows, COLUMNS], see `COLUMNS`.
-        rows: number of slots.
-        table: A, float32[B].
-        key_low: the pool key's halves, as signed words.
-        key_high: see key_low.
-        block_bits: B = 2^block_bits, at least 128.
+        work: int64[number of slots, COLUMNS], see `COLUMNS`.
+        rows: the row of each tile, int32[number of tiles].
+        mixtures: int64[pages, PAGE_COLUMNS], see `PAGE_COLUMNS`, then the tables A, float32[B], each padded to whole words.
+        pages: number of mixtures.
         OUT: type of the results: float32, float16 or bfloat16.
         BASE: type of the base values, or None where there are none.
         ALIGNED: whether all outputs and bases begin at multiples of 16 bytes.
+        SEVERAL: whether there is more than one page.
         TILE: elements per program, a power of two from 128 to QUANTUM.
     """
     WIDTH: tl.constexpr = 4 if OUT == tl.float32 or BASE == tl.float32 else 8
     ROWS: tl.constexpr = TILE // WIDTH
-    row = _find_row(work, rows, tl.program_id(0))
+    row = work + tl.load(rows + tl.program_id(0)).to(tl.int64) * _COLUMNS
     at = (tl.program_id(0) - tl.load(row + _FIRST_TILE)) * TILE
     left = tl.load(row + _SIZE) - at
-    columns = tl.arange(0, WIDTH)
-    offsets = tl.arange(0, ROWS)[:, None] * WIDTH + columns[None, :]
+    offsets = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     if BASE is not None:
         values = _read(tl.load(row + _BASE), at, offsets, left, TILE, BASE, ALIGNED)
     position = tl.load(row + _START) + at
     tensor = tl.load(row + _TENSOR)
-    t0, t1 = _low(tensor), _high(tensor)
-    k0, k1 = key_low.to(tl.uint32, bitcast=True), key_high.to(tl.uint32, bitcast=True)
+    noise = _hadamard_noise(mixtures, 0, position, tensor, TILE, WIDTH)
+    if BASE is not None:
+        values = values + noise
+    else:
+        values = noise
+    if SEVERAL:
+        for page in range(1, pages):
+            values += _hadamard_noise(mixtures, page, position, tensor, TILE, WIDTH)
+    _write(values, tl.load(row + _OUT), at, offsets, left, TILE, OUT, ALIGNED)
+
+
+@triton.jit
+def _hadamard_noise(mixtures, page, position, tensor, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """`(-1)^s(b, j) A[j xor r(b)]` of one page for the elements from a position on, float32[TILE / WIDTH, WIDTH]."""
+    ROWS: tl.constexpr = TILE // WIDTH
+    facts = mixtures + page * _PAGE_COLUMNS
+    table = (mixtures + tl.multiple_of(tl.load(facts + _TABLE), 2)).to(tl.pointer_type(tl.float32))
+    key, block_bits = tl.load(facts + _KEY), tl.load(facts + _BLOCK_BITS).to(tl.int32)
+    k0, k1, t0, t1 = _low(key), _high(key), _low(tensor), _high(tensor)
 
     # one Philox call for the signs of each chunk of 128 elements, and one for the shift of its block
     chunk = (position >> 7).to(tl.uint32) + tl.arange(0, TILE // 128).to(tl.uint32)
@@ -178,6 +203,7 @@ def hadamard_sweep(
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(TILE // 32)
 
     # to rows
+    columns = tl.arange(0, WIDTH)
     line = tl.arange(0, ROWS).to(tl.uint32)
     word = _repeat(words, 32 // WIDTH, ROWS) >> (line % (32 // WIDTH) * WIDTH)
     shift = _repeat(shift, 128 // WIDTH, ROWS)
@@ -185,12 +211,7 @@ def hadamard_sweep(
     entries = tl.load(table + (entry.to(tl.int32) // WIDTH * WIDTH)[:, None] + columns[None, :])
     entries = _permute(entries, shift, ROWS, WIDTH)
     signs = (word[:, None] << (31 - columns.to(tl.uint32))[None, :]) & 0x80000000
-    noise = (entries.to(tl.uint32, bitcast=True) ^ signs).to(tl.float32, bitcast=True)
-    if BASE is not None:
-        values = values + noise
-    else:
-        values = noise
-    _write(values, tl.load(row + _OUT), at, offsets, left, TILE, OUT, ALIGNED)
+    return (entries.to(tl.uint32, bitcast=True) ^ signs).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -271,36 +292,53 @@ def _box_muller(r, r2):
     return rad * z.to(tl.float32, bitcast=True), rad * z2.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["pages"])
 def gaussian_sweep(
     work,
     rows,
-    seeds,
-    amounts,
-    count,
+    mixtures,
+    pages,
     OUT: tl.constexpr,
     BASE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SEVERAL: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """`out[i] <- cast(widen(base[i]) + sum_m amount_m z_m[i])` on one tile; the sums stay in registers, in ascending m.
 
     Args:
-        work: see `hadamard_sweep`, as for rows, OUT, BASE and ALIGNED.
-        rows: number of slots.
-        seeds: 64-bit seed keys, int64[count].
-        amounts: float32[count].
-        count: number of seeds.
+        work: see `hadamard_sweep`, as for rows, pages and what follows them.
+        rows: the row of each tile.
+        mixtures: int64[pages, PAGE_COLUMNS], see `PAGE_COLUMNS`, then each page's 64-bit seed keys and its amounts, float32,
+            padded to whole words.
+        pages: number of mixtures.
         OUT: type of the results.
         BASE: type of the base values, or None.
         ALIGNED: whether all outputs and bases begin at multiples of 16 bytes.
+        SEVERAL: whether there is more than one page.
         TILE: elements per program, a power of two of at least 4, at most QUANTUM.
     """
-    row = _find_row(work, rows, tl.program_id(0))
+    row = work + tl.load(rows + tl.program_id(0)).to(tl.int64) * _COLUMNS
     at = (tl.program_id(0) - tl.load(row + _FIRST_TILE)) * TILE
     left = tl.load(row + _SIZE) - at
     position = tl.load(row + _START) + at
     tensor = tl.load(row + _TENSOR)
+    values = _gaussian_noise(mixtures, 0, position, tensor, TILE)
+    offsets = tl.arange(0, TILE)
+    if BASE is not None:
+        values = _read(tl.load(row + _BASE), at, offsets, left, TILE, BASE, ALIGNED) + values
+    if SEVERAL:
+        for page in range(1, pages):
+            values += _gaussian_noise(mixtures, page, position, tensor, TILE)
+    _write(values, tl.load(row + _OUT), at, offsets, left, TILE, OUT, ALIGNED)
+
+
+@triton.jit
+def _gaussian_noise(mixtures, page, position, tensor, TILE: tl.constexpr):
+    """`sum_m amount_m z_m[i]` of one page for the elements from a position on, float32[TILE]."""
+    facts = mixtures + page * _PAGE_COLUMNS
+    seeds, count = mixtures + tl.load(facts + _SEEDS), tl.load(facts + _COUNT).to(tl.int32)
+    amounts = (seeds + count).to(tl.pointer_type(tl.float32))
     t0, t1 = _low(tensor), _high(tensor)
     quad = (position >> 2).to(tl.uint32) + tl.arange(0, TILE // 4).to(tl.uint32)
     zero = tl.zeros_like(quad)
@@ -311,11 +349,7 @@ def gaussian_sweep(
         r0, r1, r2, r3 = _philox(quad, zero, t0, t1, _low(seed), _high(seed))
         z, z2 = _box_muller(tl.join(r0, r2), tl.join(r1, r3))
         cosines, sines = cosines + amount * z, sines + amount * z2
-    values = tl.join(cosines, sines).reshape(TILE)
-    offsets = tl.arange(0, TILE)
-    if BASE is not None:
-        values = _read(tl.load(row + _BASE), at, offsets, left, TILE, BASE, ALIGNED) + values
-    _write(values, tl.load(row + _OUT), at, offsets, left, TILE, OUT, ALIGNED)
+    return tl.join(cosines, sines).reshape(TILE)
 
 
 @triton.jit(do_not_specialize=["rows", "steps", "lanes", "key_low", "key_high", "block_bits"])
