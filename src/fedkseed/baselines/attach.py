@@ -14,6 +14,7 @@ from fedkseed.baselines.projected import parameters_of
 from fedkseed.errors import ConfigError, ModelError, RunError, installing
 from fedkseed.federation import FederationConfig
 from fedkseed.federation.algorithms import Algorithm
+from fedkseed.models.adapter_folder import has_adapter
 from fedkseed.randomness import derive
 
 ENCODER_HIDDEN_SIZE = 128
@@ -47,10 +48,15 @@ def attach(model: Any, config: FederationConfig) -> Any:
 
     Raises:
         ConfigError: the extra is missing.
-        ModelError: peft cannot attach to this architecture.
+        ModelError: peft cannot attach to this architecture, or there is an adapter already.
     """
     if not config.facts.needs_peft:
         return model
+    if has_adapter(model):
+        raise ModelError(
+            f"--algorithm {config.algorithm} attaches something of its own, and the model has an adapter; give its base "
+            "model, or an algorithm that tunes what is there, such as fedkseed-grad"
+        )
     model.requires_grad_(False)
     require_peft(config.facts)
     with torch.random.fork_rng(range(torch.cuda.device_count())):

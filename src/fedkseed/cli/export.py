@@ -75,6 +75,7 @@ def export(
             _say_cost(path, checkpoint, tuning, published, file, model)
         return
     from fedkseed.kseed.card import licence_of
+    from fedkseed.models.adapter_folder import has_adapter
     from fedkseed.models.loading import load_tokenizer, save_model
     from fedkseed.report.model_card import About, model_card
 
@@ -84,11 +85,11 @@ def export(
         tuned = _tuned(tuning, model, config, dtype)
     prompt = _taught(tokenizer, tuned, config) if config else None
     card = model_card(public_name(model), tuning, About(config, losses, licence_of(model), prompt))
-    attached = config is not None and config.facts.needs_peft
+    wrapped = config is not None and config.facts.needs_peft
     # or else peft asks the hub whether the vocabulary has grown
     with waiting(Lines().note, f"writing {output}"):
-        save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if attached else {}))
-    what = "an adapter for" if attached else f"{sum(p.numel() for p in tuned.parameters()):,} parameters,"
+        save_model(tuned, tokenizer, output, card, **({"save_embedding_layers": False} if wrapped else {}))
+    what = "an adapter for" if wrapped or has_adapter(tuned) else f"{sum(p.numel() for p in tuned.parameters()):,} parameters,"
     say(f"{output}: {what} {model} after {counted(tuning.round, 'round')}")
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
+from fedkseed.models.adapter_folder import CONFIG as ADAPTER
+from fedkseed.models.adapter_folder import base_of, has_adapter, is_adapter
 from fedkseed.models.base import FileBase, stored_dtypes
 from fedkseed.models.parameters import NamedParameter, is_plain_float, is_quantised, named_parameters
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-ADAPTER = "adapter_config.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 T = TypeVar("T")
@@ -31,21 +32,26 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
     """A causal LM in eval mode. Nothing that a model folder brings along is executed.
 
     Args:
-        source: a folder with config.json and weights, or a hub id: taken from the local cache, else downloaded.
+        source: a folder with config.json and weights; a folder with a LoRA adapter, whose base model is loaded with the adapter
+            in place; or a hub id: taken from the local cache, else downloaded.
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where torch shall put it.
 
     Raises:
         InvalidValueError: an unknown dtype, or a device that torch cannot use here.
         ModelError: no such folder, a folder without configuration or weights, a hub id out of reach, an architecture
-            that transformers does not know as a causal LM, weights that are damaged or incomplete.
+            that transformers does not know as a causal LM, weights that are damaged or incomplete, an adapter of another
+            kind or whose base model is not here.
     """
     if dtype not in get_args(Dtype):
         raise InvalidValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join(get_args(Dtype))}")
     require_device(device)
     folder = _folder(source)
-    if folder is not None:
-        _refuse_adapter(source, (folder / ADAPTER).is_file(), alone=not (folder / "config.json").is_file())
+    alone = folder is not None and is_adapter(folder)
+    if folder is not None and alone:
+        _require_base(folder)
+    elif folder is not None:
+        _refuse_adapter(source, (folder / ADAPTER).is_file())
         _require(folder, ("config.json",), "config.json")
         _require(folder, WEIGHT_FILES, "weights (model.safetensors)")
 
@@ -68,24 +74,30 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
         return loaded
 
     model = _load(source, folder, "causal language model", load)
-    _refuse_adapter(source, getattr(model, "_hf_peft_config_loaded", False), alone=False)  # as a hub id may have one
+    if alone:
+        model.name_or_path = str(folder)  # transformers names the base model
+    else:
+        _refuse_adapter(source, has_adapter(model))  # as a hub id may have one
     return model
 
 
-def _refuse_adapter(source: str | Path, found: bool, alone: bool) -> None:
+def _refuse_adapter(source: str | Path, found: bool) -> None:
     """An adapter beside a model would be loaded with it, and be all that is saved again."""
-    if not found:
-        return
-    if alone:
+    if found:
         raise ModelError(
-            f"{source}: an adapter ({ADAPTER}) without its model; merge it into its base model (peft: merge_and_unload, "
-            "save_pretrained) and give that folder"
+            f"{source}: an adapter ({ADAPTER}) lies beside the model, and it is not clear which of them is meant; move the "
+            "adapter's files away to tune the model without it, or give the adapter in a folder of its own"
         )
-    raise ModelError(
-        f"{source}: an adapter ({ADAPTER}) lies beside the model, and it is not clear which of them is meant; move the "
-        "adapter's files away to tune the model without it, or merge it (peft: merge_and_unload, save_pretrained) and give "
-        "that folder"
-    )
+
+
+def _require_base(folder: Path) -> None:
+    """Refuse an adapter whose base model is not on this machine."""
+    base = base_of(folder)
+    if not Path(base).expanduser().is_dir() and not _is_cached(base):
+        raise ModelError(
+            f"{folder}: its base model {base!r:.80} is no folder here, nor in the local cache; download it, or set "
+            f"base_model_name_or_path in {ADAPTER}"
+        )
 
 
 def require_device(device: str | torch.device) -> None:
@@ -97,12 +109,14 @@ def require_device(device: str | torch.device) -> None:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; source as for `load_model`.
+    """The tokenizer of a model; source as for `load_model`. An adapter without one has its base model's.
 
     Raises:
         ModelError: no such folder, a folder without tokenizer files, a hub id out of reach, damaged files.
     """
     folder = _folder(source)
+    if folder is not None and is_adapter(folder) and not _has(folder, TOKENIZER_FILES):
+        return load_tokenizer(base_of(folder))
     if folder is not None:
         _require(folder, TOKENIZER_FILES, "tokenizer (tokenizer.json)")
 
@@ -206,7 +220,9 @@ def read_files(model: torch.nn.Module, entries: Sequence[NamedParameter]) -> Cal
 
 def give_stored_dtypes(model: PreTrainedModel, source: str | Path) -> None:
     """Cast every tensor of a model to the type that it has in the files of `source`; where these are no safetensors, or name it
-    otherwise, to the type that the configuration names."""
+    otherwise, to the type that the configuration names. An adapter's are left as they are."""
+    if has_adapter(model):
+        return
     folder = files_of(source)
     try:
         stored = stored_dtypes(folder) if folder is not None else {}
@@ -250,8 +266,12 @@ def _folder(source: str | Path) -> Path | None:
     return None
 
 
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path for pattern in patterns for path in folder.glob(pattern))
+
+
 def _require(folder: Path, patterns: tuple[str, ...], what: str) -> None:
-    if not any(path for pattern in patterns for path in folder.glob(pattern)):
+    if not _has(folder, patterns):
         raise ModelError(f"{folder}: no {what} in this folder; give a whole Hugging Face model folder")
 
 

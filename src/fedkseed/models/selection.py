@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from fedkseed.errors import ConfigError
+from fedkseed.models.adapter_folder import MATRICES, has_adapter
 from fedkseed.models.parameters import NamedParameter, named_parameters
 
 
@@ -19,13 +20,15 @@ def frozen_names(
 
     Args:
         model: a bare module.
-        train: patterns of what is tuned; none stands for all. A tied tensor is meant by any of its names.
+        train: patterns of what is tuned; none stands for all, of a model with an adapter for the adapter's matrices. A tied
+            tensor is meant by any of its names.
         freeze: patterns of what of this is not.
         idle: names of tensors that are left alone in any case.
 
     Raises:
         ConfigError: a pattern matches nothing that could be tuned (the message has the nearest names), or nothing is left.
     """
+    train = train or (MATRICES if has_adapter(model) else ())
     entries = [entry for entry in named_parameters(model) if entry.name not in idle]
     for flag, patterns in (("--train", train), ("--freeze", freeze)):
         for pattern in patterns:

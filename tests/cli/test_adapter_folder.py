@@ -1,0 +1,106 @@
+"""A LoRA adapter's folder as --model: K numbers over its matrices, from the command line."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.support.command_line import CommandLine, assert_one_line, flags
+from tests.support.runs import read_metrics
+from tests.support.tiny import tiny_settings
+
+import fedkseed as fk
+from fedkseed.errors import ModelError
+from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.models.selection import frozen_names
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose factors come from a key, as docs/adapter.md makes it; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("adapter") / "start"
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(tiny / "model", "float32"), config)
+    fk.seed_lora(model, key=7)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def changed(adapter: Path, to: Path, **changes: Any) -> Path:
+    """A copy with another configuration."""
+    copy = Path(shutil.copytree(adapter, to))
+    config = copy / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    return copy
+
+
+def test_a_run_moves_its_matrices_alone_and_the_export_is_an_adapter_of_peft(
+    fedkseed: CommandLine, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    settings = tiny_settings(
+        tiny, model=str(adapter), algorithm="fedkseed-grad", local_optimizer="adam", num_seeds=128, lr=0.02
+    )
+    result = fedkseed("simulate", *flags(settings), "--run", run)
+    assert result.code == 0, result.stderr
+    losses = [event["eval_loss"] for event in read_metrics(run) if event["event"] == "evaluation"]
+    assert losses[-1] < losses[0]
+    ledger = fk.Ledger.load(run / "ledger.safetensors")
+    base = load_model(tiny / "model", "float32")
+    names = {name.replace("q_proj.weight", "q_proj.base_layer.weight") for name, _ in base.named_parameters()}
+    assert set(ledger.base.frozen) == {name.replace("up_proj.weight", "up_proj.base_layer.weight") for name in names}
+
+    evaluated = fedkseed("evaluate", run, "--output", tmp_path / "scores.json")
+    assert evaluated.code == 0, evaluated.stderr
+    assert json.loads((tmp_path / "scores.json").read_text())["tuned"]["overall"]["loss"] == pytest.approx(losses[-1])
+
+    exported = fedkseed("export", run, out)
+    assert (exported.code, "an adapter for" in exported.stdout) == (0, True), exported.stderr
+    assert not (out / "config.json").exists()
+    tuned, ids = fk.load(run, base=adapter), torch.arange(4, 20)[None]
+    again = peft.PeftModel.from_pretrained(base, out)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, tuned(input_ids=ids).logits)
+    assert fedkseed("evaluate", run, "--model", out).code == 1  # it is another base than the one that the ledger is of
+
+
+def test_it_is_its_base_model_with_the_adapter_in_place(tiny: Path, adapter: Path) -> None:
+    model = load_model(adapter, "float32")
+    assert model.name_or_path == str(adapter)
+    frozen = frozen_names(model)
+    tuned = [name for name, _ in model.named_parameters() if name not in frozen]
+    assert len(tuned) == 4
+    assert all(".lora_" in name for name in tuned)
+    assert load_tokenizer(adapter).get_vocab() == load_tokenizer(tiny / "model").get_vocab()
+    assert frozen_names(model, ["*norm*"]) != frozen  # the control: what is asked for counts
+
+
+def test_what_cannot_be_loaded_is_named(fedkseed: CommandLine, tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    cases = [
+        ({"base_model_name_or_path": None}, "names no base model"),
+        ({"peft_type": "IA3"}, "an adapter of the kind 'IA3'; K numbers move LoRA's matrices"),
+        ({"base_model_name_or_path": "nobody/nothing"}, "its base model 'nobody/nothing' is no folder here"),
+    ]
+    for number, (changes, text) in enumerate(cases):
+        with pytest.raises(ModelError, match=text):
+            load_model(changed(adapter, tmp_path / str(number), **changes))
+    bare = changed(adapter, tmp_path / "bare")
+    (bare / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"an adapter without adapter_model\.safetensors"):
+        load_model(bare)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, bare / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="its weights lack"):  # else they would be random
+        load_model(bare)
+    settings = tiny_settings(tiny, model=str(adapter), algorithm="fedit", lr=0.01)
+    for name in ("eps", "num_seeds"):
+        del settings[name]
+    refused = fedkseed("simulate", *flags(settings), "--run", tmp_path / "run")
+    assert_one_line(refused, 2, "--algorithm fedit attaches something of its own, and the model has an adapter")
