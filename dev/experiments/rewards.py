@@ -1,140 +1,253 @@
-"""The tables of docs/rewards.md: the demo's tasks with exact match as reward, beside the loss, a control and policy gradients.
+"""The tables of docs/rewards.md: exact match as reward, beside a control, policy gradients and the loss.
 
-    python dev/experiments/rewards.py OUT [VARIANT ...]
+    python dev/experiments/rewards.py OUT [--task demo|sums] [--model FOLDER] [--device cuda] [--rows ROW ...] [--seeds 1 2 3]
+        [--lr RATE ...] [--eps DISTANCE ...]
 
-Every run of a table has the same number of forward passes of a record, an answer being one and a backward pass two. Runs that
-are done are not repeated.
+Every run of a task has the same number of forward passes of a record, an answer being one and a backward pass two. OUT gets
+a JSON file for each run; runs that are there are not repeated, and one that was killed goes on. --lr and --eps are in
+place of a row's own, each with each. `sums` wants SmolLM2-135M as --model.
 """
 
+import argparse
 import json
 import statistics
-import sys
-from dataclasses import asdict, replace
+import types
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sums
 import torch
 
 import fedkseed as fk
-from fedkseed.data import Example, collate, encode
-from fedkseed.demo import clients, held_out, model_folder
-from fedkseed.evaluation import Decoder, evaluate_loss, exact_match, generate, response_loss
+from fedkseed import demo
+from fedkseed.data import collate, encode, get_template
+from fedkseed.evaluation import Decoder, evaluate_loss, exact_match, generate, response_log_probs
+from fedkseed.files import write_atomically
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.randomness import derive, generator
 
-SEEDS = (1, 2, 3)
-PASSES = 15_360
-ROUNDS = 6
+SCORED = {"objective": "exact-match", "local_steps": 5, "directions": 8}
+GRADIENTS = {"algorithm": "fedkseed-grad", "local_optimizer": "adam", "local_steps": 26, "lr": 2e-3}
+"""26 steps, 3 passes a record each, are 78 of the 80 passes a record that 5 steps of 16 answers each are."""
+POLICY_GRADIENT = "policy gradient"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt, and at which settings.
+
+    Attributes:
+        records: module with `clients(seed)` and `held_out(seed)`.
+        settings: of all runs.
+        scored: of runs on scores, rates aside.
+        rates: of runs on scores, by how they are scaled.
+        answer: longest held-out answer in tokens.
+        prompts, group: of a step of the policy gradient: prompts, and answers to each.
+        policy_lr: its rate, for all weights.
+    """
+
+    records: types.ModuleType
+    settings: dict[str, Any]
+    scored: dict[str, Any]
+    rates: dict[str, float]
+    answer: int
+    prompts: int
+    group: int
+    policy_lr: float
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The settings of each row beside those of all."""
+        reward = {**SCORED, **self.scored, "lr": self.rates["z-scores"]}
+        return {
+            "reward": reward,
+            "reward, control": {**reward, "responses": "shuffled"},
+            "loss, two points": {"local_steps": 40, "lr": "auto"},
+            "loss, gradients": GRADIENTS,
+            POLICY_GRADIENT: {"lr": self.policy_lr},
+            "reward, ranks": {**reward, "scaling": "ranks", "lr": self.rates["ranks"]},
+            "reward, raw slopes": {**reward, "scaling": "none", "lr": self.rates["none"]},
+            "reward, drawn": {**reward, "temperature": 0.5},
+        }
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a record in a run on scores."""
+        one = {**self.settings, **SCORED}
+        cohort = max(1, int(one["fraction_train"] * one["num_clients"]))
+        return 2 * one["directions"] * one["local_steps"] * one["batch_size"] * one["num_rounds"] * cohort
+
+
 COMMON = {
-    "model": str(model_folder()), "partition": "client", "num_clients": 20, "fraction_train": 0.1, "num_rounds": ROUNDS,
-    "batch_size": 16, "max_length": 96, "schedule": "linear", "num_seeds": 4096, "aggregator": "mean", "eval_every": 3,
-    "eval_limit": "all",
+    "partition": "client", "num_rounds": 6, "schedule": "linear", "num_seeds": 4096, "aggregator": "mean", "eval_every": 3,
+    "eval_limit": "all", "max_length": 96, "template": "plain",
 }  # fmt: skip
-REWARD = {
-    "objective": "exact-match", "local_steps": 5, "directions": 8, "eps": 3e-2, "lr": 2e-3, "max_new_tokens": 2,
+TASKS = {
+    "demo": Task(
+        demo,
+        {**COMMON, "num_clients": 20, "fraction_train": 0.1, "batch_size": 16},
+        {"eps": 3e-2, "max_new_tokens": 2},
+        {"z-scores": 2e-3, "ranks": 6e-3, "none": 2e-3},
+        answer=12, prompts=8, group=8, policy_lr=1e-3,
+    ),
+    "sums": Task(
+        sums,
+        {**COMMON, "num_clients": 10, "fraction_train": 0.2, "batch_size": 64, "template": str(sums.TEMPLATE)},
+        {"eps": 4e-3, "max_new_tokens": 2},
+        {"z-scores": 3e-4, "ranks": 1e-3, "none": 1.7e-5},
+        answer=2, prompts=16, group=8, policy_lr=1e-5,
+    ),
 }  # fmt: skip
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reward": REWARD,
-    "reward, control": {**REWARD, "responses": "shuffled"},
-    "reward, ranks": {**REWARD, "scaling": "ranks", "lr": 6e-3},
-    "reward, raw slopes": {**REWARD, "scaling": "none", "lr": 2e-3},
-    "loss, two points": {"local_steps": 40, "lr": "auto"},
-    "loss, gradients": {
-        "algorithm": "fedkseed-grad", "local_optimizer": "adam", "local_steps": 26, "lr": 2e-3,
-    },
-    "policy gradient": {"lr": 1e-3, "prompts": 8, "group": 8},
-}  # fmt: skip
-"""26 steps of 16 records, 3 passes each, in 6 rounds of 2 clients are 14,976; an answer of the policy gradient costs 4."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a row of a table with one seed.
+
+    Attributes:
+        task: what is learnt.
+        model: folder.
+        device: where.
+        row: its name.
+        seed: of records and run.
+        settings: the row's.
+    """
+
+    task: Task
+    model: str
+    device: str
+    row: str
+    seed: int
+    settings: dict[str, Any]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return load_tokenizer(self.model)
+
+    @property
+    def name(self) -> str:
+        """Of its files; rates that are not the row's own are in it."""
+        own = self.task.rows[self.row]
+        chosen = [f"{key}{self.settings[key]:g}" for key in ("lr", "eps") if self.settings.get(key) != own.get(key)]
+        return "-".join([*self.row.replace(",", "").split(), *chosen, str(self.seed)])
+
+    def federated(self, folder: Path) -> dict[str, Any]:
+        """By a federation of simulated clients."""
+        records = self.task.records
+        train = [{**asdict(e), "client": name} for name, own in records.clients(self.seed).items() for e in own]
+        data = {"data": train, "eval_data": list(map(asdict, records.held_out(self.seed)))}
+        place = {"model": self.model, "device": self.device, "seed": self.seed}
+        result = fk.simulate({**self.task.settings, **data, **self.settings, **place}, run=folder)
+        model = load_model(self.model, "float32", self.device)
+        before = self.scores(model)
+        fk.apply(model, result.ledger)
+        rounds = [e for e in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if e["event"] == "round"]
+        traffic = statistics.mean(e["bytes_down"] + e["bytes_up"] for e in rounds)
+        course = {"losses": result.history, "rewards": result.rewards, "moved_rms": rounds[-1].get("moved_rms")}
+        return {
+            **before,
+            **self.scores(model, "after_"),
+            **course,
+            "bytes": traffic,
+            "seconds": sum(e["seconds"] for e in rounds),
+        }
+
+    def policy_gradient(self) -> dict[str, Any]:
+        """GRPO with one step a group (REINFORCE; rewards less their group's mean, over its spread) on the pooled records."""
+        task, rate, model = self.task, self.settings["lr"], load_model(self.model, "float32", self.device)
+        before = self.scores(model)
+        model.requires_grad_(True)
+        records = [record for own in task.records.clients(self.seed).values() for record in own]
+        decoder, adam = Decoder(model, self.tokenizer), torch.optim.Adam(model.parameters(), rate)
+        steps = task.passes // (4 * task.prompts * task.group)  # an answer costs 1 pass, and 3 more with its gradient
+        for step in range(steps):
+            for part in adam.param_groups:
+                part["lr"] = rate * (1 - step / steps)
+            drawn = generator(self.seed, "prompts", step).choice(len(records), task.prompts, replace=False)
+            asked = [records[i] for i in drawn for _ in range(task.group)]
+            prompts = [e.input_ids[: e.prompt_length] for e in self.encoded(asked)]
+            keys = [derive(self.seed, "answers", step, i) for i in range(len(prompts))]
+            texts = decoder.answers(prompts, len(prompts), 2, temperature=1.0, keys=keys)
+            rewards = np.array([text.strip() == e.output for text, e in zip(texts, asked, strict=True)], float)
+            groups = rewards.reshape(-1, task.group)
+            advantages = ((groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 1e-4)).reshape(-1)
+            telling = [i for i in range(len(asked)) if advantages[i] and texts[i].strip()]
+            if not telling:
+                continue
+            answered = self.encoded([replace(asked[i], output=texts[i].strip()) for i in telling])
+            lengths = [example.num_targets for example in answered]
+            weights = torch.tensor(advantages[telling] / lengths, dtype=torch.float32, device=model.device)
+            adam.zero_grad()
+            (-(weights * response_log_probs(model, collate(answered, 0, model.device))).sum() / len(asked)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+        return {**before, **self.scores(model, "after_"), "steps": steps}
+
+    def scores(self, model: Any, prefix: str = "base_") -> dict[str, float]:
+        """Held-out exact match of greedy answers, and the loss."""
+        model.train(False)
+        records = self.task.records.held_out(self.seed)
+        examples = self.encoded(records)
+        answers = generate(model, self.tokenizer, examples, 128, self.task.answer)
+        loss = evaluate_loss(model, examples, 64, 0).loss
+        return {f"{prefix}exact_match": exact_match(answers, [r.output for r in records]), f"{prefix}loss": loss}
+
+    def encoded(self, records: list[Any]) -> Any:
+        """Records as token ids."""
+        settings = self.task.settings
+        return encode(records, self.tokenizer, settings["max_length"], get_template(settings["template"])).examples
 
 
 def main() -> None:
-    out, *chosen = sys.argv[1:]
-    for seed in SEEDS:
-        for name in chosen or VARIANTS:
-            path = folder(Path(out), name, seed)
-            if not (path / "result.json").exists():
-                result = policy_gradient(seed) if name == "policy gradient" else federated(path, seed, VARIANTS[name])
-                path.mkdir(parents=True, exist_ok=True)
-                (path / "result.json").write_text(json.dumps(result))
-                print(name, seed, result, flush=True)
-    table(Path(out), chosen or list(VARIANTS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--task", choices=TASKS, default="demo")
+    parser.add_argument("--model", default=str(demo.model_folder()))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=TASKS["demo"].rows, default=list(TASKS["demo"].rows))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--lr", nargs="+", type=float, default=[None])
+    parser.add_argument("--eps", nargs="+", type=float, default=[None])
+    given = parser.parse_args()
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    given.out.mkdir(parents=True, exist_ok=True)
+    for run in runs(given):
+        path = given.out / f"{run.name}.json"
+        if path.exists():
+            continue
+        result = run.policy_gradient() if run.row == POLICY_GRADIENT else run.federated(given.out / run.name)
+        known = {"task": given.task, "row": run.row, "seed": run.seed, "settings": run.settings, **result}
+        write_atomically(path, json.dumps(known, indent=1).encode())
+        print(run.name, result, flush=True)
+    table(given.out)
 
 
-def federated(path: Path, seed: int, settings: dict[str, Any]) -> dict[str, float]:
-    train = [{**asdict(e), "client": name} for name, own in clients(seed).items() for e in own]
-    data = {"data": train, "eval_data": list(map(asdict, held_out(seed)))}
-    result = fk.simulate({**COMMON, **data, **settings, "seed": seed}, run=path)
-    model, tokenizer = load_model(str(model_folder()), "float32", "cpu"), load_tokenizer(str(model_folder()))
-    before = scores(model, tokenizer, seed)
-    fk.apply(model, result.ledger)
-    rounds = [e for e in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if e["event"] == "round"]
-    traffic = statistics.mean(e["bytes_down"] + e["bytes_up"] for e in rounds)
-    seconds = sum(e["seconds"] for e in rounds)
-    return {**prefixed(before, "base_"), **scores(model, tokenizer, seed), "bytes": traffic, "seconds": seconds}
+def runs(given: argparse.Namespace) -> Iterator[Run]:
+    """Those that are asked for, the first seed of all rows first."""
+    task = TASKS[given.task]
+    for seed, row, lr, eps in product(given.seeds, given.rows, given.lr, given.eps):
+        chosen = {key: value for key, value in (("lr", lr), ("eps", eps)) if value is not None}
+        yield Run(task, given.model, given.device, row, seed, {**task.rows[row], **chosen})
 
 
-def policy_gradient(seed: int) -> dict[str, float]:
-    """GRPO with one step a group (REINFORCE; rewards less their group's mean, over its spread) on the pooled records."""
-    settings = VARIANTS["policy gradient"]
-    model, tokenizer = load_model(str(model_folder()), "float32", "cpu"), load_tokenizer(str(model_folder()))
-    before = scores(model, tokenizer, seed)
-    model.requires_grad_(True)
-    records = [record for own in clients(seed).values() for record in own]
-    decoder, adam = Decoder(model, tokenizer), torch.optim.Adam(model.parameters(), settings["lr"])
-    steps = PASSES // (4 * settings["prompts"] * settings["group"])
-    for step in range(steps):
-        for part in adam.param_groups:
-            part["lr"] = settings["lr"] * (1 - step / steps)
-        drawn = generator(seed, "prompts", step).choice(len(records), settings["prompts"], replace=False)
-        asked = [records[i] for i in drawn for _ in range(settings["group"])]
-        prompts = [e.input_ids[: e.prompt_length] for e in encode(asked, tokenizer, 96).examples]
-        keys = [derive(seed, "answers", step, i) for i in range(len(prompts))]
-        texts = decoder.answers(prompts, len(prompts), 2, temperature=1.0, keys=keys)
-        rewards = np.array([text.strip() == e.output for text, e in zip(texts, asked, strict=True)], float)
-        groups = rewards.reshape(-1, settings["group"])
-        advantages = ((groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 1e-4)).reshape(-1)
-        telling = [i for i in range(len(asked)) if advantages[i] and texts[i].strip()]
-        adam.zero_grad()
-        for sign in (1.0, -1.0):  # binary rewards: within a group one advantage each; passes by equal weights
-            for value in sorted({abs(advantages[i]) for i in telling if advantages[i] * sign > 0}):
-                same = [i for i in telling if advantages[i] == sign * value]
-                answered = encode([replace(asked[i], output=texts[i].strip()) for i in same], tokenizer, 96).examples
-                loss, _ = response_loss(model, collate(answered, 0))
-                (sign * value * loss / len(asked)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-    return {**prefixed(before, "base_"), **scores(model, tokenizer, seed), "steps": steps}
-
-
-def scores(model: Any, tokenizer: Any, seed: int) -> dict[str, float]:
-    """Held-out exact match of greedy answers, and the loss."""
-    model.train(False)
-    records: list[Example] = held_out(seed)
-    examples = encode(records, tokenizer, 96).examples
-    answers = generate(model, tokenizer, examples, 64, 12)
-    loss = evaluate_loss(model, examples, 8, 0).loss
-    return {"exact_match": exact_match(answers, [record.output for record in records]), "loss": loss}
-
-
-def prefixed(values: dict[str, float], prefix: str) -> dict[str, float]:
-    return {prefix + name: value for name, value in values.items()}
-
-
-def table(out: Path, names: list[str]) -> None:
-    heads = ("what is tuned on", "exact answers, base", "after", "held-out loss, base", "after", "seeds")
+def table(out: Path) -> None:
+    """What is in OUT, a line for each row and its rates."""
+    found = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    heads = ("what is tuned on", "lr", "eps", "exact answers, base", "after", "by seed", "held-out loss, base", "after")
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
-    for name in names:
-        files = [folder(out, name, seed) / "result.json" for seed in SEEDS]
-        found = [json.loads(file.read_text()) for file in files if file.exists()]
-        if found:
-            columns = ("base_exact_match", "exact_match", "base_loss", "loss")
-            cells = [spread([one[column] for one in found]) for column in columns]
-            print(f"| {name} | {' | '.join(cells)} | {[round(one['exact_match'], 3) for one in found]} |")
-
-
-def folder(out: Path, name: str, seed: int) -> Path:
-    return out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    kinds = dict.fromkeys((one["row"], one["settings"].get("lr"), one["settings"].get("eps")) for one in found)
+    for row, lr, eps in kinds:
+        same = [one for one in found if (one["row"], one["settings"].get("lr"), one["settings"].get("eps")) == (row, lr, eps)]
+        by_seed = ", ".join(f"{one['seed']}: {one['after_exact_match']:.3f}" for one in same)
+        base, after = (spread([one[f"{when}_exact_match"] for one in same]) for when in ("base", "after"))
+        losses = (spread([one[f"{when}_loss"] for one in same]) for when in ("base", "after"))
+        print(f"| {row} | {lr} | {eps} | {base} | {after} | {by_seed} | {' | '.join(losses)} |")
 
 
 def spread(values: list[float]) -> str:

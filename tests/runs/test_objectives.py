@@ -17,7 +17,7 @@ import fedkseed as fk
 from fedkseed.data import Example
 from fedkseed.demo import clients, held_out, model_folder
 from fedkseed.errors import ConfigError, DataError
-from fedkseed.evaluation import EvalLoss
+from fedkseed.evaluation import Decoder, EvalLoss
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.provenance import records_digest
@@ -74,6 +74,21 @@ def test_the_same_run_again_is_the_same_and_goes_on_where_it_was(tiny: Path, tmp
     assert fk.simulate(settings, tmp_path / "cut").ledger.digest() == whole.digest()
     greedy = simulation(tmp_path / "greedy", settings | {"temperature": 0.0})[0].train()
     assert greedy.digest() != whole.digest()
+
+
+def test_the_batch_of_a_probe_is_answered_at_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass costs a GPU as much for few records as for many."""
+    batches: list[tuple[int, int]] = []
+    answers = Decoder.answers
+
+    def counted(self: Decoder, prompts: Any, batch_size: int, *others: Any) -> list[str]:
+        batches.append((len(prompts), batch_size))
+        return answers(self, prompts, batch_size, *others)
+
+    monkeypatch.setattr(Decoder, "answers", counted)
+    fk.simulate(demo(objective="exact-match", batch_size=20, local_steps=1, directions=1), tmp_path / "run")
+    assert batches.count((20, 20)) == 2 * 2  # of two clients, a pair of probes each
+    assert {batch_size for _, batch_size in batches} == {20}  # of an evaluation too
 
 
 # --- What is bad ---

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedkseed")
 F64 = NDArray[np.float64]
 BATCH = 16
-"""Records that are answered or compared at once when all of a set are."""
+"""Records that are answered or compared at once when all of a set are; a step's batch is answered at once whatever its size."""
 TIE = 1e-4
 """Nats: two computations of one margin may differ so much."""
 
@@ -49,6 +49,7 @@ class Answers:
         stop_ids: what ends an answer.
         max_new_tokens: longest answer.
         temperature: 0 answers greedily; of training's answers only.
+        batch_size: records that are answered at once.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Answers:
     stop_ids: tuple[int, ...]
     max_new_tokens: int
     temperature: float
+    batch_size: int
 
     def task(
         self,
@@ -113,10 +115,10 @@ class AnswerTask(TextTask):
         key: int,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> F64:
-        prompts = [self._examples[i].input_ids[: self._examples[i].prompt_length] for i in places]
+        goal, prompts = self._goal, [self._examples[i].input_ids[: self._examples[i].prompt_length] for i in places]
         keys = [derive(key, place) for place in range(len(prompts))] if temperature else ()
         with self._watch("forward"):
-            texts = self._decoder.answers(prompts, BATCH, self._goal.max_new_tokens, on_progress, temperature, keys)
+            texts = self._decoder.answers(prompts, goal.batch_size, goal.max_new_tokens, on_progress, temperature, keys)
         return np.array([self._score(self._records[i], text) for i, text in zip(places, texts, strict=True)])
 
     def _score(self, record: Example, answer: str) -> float:
@@ -298,4 +300,5 @@ def goal_of(
             f"--max-new-tokens is {config.max_new_tokens} and the longest prompt has {longest} tokens; {learner.source} takes "
             f"{context}, so lower it or --max-length, which cuts prompts"
         )
-    return Answers(config.objective, found, learner, stop_ids, config.max_new_tokens, config.temperature)
+    at_once = max(BATCH, config.batch_size)
+    return Answers(config.objective, found, learner, stop_ids, config.max_new_tokens, config.temperature, at_once)
