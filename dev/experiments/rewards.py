@@ -31,9 +31,7 @@ from fedkseed.files import write_atomically
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.randomness import derive, generator
 
-SCORED = {"objective": "exact-match", "local_steps": 5, "directions": 8}
-GRADIENTS = {"algorithm": "fedkseed-grad", "local_optimizer": "adam", "local_steps": 26, "lr": 2e-3}
-"""26 steps, 3 passes a record each, are 78 of the 80 passes a record that 5 steps of 16 answers each are."""
+DIRECTIONS = 8
 POLICY_GRADIENT = "policy gradient"
 
 
@@ -44,6 +42,7 @@ class Task:
     Attributes:
         records: module with `clients(seed)` and `held_out(seed)`.
         settings: of all runs.
+        steps: that a client takes in a round of a run on scores, of 16 answers a record each.
         scored: of runs on scores, rates aside.
         rates: of runs on scores, by how they are scaled.
         answer: longest held-out answer in tokens.
@@ -53,6 +52,7 @@ class Task:
 
     records: types.ModuleType
     settings: dict[str, Any]
+    steps: int
     scored: dict[str, Any]
     rates: dict[str, float]
     answer: int
@@ -63,12 +63,15 @@ class Task:
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
         """The settings of each row beside those of all."""
-        reward = {**SCORED, **self.scored, "lr": self.rates["z-scores"]}
+        passes = 2 * DIRECTIONS * self.steps  # of a record
+        scored = {"objective": "exact-match", "local_steps": self.steps, "directions": DIRECTIONS}
+        reward = {**scored, **self.scored, "lr": self.rates["z-scores"]}
+        adam = {"algorithm": "fedkseed-grad", "local_optimizer": "adam", "lr": 2e-3}
         return {
             "reward": reward,
             "reward, control": {**reward, "responses": "shuffled"},
-            "loss, two points": {"local_steps": 40, "lr": "auto"},
-            "loss, gradients": GRADIENTS,
+            "loss, two points": {"local_steps": passes // 2, "lr": "auto"},
+            "loss, gradients": {**adam, "local_steps": passes // 3},
             POLICY_GRADIENT: {"lr": self.policy_lr},
             "reward, ranks": {**reward, "scaling": "ranks", "lr": self.rates["ranks"]},
             "reward, raw slopes": {**reward, "scaling": "none", "lr": self.rates["none"]},
@@ -78,9 +81,9 @@ class Task:
     @property
     def passes(self) -> int:
         """Forward passes of a record in a run on scores."""
-        one = {**self.settings, **SCORED}
+        one = self.settings
         cohort = max(1, int(one["fraction_train"] * one["num_clients"]))
-        return 2 * one["directions"] * one["local_steps"] * one["batch_size"] * one["num_rounds"] * cohort
+        return 2 * DIRECTIONS * self.steps * one["batch_size"] * one["num_rounds"] * cohort
 
 
 COMMON = {
@@ -91,6 +94,7 @@ TASKS = {
     "demo": Task(
         demo,
         {**COMMON, "num_clients": 20, "fraction_train": 0.1, "batch_size": 16},
+        5,
         {"eps": 3e-2, "max_new_tokens": 2},
         {"z-scores": 2e-3, "ranks": 6e-3, "none": 2e-3},
         answer=12, prompts=8, group=8, policy_lr=1e-3,
@@ -98,6 +102,7 @@ TASKS = {
     "sums": Task(
         sums,
         {**COMMON, "num_clients": 10, "fraction_train": 0.2, "batch_size": 64, "template": str(sums.TEMPLATE)},
+        4,
         {"eps": 4e-3, "max_new_tokens": 2},
         {"z-scores": 3e-4, "ranks": 1e-3, "none": 1.7e-5},
         answer=2, prompts=16, group=8, policy_lr=1e-5,
