@@ -56,10 +56,12 @@ class Plan:
     rounds: int
     slow_rounds: int
     compared: int
+    large: Size | None = None
 
 
 SIZES = (Size("135M", 30, 576, 1536, 9, 3, 49152), Size("1.3B", 24, 2048, 5632, 32, 32, 32000))
-REAL = Plan(SIZES, (torch.bfloat16, torch.float32), (1024, 4096), (1024, 4096, 65536), 256, 4, 20, 3, 300_007)
+LARGE = Size("13B", 40, 5120, 13824, 40, 40, 32000)
+REAL = Plan(SIZES, (torch.bfloat16, torch.float32), (1024, 4096), (1024, 4096, 65536), 256, 4, 20, 3, 300_007, LARGE)
 TOY = Plan((Size("toy", 1, 16, 24, 2, 1, 40),), (torch.bfloat16,), (2,), (2,), 8, 1, 1, 1, 300)
 
 
@@ -78,7 +80,7 @@ def llama(size: Size, dtype: torch.dtype) -> torch.nn.Module:
     )
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def check_bits(n: int) -> None:
@@ -244,6 +246,60 @@ def folds(plan: Plan, model: torch.nn.Module, label: str) -> list[Row]:
     return rows
 
 
+def peak(run: Callable[[], object]) -> float:
+    """MiB that were allocated at most while it ran."""
+    if INTERPRETED:
+        run()
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def wall(run: Callable[[], object]) -> float:
+    """Seconds by the wall clock, of something that waits for the device."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def gradient(plan: Plan, size: Size, model: torch.nn.Module, label: str) -> list[Row]:
+    """A gradient folded as backward makes it, beside a plain backward pass, which keeps all of it; and the rebuild."""
+    ids = torch.randint(0, size.vocabulary, (1, plan.tokens), device=DEVICE)
+
+    def loss() -> torch.Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+
+    def plain() -> None:
+        value = loss()
+        value.backward()
+        value.item()
+        model.zero_grad(set_to_none=True)
+
+    plain()
+    whole, seconds = peak(plain), statistics.median(wall(plain) for _ in range(plan.rounds))
+    bound = fk.bind(model, fk.SeedPool(1, max(plan.pools)), backend="gpu")
+
+    def folded() -> None:
+        with bound.folding() as fold:
+            loss().backward()
+        fold.numbers()
+
+    folded()
+    used, each = peak(folded), [wall(folded) for _ in range(plan.rounds)]
+    numbers = np.full(max(plan.pools), 1e-9, np.float32)
+    rebuilt = times(lambda: bound.rebuild(numbers), plan.rounds, warm_up=2)
+    return [
+        Row(f"{label}: peak memory, weights and a plain backward pass", whole, "MiB", whole, whole),
+        Row(f"{label}: peak memory, weights, base and a folded backward pass", used, "MiB", used, used),
+        spread(f"{label}: a folded backward pass, times a plain one", [s / seconds for s in each], "x"),
+        spread(f"{label}: hadamard, K = {max(plan.pools)}: rebuild after it", [1e3 * s for s in rebuilt], "ms"),
+    ]
+
+
 def step(plan: Plan, size: Size, model: torch.nn.Module, label: str) -> list[Row]:
     """A local step beyond its two forward passes, by the wall clock (each loss waits for the device), and peak memory."""
     ids = torch.randint(0, size.vocabulary, (1, plan.tokens), device=DEVICE)
@@ -252,19 +308,6 @@ def step(plan: Plan, size: Size, model: torch.nn.Module, label: str) -> list[Row
     def loss(step: int) -> float:
         logits = model(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
-
-    def wall(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    def peak(run: Callable[[], object]) -> float:
-        if INTERPRETED:
-            run()
-            return 0.0
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() / 2**20
 
     steps, settings = plan.steps, StepSettings(lr=1e-9, eps=1e-3)
     rows = [Row(f"{label}: peak memory, inference alone", (alone := peak(lambda: loss(0))), "MiB", alone, alone)]
@@ -293,10 +336,12 @@ def measure(plan: Plan) -> list[Row]:
             rows += speed(plan, size, model, label)
             rows += folds(plan, model, label)
             if dtype == torch.bfloat16:
-                rows += step(plan, size, model, label)
+                rows += step(plan, size, model, label) + gradient(plan, size, model, label)
             del model
             if not INTERPRETED:
                 torch.cuda.empty_cache()
+    if plan.large is not None:
+        rows += gradient(plan, plan.large, llama(plan.large, torch.bfloat16), f"{plan.large.name}, bfloat16")
     return rows
 
 
