@@ -78,6 +78,18 @@ def test_float_tensors_are_tuned_and_a_line_says_so(wrapped: bool, caplog: pytes
 
 
 @wrapping
+def test_a_loop_tunes_them_and_says_so_too(wrapped: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = fk.prepare(Quantised(wrapped), POOL, lr=1e-2)
+    assert [line.split(",")[0] for line in caplog.messages] == ["left as they are: 1 quantised tensor"]
+    (model.norm.square().sum() + model.scale.sum()).backward()
+    optimizer.step()
+    ledger, fresh = fk.release(model), Quantised(wrapped)
+    fk.apply(fresh, ledger)
+    assert fk.bind(fresh, POOL).digest() == fk.bind(model, POOL).digest()
+    assert not torch.equal(fresh.norm, Quantised(wrapped).norm)
+
+
+@wrapping
 def test_another_integer_or_scale_is_another_base(wrapped: bool) -> None:
     model = Quantised(wrapped)
     ledger = fk.Ledger.of(fk.bind(model, POOL), np.zeros(16, np.float32))

@@ -20,7 +20,7 @@ from fedkseed.kseed.coding import BITS, LARGEST, encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import DECAY, SQUARE_DECAY, TINY
 from fedkseed.kseed.pages import Basis, Page
-from fedkseed.models.binding import Binding
+from fedkseed.models.binding import Binding, bind
 from fedkseed.models.closed_page import Movement
 from fedkseed.models.parameters import NUMBERS
 from fedkseed.models.projection import Projection
@@ -256,7 +256,7 @@ def prepare(
     """
     if wire not in BITS:
         raise InvalidValueError(f"wire is {wire!r:.40}; expected one of {', '.join(BITS)}")
-    bound = Binding(model, pool, base, backend)
+    bound = bind(model, pool, base, backend)
     bound.open_page(pool, movement=movement)
     child = KNumbers(bound, wire)
     made = optimizer([child.numbers], lr=lr)
