@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.command_line import CommandLine, assert_one_line
@@ -43,6 +44,60 @@ def test_a_loss_is_set_against_the_bytes_and_the_time_of_all_rounds_before_it(ma
     assert "4.0000 before anything was sent, 3.5000 after 7.22 kB" in chart(run, "loss_by_bytes").alt
     assert "3.5000 after 7.0 s" in chart(run, "loss_by_time").alt
     assert chart(make([evaluation(0, 4.0), closed(1)], 1, "short"), "loss_by_bytes").draw is None
+
+
+def scored(n: int, reward: float) -> list[dict[str, Any]]:
+    """A round of a run on scores, which has no losses of training, and the evaluation behind it."""
+    clients = {"client-01": {"weight": 1.0, "loss": None, "reward": 0.5 + reward}}
+    told = closed(n, train_loss=None, train_reward=0.5 + reward, clients=clients)
+    return [told, evaluation(n, 4.0 - 0.1 * n, eval_reward=reward)]
+
+
+def test_a_run_on_scores_shows_its_reward_and_no_training_loss(make: Maker) -> None:
+    events = [evaluation(0, 4.0, eval_reward=-0.125), *scored(1, math.nan), *scored(2, 0.25)]
+    run = make(events, 2, algorithm="fedkseed", objective="exact-match")
+    shown = chart(run, "reward")
+    assert shown.alt.endswith(
+        "held-out records: -0.125 at round 0, 0.25 at round 2; training: 0.75 at round 2, 0.75 at round 2."
+    )
+    assert "training_loss" not in {one.name for one in charts(read(run))}
+    record = read(run)
+    text = Outline(page(run, record, charts(record), {})).text
+    assert "Reward on held-out records -0.125 \N{RIGHTWARDS ARROW} 0.250 exact-match, after round 2" in text
+    assert "round reward held-out training bytes time 0 -0.125 4.0000" in text
+    assert "2 0.250 training 0.750 3.8000" in text
+    assert shown.draw is not None
+    unscored = make([closed(1, train_loss=None)], 1, "unscored", algorithm="fedkseed", objective="exact-match")
+    assert chart(unscored, "reward").draw is None
+
+
+def test_a_run_on_the_loss_has_no_reward(make: Maker) -> None:
+    """The control: the same numbers of a run that is tuned on the loss."""
+    run = make([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1)
+    assert {one.name for one in charts(read(run))} >= {"training_loss", "held_out_loss"}
+    assert "reward" not in {one.name for one in charts(read(run))}
+    assert "eward" not in Outline(page(run, read(run), charts(read(run)), {})).text.partition("Settings")[0]
+
+
+def test_preferences_have_a_training_loss_and_a_reward(make: Maker) -> None:
+    events = [evaluation(0, 4.0, eval_reward=0.5), closed(1), evaluation(1, 3.9, eval_reward=0.75)]
+    run = make(events, 1, algorithm="fedkseed", objective="dpo")
+    assert chart(run, "reward").alt.endswith("held-out records: 0.5 at round 0, 0.75 at round 1.")
+    assert chart(run, "training_loss").draw is not None
+
+
+def test_rewards_of_several_runs_are_over_one_another_where_there_are_any(make: Maker) -> None:
+    losses = make([evaluation(0, 4.0), closed(1), evaluation(1, 3.9)], 1, "on-losses", algorithm="fedkseed")
+    settings = {"algorithm": "fedkseed", "objective": "rouge-l"}
+    one, two = (
+        make([evaluation(0, 4.0, eval_reward=0.1), *scored(1, value)], 1, name, **settings)
+        for name, value in (("one", 0.5), ("two", 0.3))
+    )
+    shown = {c.name: c for c in several.charts_of({run.name: read(run) for run in (losses, one, two)})}
+    assert shown["compared_reward"].alt.endswith("at the end of each one: 0.5 at round 1; two: 0.3 at round 1.")
+    content = several.page({run.name: read(run) for run in (losses, one)}, [], {})
+    assert "held-out reward (rouge-l) 0.500 from 0.100" in Outline(content).text
+    assert "compared_reward" not in {c.name for c in several.charts_of({"a": read(losses), "b": read(losses)})}
 
 
 @pytest.mark.parametrize(

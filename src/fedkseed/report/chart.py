@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fedkseed.report.drawing import Draw
 
 LOSS, BYTES, TIME = "held-out loss (nats per token)", "bytes moved, all clients, both ways", "time of the rounds"
+REWARD = "reward"
 GRADIENT, CHANGE, MOVED = "projected gradients (rms)", "length of a change", "move of a weight (rms)"
 """What axes are called, in this report and in one of several runs."""
 

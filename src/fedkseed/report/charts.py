@@ -9,7 +9,7 @@ import numpy as np
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.report import drawing, units
 from fedkseed.report.chart import Chart, absent
-from fedkseed.report.course import distance, loss_by_bytes, loss_by_time, lost, sent
+from fedkseed.report.course import distance, loss_by_bytes, loss_by_time, lost, reward, sent
 from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import (
     ACTIVITIES,
@@ -50,8 +50,10 @@ def _held_out_loss(record: RunRecord) -> Chart:
     return Chart(name, title, f"{alt}.", "The solid line should fall below the dashed one, which is the first value.", draw)
 
 
-def _training_loss(record: RunRecord) -> Chart:
+def _training_loss(record: RunRecord) -> Chart | None:
     name, title = "training_loss", "Training loss by round, over the cohort"
+    if not record.config.goal.smooth:
+        return None
     rounds = [r for r in record.rounds if r.train_loss is not None]
     if not rounds:
         why = "No client has reported a training loss: every step was dropped." if record.rounds else "No round is done yet."
@@ -191,6 +193,7 @@ def _time(record: RunRecord) -> Chart:
 
 
 CHARTS: dict[str, Callable[[RunRecord], Chart | None]] = {
+    "reward": reward,
     "held_out_loss": _held_out_loss,
     "training_loss": _training_loss,
     "loss_by_bytes": loss_by_bytes,

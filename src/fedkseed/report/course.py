@@ -1,12 +1,32 @@
-"""Charts of how a run went: what a lower loss cost, what clients sent, how far the model has moved, what was lost."""
+"""Charts of how a run went: its score, what a lower loss cost, what clients sent, how far the model moved, what was lost."""
 
 from __future__ import annotations
 
 from fedkseed.report import drawing, units
-from fedkseed.report.chart import BYTES, CHANGE, GRADIENT, LOSS, MOVED, TIME, Chart, absent
+from fedkseed.report.chart import BYTES, CHANGE, GRADIENT, LOSS, MOVED, REWARD, TIME, Chart, absent
 from fedkseed.report.drawing import Curve
-from fedkseed.report.reading import RunRecord
+from fedkseed.report.reading import RunRecord, is_finite
 from fedkseed.report.summary import lost_shares, spent
+
+
+def reward(record: RunRecord) -> Chart | None:
+    """The score that is to rise; None of a run that is tuned on the loss."""
+    name, title = "reward", "Reward by round"
+    if record.config.objective == "loss":
+        return None
+    held_out = [(e.server_round, e.finite_reward) for e in record.evaluations if e.finite_reward is not None]
+    training = [(r.server_round, r.train_reward) for r in record.rounds if r.train_reward is not None]
+    named = {"held-out records": held_out, "training": [(n, value) for n, value in training if is_finite(value)]}
+    shown = {label: points for label, points in named.items() if points}
+    if not shown:
+        return absent(name, title, "No answer has been scored yet.")
+    draw = drawing.curves([Curve(label, *zip(*points, strict=True)) for label, points in shown.items()], "round", False, REWARD)
+    ends = "; ".join(
+        f"{label}: {points[0][1]:.4g} at round {points[0][0]}, {points[-1][1]:.4g} at round {points[-1][0]}"
+        for label, points in shown.items()
+    )
+    caption = "Rising while the held-out loss rises too is forgetting, or a score that can be had without answering."
+    return Chart(name, title, f"Line chart of the mean score by round. {ends}.", caption, draw)
 
 
 def loss_by_bytes(record: RunRecord) -> Chart:

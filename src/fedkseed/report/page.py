@@ -88,6 +88,10 @@ def _clients_of(record: RunRecord) -> str:
 def _cards(record: RunRecord) -> list[Html]:
     cards = [_loss_card(record)]
     before, after = before_and_after(record)
+    if after and after.finite_reward is not None:
+        start = f"{before.finite_reward:.3f} → " if before and before.finite_reward is not None else ""
+        about = f"{record.config.objective}, after round {after.server_round}"
+        cards.append(card("Reward on held-out records", f"{start}{after.finite_reward:.3f}", about))
     if after and after.rouge_l is not None:
         start = f"{before.rouge_l:.3f} → " if before and before.rouge_l is not None else ""
         cards.append(card("Rouge-L on held-out records", f"{start}{after.rouge_l:.3f}", f"after round {after.server_round}"))
@@ -231,10 +235,20 @@ def _rounds(record: RunRecord) -> Html:
     held_out = {e.server_round: e for e in record.evaluations}
     rounds = {r.server_round: r for r in record.rounds}
     rows: list[list[Text]] = []
+    of_scores = record.config.objective != "loss"
+
+    def reward(n: int) -> list[Text]:
+        if not of_scores:
+            return []
+        own = held_out[n].finite_reward if n in held_out else None
+        training = rounds[n].train_reward if n in rounds else None
+        under = "" if training is None else quiet(f"training {training:.3f}").text
+        return [Html((units.NONE if own is None else f"{own:.3f}") + under)]
+
     for n in sorted(held_out.keys() | rounds.keys()):
         loss = units.loss(held_out[n].loss) if n in held_out else units.NONE
         if n not in rounds:
-            rows.append([str(n), loss, units.NONE, units.NONE, units.duration(held_out[n].seconds)])
+            rows.append([str(n), *reward(n), loss, units.NONE, units.NONE, units.duration(held_out[n].seconds)])
             continue
         r, own = rounds[n], rounds[n].finite_losses()
         spread = f"{min(own):.2f} to {max(own):.2f}" if own else ""
@@ -244,6 +258,7 @@ def _rounds(record: RunRecord) -> Html:
         rows.append(
             [
                 str(n),
+                *reward(n),
                 loss,
                 Html(escape(units.loss(r.train_loss)) + quiet(spread).text),
                 Html(f"{r.bytes_down:,.0f} / {r.bytes_up:,.0f}" + "".join(note.text for note in notes)),
@@ -251,7 +266,8 @@ def _rounds(record: RunRecord) -> Html:
             ]
         )
     caption = "Losses in nats per token, with the spread over the clients; bytes down / up, mean per client."
-    return details("Every round", table(caption, ["round", "held-out", "training", "bytes", "time"], rows, 1))
+    header = ["round", *(["reward"] if of_scores else []), "held-out", "training", "bytes", "time"]
+    return details("Every round", table(caption, header, rows, 1))
 
 
 def _clients(record: RunRecord) -> Html:

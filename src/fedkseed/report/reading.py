@@ -27,13 +27,19 @@ class Evaluation:
     rouge_l: float | None
     num_examples: int | None
     seconds: float
+    reward: float | None = None
+
+    @property
+    def finite_reward(self) -> float | None:
+        """The mean score, of a run that is tuned on scores or preferences, if it is a number."""
+        return self.reward if self.reward is not None and is_finite(self.reward) else None
 
 
 @dataclass(frozen=True)
 class Round:
     """One closed round.
 
-    Bytes are means per client, seconds include the clients' work, steps are of the whole cohort. The last six are as
+    Bytes are means per client, seconds include the clients' work, steps are of the whole cohort. The last seven are as
     `metrics.jsonl` has them (docs/federation.md), `counted` by client; None or empty in runs of before, and of algorithms and
     rules that have none.
     """
@@ -56,6 +62,7 @@ class Round:
     clipped_scalars: int | None = None
     counted: Mapping[str, float] = field(default_factory=dict)
     epsilon: float | None = None
+    train_reward: float | None = None
 
     @property
     def num_asked(self) -> int:
@@ -179,6 +186,7 @@ def _evaluation(event: dict[str, Any]) -> Evaluation:
         rouge_l=None if rouge_l is None else _number(event, "rouge_l"),
         num_examples=_count(event, "num_examples") if "num_examples" in event else None,
         seconds=_number(event, "seconds") if "seconds" in event else 0.0,
+        reward=None if event.get("eval_reward") is None else _loss(event["eval_reward"]),
     )
 
 
@@ -206,6 +214,7 @@ def _round(event: dict[str, Any]) -> Round:
         counted={
             str(name): _number(client, "counted") for name, client in event.get("clients", {}).items() if "counted" in client
         },
+        train_reward=None if event.get("train_reward") is None else _loss(event["train_reward"]),
         **{name: _number(event, name) for name in SIZES if event.get(name) is not None},
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedkseed.report import drawing, units
-from fedkseed.report.chart import BYTES, CHANGE, GRADIENT, LOSS, MOVED, TIME, Chart, absent
+from fedkseed.report.chart import BYTES, CHANGE, GRADIENT, LOSS, MOVED, REWARD, TIME, Chart, absent
 from fedkseed.report.drawing import LINES, Curve
 from fedkseed.report.markup import Html, Text, document, figures, quiet, table, tag
 from fedkseed.report.reading import Round, RunRecord, is_finite
@@ -16,7 +16,9 @@ from fedkseed.text import counted, visible
 LONGEST_NAME = 24
 UNLIKE = 20.0
 """Where runs spent amounts that differ by more than this factor, the axis is logarithmic."""
-CHARTS = frozenset(f"compared_{name}" for name in ("loss", "loss_by_bytes", "loss_by_time", "gradients", "changes", "distance"))
+CHARTS = frozenset(
+    f"compared_{name}" for name in ("reward", "loss", "loss_by_bytes", "loss_by_time", "gradients", "changes", "distance")
+)
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
@@ -41,6 +43,14 @@ def charts_of(records: Mapping[str, RunRecord]) -> list[Chart]:
         ),
     }  # fmt: skip
     made = []
+    rewards = {
+        run: [(e.server_round, e.finite_reward) for e in record.evaluations if e.finite_reward is not None]
+        for run, record in records.items()
+    }
+    if any(rewards.values()):
+        curves = [Curve(_short(run), [n for n, _ in own], [reward for _, reward in own]) for run, own in rewards.items()]
+        caption = "Of held-out records; comparable between runs of one objective."
+        made.append(_chart("compared_reward", "Held-out reward by round", curves, "round", REWARD, None, caption))
     for name, (title, label, unit, where) in losses.items():
         curves = [Curve(_short(run), [where(p) for p in own], [p.loss for p in own]) for run, own in points.items()]
         caption = "Further down is better, further left is cheaper." if unit else "At equal rounds, whatever a round cost."
@@ -128,6 +138,9 @@ def _card(place: int, name: str, record: RunRecord) -> Html:
         best = min(finite, key=lambda e: e.loss, default=None)
         if best is not None and best.server_round != after.server_round:
             told.append(f"best: {units.loss(best.loss)} after round {best.server_round}")
+    if after is not None and after.finite_reward is not None:
+        start = f" from {before.finite_reward:.3f}" if before and before.finite_reward is not None else ""
+        told.append(f"held-out reward ({config.objective}) {after.finite_reward:.3f}{start}")
     moved = traffic(record.rounds)
     if moved is not None:
         told.append(f"{units.amount(moved.both)} per client and round, {units.size(moved.total)} in all")
