@@ -150,17 +150,13 @@ class Bench:
             raise TimeoutError(f"{cell.method}: the time is over")
         if cell.kind == "base":
             return self.losses(self.base)
-        started = self.memory(reset=True)
         try:
-            found = self.train(cell)
+            return self.train(cell)
         except FedKSeedError as error:  # numbers that are not finite, or too large for the file
-            found = {"choosing": math.inf, "loss": math.inf, "error": str(error)}
-        if started is not None:
-            found["peak_bytes"] = self.memory() - started
-        return found
+            return {"choosing": math.inf, "loss": math.inf, "error": str(error)}
 
     def train(self, cell: Cell) -> dict[str, Any]:
-        method = METHODS[cell.method]
+        method, before = METHODS[cell.method], self.memory(reset=True)
         torch.manual_seed(cell.seed)  # of PEFT's initial values
         model: Any = copy.deepcopy(self.base)
         if method.size:
@@ -188,8 +184,10 @@ class Bench:
             seconds.append(time.perf_counter() - start)
         if cell.kind == "time":
             return {"seconds": statistics.median(seconds[WARM_UP:])}
-        tuned_numbers = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        return {"numbers": tuned_numbers, **saved_bytes(model, method), **self.losses(model)}
+        found = {"numbers": sum(p.numel() for group in optimizer.param_groups for p in group["params"])}
+        if self.device != "cpu":
+            found["peak_bytes"] = self.memory() - before
+        return {**found, **saved_bytes(model, method), **self.losses(model)}
 
     def losses(self, model: Any) -> dict[str, Any]:
         def loss(examples: Sequence[EncodedExample]) -> float:
@@ -197,10 +195,10 @@ class Bench:
 
         return {"choosing": loss(self.records.choosing), "loss": loss(self.records.held_out)}
 
-    def memory(self, reset: bool = False) -> int | None:
-        """Bytes of the device at most since the last reset; at a reset those that are in use. None on the CPU."""
+    def memory(self, reset: bool = False) -> int:
+        """Bytes of the device at most since the last reset; at a reset those that are in use. 0 on the CPU."""
         if self.device == "cpu":
-            return None
+            return 0
         if reset:
             gc.collect()  # of the model before it, which its hooks hold in a cycle
             torch.cuda.empty_cache()
