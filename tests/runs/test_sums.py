@@ -23,8 +23,13 @@ from fedkseed.secure.client import Trained, coded
 from fedkseed.secure.fixed_point import FixedPoint
 
 GRADIENTS = {"algorithm": "fedkseed-grad", "num_seeds": 128, "rounds_per_page": 2, "lr": 0.05, "local_steps": 2}
+SCORES = {
+    "objective": "tests.support.rewards:length", "directions": 2, "local_steps": 2, "max_new_tokens": 3, "temperature": 1.0,
+}  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "scalars": {"num_rounds": 2},
+    "scores as z-scores": {**SCORES, "num_rounds": 2},
+    "scores as ranks": {**SCORES, "num_rounds": 2, "scaling": "ranks"},
     "several directions, steps dropped": {
         "num_rounds": 2,
         "directions": 3,
@@ -74,9 +79,12 @@ def test_the_ledger_is_that_of_the_sum_without_masks_bit_for_bit(tiny: Path, tmp
     ledger, metrics = trained(tmp_path / "sums", settings)
     assert ledger.digest() == without_masks(tmp_path / "open", settings).digest()
     rounds = [event for event in metrics if event["event"] == "round"]
-    assert all(event["train_loss"] > 0 for event in rounds)
+    scored = "objective" in changes
+    assert all(event["train_reward" if scored else "train_loss"] > 0 for event in rounds)
+    hidden = {"loss", "reward"} if scored else {"loss"}
     for event in rounds:
-        assert all(set(one) == {"weight", "loss"} and one["loss"] is None for one in event["clients"].values())
+        assert all(set(one) == {"weight", *hidden} for one in event["clients"].values())
+        assert all(one[name] is None for one in event["clients"].values() for name in hidden)
         assert "projected_grad_rms" not in event
         assert "change_norm" not in event
 
@@ -102,7 +110,9 @@ def test_changes_are_on_the_same_terms_whatever_pages_a_client_has(tiny: Path, t
     assert terms(requests[0].encode()) != terms(replace(requests[0], lr=1e-9).encode())
 
 
-@pytest.mark.parametrize("changes", [{"shared_seeds": "on"}, GRADIENTS], ids=["scalars", "changes"])
+@pytest.mark.parametrize(
+    "changes", [{"shared_seeds": "on"}, {"shared_seeds": "on", **SCORES}, GRADIENTS], ids=["scalars", "scores", "changes"]
+)
 def test_it_learns_what_a_run_without_sums_learns(tiny: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Beyond the rounding of 2^-31 of the clip, and where clients weigh less than a half, nothing differs."""
     changes = {**changes, "aggregator": "mean", "weighting": "equal", "num_rounds": 2}
@@ -112,7 +122,8 @@ def test_it_learns_what_a_run_without_sums_learns(tiny: Path, tmp_path: Path, ch
     assert np.abs(ledger.coefficients - plain.coefficients).max() < 0.01 * moved
     ours, theirs = ([event for event in each if event["event"] == "round"] for each in (metrics, usual))
     assert [event["dropped_steps"] for event in ours] == [event["dropped_steps"] for event in theirs]
-    assert [event["train_loss"] for event in ours] == pytest.approx([event["train_loss"] for event in theirs], rel=1e-3)
+    told = "train_reward" if "objective" in changes else "train_loss"
+    assert [event[told] for event in ours] == pytest.approx([event[told] for event in theirs], rel=1e-3)
 
 
 def test_numbers_are_clipped_before_they_are_summed(tiny: Path, tmp_path: Path) -> None:

@@ -3,5 +3,9 @@
 from fedkseed.data import Example
 
 
+def length(record: Example, answer: str) -> float:
+    return float(len(answer))
+
+
 def shortness(record: Example, answer: str) -> float:
     return -float(len(answer))
