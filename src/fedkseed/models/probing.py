@@ -30,6 +30,8 @@ LATER, PADDED = 1e-4, 1e-3
 """As a share of the largest logit: what rounding makes of equal logits in float32, in passes of equal shapes and of others."""
 HALF_LATER, HALF_PADDED = 2, 16
 """The same for half precision, in units of its rounding."""
+PRODUCTS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+"""What `torch.set_float32_matmul_precision` leaves of float32's products: TF32 has as many digits as float16."""
 PART = 1 << 20
 """Elements that are added up at once."""
 
@@ -286,8 +288,9 @@ def _alike(x: torch.Tensor, y: torch.Tensor, share: float, half: int) -> bool:
     """Whether logits are equal but for rounding."""
     if not x.numel():
         return True
-    if x.dtype != torch.float32:
-        share = half * torch.finfo(x.dtype).eps
+    digits = x.dtype if x.dtype != torch.float32 else PRODUCTS[torch.get_float32_matmul_precision()]
+    if digits != torch.float32:
+        share = half * torch.finfo(digits).eps
     return bool((x.float() - y.float()).abs().max() <= share * y.float().abs().max())
 
 

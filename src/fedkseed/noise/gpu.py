@@ -45,6 +45,8 @@ WIDEST_ACCESS = 16
 """Bytes that a thread reads or writes at once, at addresses that are multiples of it."""
 FOLD_PROGRAMS = 1024
 """Programs of a fold's launch at most: what a large GPU runs at a time. No device is asked, so all add in one order."""
+_Row = tuple[int, int, int, int, int]
+"""A row of the work table but for its last column, which comes of those before it."""
 STEPS_PER_LANE = 4
 """A launch with fewer steps for each lane uses fewer lanes."""
 
@@ -127,23 +129,24 @@ class _GpuFold:
 
     def add(self, sources: Sequence[Source]) -> None:
         """See `Fold.add`."""
-        groups: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
+        groups: dict[tuple[Any, ...], list[_Row]] = defaultdict(list)
         for source in sources:
-            x = source.values
-            if x.numel() and self._columns:
-                slot = Slot(x, x, source.tensor_id, source.start)
-                groups[x.device, x.dtype, _is_aligned(slot)].append(slot)
-        for (device, dtype, aligned), slots in groups.items():
+            x, size = source.values, source.values.numel()
+            if size and self._columns:
+                address = x.data_ptr()
+                row = 0, address, source.start, size, _signed(source.tensor_id)
+                groups[x.device, x.dtype, address % WIDEST_ACCESS == 0].append(row)
+        for (device, dtype, aligned), rows in groups.items():
             if device not in self._partial:
                 self._partial[device] = torch.zeros(self._lanes, self._width, dtype=torch.float64, device=device)
                 self._arguments[device] = self._constants_of(device)
             constants = {"KIND": TYPES[dtype], "ALIGNED": aligned}
             if self._hadamard:
                 constants |= {"TILE": kernels.FOLD_TILE, "SMALL": self._entries < kernels.FOLD_TILE}
-                work, steps = _work(slots, self._width)
+                work, steps = _work(rows, self._width)
             else:
-                constants["TILE"] = _tile(False, slots)
-                work, steps = _work(slots, constants["TILE"])
+                constants["TILE"] = _tile(False, max(size for _, _, _, size, _ in rows))
+                work, steps = _work(rows, constants["TILE"])
             lanes = max(1, min(self._lanes, steps // STEPS_PER_LANE))
             with torch.cuda.device(device) if device.type == "cuda" else np.errstate(over="ignore", invalid="ignore"):
                 self._kernel[(self._columns, lanes)](
@@ -168,17 +171,16 @@ class _GpuFold:
 
 def _launch(hadamard: bool, kind: tuple[Any, ...], slots: Sequence[Slot]) -> _Launch:
     device, out, base, aligned = kind
-    tile = _tile(hadamard, slots)
-    work, tiles = _work(slots, tile)
+    tile = _tile(hadamard, max(slot.out.numel() for slot in slots))
+    work, tiles = _work([_row(slot) for slot in slots], tile)
     rows = np.repeat(np.arange(len(work), dtype=np.int32), np.diff(work[:, kernels.FIRST_TILE], append=tiles))
     constants = {"OUT": TYPES[out], "BASE": TYPES[base], "ALIGNED": aligned, "TILE": tile}
     return _Launch(_upload(work, device), _upload(rows, device), tiles, constants)
 
 
-def _tile(hadamard: bool, slots: Sequence[Slot]) -> int:
+def _tile(hadamard: bool, largest: int) -> int:
     """Elements per program. The interpreter takes its time for each program, so there a tile holds the largest slot."""
     if INTERPRETED:
-        largest = max(slot.out.numel() for slot in slots)
         return min(QUANTUM, max(1024, 1 << (largest - 1).bit_length()))
     return kernels.HADAMARD_TILE if hadamard else kernels.GAUSSIAN_TILE
 
@@ -195,8 +197,7 @@ def _pack(mixtures: Sequence[Mixture]) -> NDArray[np.int64]:
     place = facts.size
     for row, mixture in zip(facts, mixtures, strict=True):
         if isinstance(mixture, HadamardMixture):
-            signed_key = mixture.key - (mixture.key >> 63 << 64)
-            row[:3] = place, signed_key, len(mixture.table).bit_length() - 1
+            row[:3] = place, _signed(mixture.key), len(mixture.table).bit_length() - 1
             data = [mixture.table.view(np.int64)]
         elif isinstance(mixture, GaussianMixture):
             row[:2] = place, len(mixture.seeds)
@@ -214,16 +215,23 @@ def _signed_halves(key: int) -> tuple[int, ...]:
     return tuple(word - (word >> 31 << 32) for word in halves(key))
 
 
-def _work(slots: Sequence[Slot], tile: int) -> tuple[NDArray[np.int64], int]:
-    """The work table, int64[slots, COLUMNS], and the number of tiles."""
-    work = np.empty((len(slots), kernels.COLUMNS), np.int64)
-    tiles = 0
-    for row, slot in zip(work, slots, strict=True):
-        base = 0 if slot.base is None else slot.base.data_ptr()
-        signed_id = slot.tensor_id - (slot.tensor_id >> 63 << 64)
-        row[:] = slot.out.data_ptr(), base, slot.start, slot.out.numel(), signed_id, tiles
-        tiles += -(-slot.out.numel() // tile)
-    return work, tiles
+def _row(slot: Slot) -> _Row:
+    base = 0 if slot.base is None else slot.base.data_ptr()
+    return slot.out.data_ptr(), base, slot.start, slot.out.numel(), _signed(slot.tensor_id)
+
+
+def _signed(word: int) -> int:
+    """The signed integer of the same 64 bits."""
+    return word - (word >> 63 << 64)
+
+
+def _work(rows: Sequence[_Row], tile: int) -> tuple[NDArray[np.int64], int]:
+    """The work table, int64[slots, COLUMNS], and the number of tiles. It is made for every call of a fold."""
+    work = np.empty((len(rows), kernels.COLUMNS), np.int64)
+    work[:, : kernels.FIRST_TILE] = rows
+    tiles = -(-work[:, kernels.SIZE] // tile)
+    work[:, kernels.FIRST_TILE] = np.cumsum(tiles) - tiles
+    return work, int(tiles.sum())
 
 
 def _upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:

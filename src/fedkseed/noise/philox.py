@@ -1,6 +1,7 @@
 """Philox4x32-10 and tensor ids in NumPy: the integers that all noise is made of (docs/noise.md, "Terms")."""
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +31,7 @@ def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tupl
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 
+@lru_cache(maxsize=1 << 16)
 def tensor_id(name: str) -> int:
     """The 64-bit id of a tensor: BLAKE2b of its UTF-8 name, 8 bytes, little-endian."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
