@@ -467,6 +467,7 @@ OTHER_VALUES: dict[str, Any] = {
     "server_lr": 0.5,
     "two_point_clients": 0.25,
     "checkpointing": "on",
+    "compile": "on",
     "max_grad": 50.0,
     "max_value": 50.0,
     "train": "model.norm.weight",

@@ -86,7 +86,7 @@ CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
     "checkpointing",
 )  # fmt: skip
-SCALARS = ("directions", "shared_seeds", "scaling", "temperature", "max_new_tokens", "max_moved")
+SCALARS = ("directions", "shared_seeds", "compile", "scaling", "temperature", "max_new_tokens", "max_moved")
 SUMS = ("secure_sums", "secure_clip")
 IMPORTANCE = ("importance_clip", "importance_start")
 TENSORS = ("max_value",)

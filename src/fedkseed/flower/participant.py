@@ -34,7 +34,7 @@ from fedkseed.runs.algorithms import roles_of
 from fedkseed.runs.learner import Learner, learner_of
 from fedkseed.runs.objectives import AnswerTask, PairTask, goal_of
 from fedkseed.runs.records import Records, encoded_for, prepare, sample
-from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, bind_loaded, checkpoint_activations
+from fedkseed.runs.task import BoundModel, Stopwatch, TextTask, bind_loaded, checkpoint_activations, compile_passes
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def load_bound(
     pool: SeedPool,
     pages: bool,
     checkpointing: bool = False,
+    compiled: bool = False,
 ) -> Loaded:
     """Load a base model, ask it and bind it; see `learner_of` and `bind_loaded`.
 
@@ -70,6 +71,7 @@ def load_bound(
         pool: of the run, or of its first page.
         pages: whether the run has pages; those that others have opened are not for one that has not.
         checkpointing: whether backward passes recompute activations.
+        compiled: whether forward passes are compiled.
 
     Raises:
         FedKSeedError: the model cannot be loaded or used.
@@ -78,6 +80,8 @@ def load_bound(
     loaded = bind_loaded(source, learner.model, pool, learner.frozen(*tensors))
     if checkpointing:
         checkpoint_activations(loaded.model)
+    if compiled:
+        compile_passes(loaded.model)
     return Loaded(learner, loaded)
 
 
@@ -92,6 +96,7 @@ def load_for(config: FlowerConfig, *, training: bool) -> Loaded:
         seed_pool(config),
         config.facts.has_pages,
         training and config.checkpointing == "on",
+        training and config.compile == "on",
     )
 
 

@@ -48,6 +48,7 @@ from fedkseed.runs.task import (
     TimedPages,
     bind_loaded,
     checkpoint_activations,
+    compile_passes,
     tune_all_but,
 )
 
@@ -152,6 +153,8 @@ def over_ledger(
     base = check_base(ledger, loaded, config.model)
     if config.checkpointing == "on":
         checkpoint_activations(model)
+    if config.compile == "on":
+        compile_passes(model)
     own = config.privacy if config.dp == "record" else None
     sizes = records.sizes if own is None else dict.fromkeys(records.clients, WITHHELD)
     server = roles.server(config, ledger or base, list(records.clients), guess_loss(model), sizes)

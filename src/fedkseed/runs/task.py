@@ -192,6 +192,25 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
+def compile_passes(model: torch.nn.Module) -> None:
+    """Compile the forward pass for batches of all lengths, by two short records now, which takes a minute or more.
+
+    Losses differ from the plain ones by rounding, so a run keeps to one way. The weights may be moved in place as before.
+
+    Raises:
+        ModelError: torch cannot compile it here; the model is as it was.
+    """
+    model.compile(dynamic=True)
+    records = [EncodedExample(np.zeros(length, np.int32), length // 2) for length in (16, 24)]
+    try:
+        with torch.inference_mode():
+            mean_loss(model, collate(records, 0, next(model.parameters()).device))
+    except Exception as error:  # every backend of torch.compile raises its own
+        model._compiled_call_impl = None
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(f"--compile on: torch cannot compile {type(model).__name__} here ({reason}); leave it out") from error
+
+
 class TextTask:
     """A client's records and their loss under a model; see `fedkseed.federation.task.DifferentiableTask`."""
 
