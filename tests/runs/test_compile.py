@@ -70,6 +70,7 @@ def test_answers_are_not_compiled(tiny: Path, objective: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
 def test_a_compiled_run_learns_what_a_plain_one_does(stories260k: Path, tmp_path: Path) -> None:
     """By torch's own compiler, on a real model: losses within rounding, and weights moved beneath the compiled pass."""
     losses = {}
