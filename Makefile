@@ -32,14 +32,15 @@ bench: $(READY)  ## the budgets, as ratios measured in one run; writes benchmark
 bench-gpu: $(READY)  ## the same on a GPU, after a check of its bits; under eight minutes
 	$(BIN)/python -m benchmarks gpu
 
-demo: $(INSTALLED)  ## a whole federation in a few minutes, with a tiny model that comes along
+demo: $(INSTALLED)  ## a whole federation in half a minute, with a tiny model that comes along
 	$(BIN)/fedkseed demo
 
 clean:
 	rm -rf .venv build dist docs/_build
 
-# torch is asked for by its exact version first: a range may pull gigabytes of CUDA
+# torch by its exact version first, of which pip takes a build for the CPU alone where it is shown one (docs/quickstart.md)
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into .venv what fedkseed needs: some minutes the first time; on Linux torch alone may be gigabytes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -47,5 +48,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # what tests, documents and baselines need beside it
 $(READY): $(INSTALLED)
+	@echo "installing into .venv what tests and documents need"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,flower,baselines]'
 	touch $(READY)

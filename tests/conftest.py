@@ -1,6 +1,7 @@
 """What all tests share: the shared folder, Hypothesis without chance, torch's threads put back, Triton's interpreter."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 # Before torch and NumPy: on tensors as small as these more threads only wait for each other. Laws of threads set their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As in a shell where the environment is active: commands that are told to a user have the program's bare name.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 import torch
 
 if TYPE_CHECKING:

@@ -38,6 +38,10 @@ from fedkseed.kseed.steps import largest_grad
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.audit import audit
 from fedkseed.runs.audit_log import AuditLog
+from fedkseed.secure import messages as secure_messages
+from fedkseed.secure.client import SumClient
+from fedkseed.secure.server import SecureSum
+from tests.support import sums
 from tests.support.mutations import Change, bits, fields, mutated, slices, tensors, values, within
 
 MUTATIONS = 1_000_000
@@ -273,6 +277,58 @@ def read(data: bytes) -> bool:
     return True
 
 
+SUM_PHASES = ("Keys", "Shares", "Masked", "Unmask")
+ONE = sums.names(4)[1]
+
+
+def sum_stages() -> list[tuple[SecureSum, SumClient, dict[str, bytes], dict[str, bytes]]]:
+    """A secure sum before each phase: server, one client, the phase's requests and its replies."""
+    server, clients, stages = SecureSum(sums.plan(sums.names(4))), sums.cohort(4), []
+    while not server.over:
+        before = copy.deepcopy(server), copy.copy(clients[ONE])
+        requests = server.ask()
+        replies = {name: clients[name].answer(data) for name, data in requests.items()}
+        stages.append((*before, requests, replies))
+        server.hear(replies.items())
+    return stages
+
+
+def sum_answered(client: SumClient, kind: type[secure_messages.Message]) -> Callable[[bytes], bool]:
+    """What a client is asked in a phase of a secure sum: whatever it refuses leaves it as it was."""
+
+    def judge(data: bytes) -> bool:
+        asked = copy.copy(client)
+        try:
+            asked.answer(data)
+        except ProtocolError as error:
+            assert asked.state == client.state
+            return refused(error)
+        assert asked.state != client.state
+        assert kind.decode(data).encode() == data
+        return True
+
+    return judge
+
+
+def sum_heard(server: SecureSum, replies: dict[str, bytes], kind: type[secure_messages.Message]) -> Callable[[bytes], bool]:
+    """What one of four clients answers in a phase: the others' are used as before, or the sum ends without a result."""
+
+    def judge(data: bytes) -> bool:
+        now = copy.deepcopy(server)
+        now.hear({**replies, ONE: data}.items())
+        assert now.missing == server.missing
+        assert {refusal.client for refusal in now.refusals} <= set(replies)
+        assert all(0 < len(refusal.reason) < 400 and "\n" not in refusal.reason for refusal in now.refusals)
+        if now.summed is not None:
+            assert np.abs(now.summed.mean).max() <= sums.CLIP
+        if any(refusal.client == ONE for refusal in now.refusals):
+            return False
+        assert kind.decode(data).encode() == data
+        return True
+
+    return judge
+
+
 def ledgers() -> list[bytes]:
     found = []
     for way in WAYS:
@@ -358,6 +414,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     for cls, corpus in asked.items():
         more = (10**6,) if cls is TensorRequest else ()
         found[f"request, {cls.__name__}"] = Row(corpus, packed, same_bytes(cls, *more), 8)
+    for phase, (a_server, one, requests, replies) in zip(SUM_PHASES, sum_stages(), strict=True):
+        request, reply = (getattr(secure_messages, f"{phase}{word}") for word in ("Request", "Reply"))
+        own, others = [requests[ONE]], [requests[name] for name in requests if name != ONE]
+        found[f"secure sum, {request.__name__}"] = Row([*own, *others], packed, sum_answered(one, request), 2)
+        own, others = [replies[ONE]], [replies[name] for name in replies if name != ONE]
+        found[f"secure sum, {reply.__name__}"] = Row([*own, *others], packed, sum_heard(a_server, replies, reply), 2)
     hello = Hello(name="ada", base=BASE.fingerprint, num_examples=5, num_eval_examples=3, num_eval_tokens=30)
     hellos = [hello.encode(), hello.model_copy(update={"name": "bob", "num_examples": 7}).encode()]
     found["hello"] = Row(hellos, text, greeted, 8)
@@ -390,9 +452,9 @@ def fuzz_all(rows: dict[str, Row], total: int) -> Iterator[tuple[str, Counter[bo
 
 
 def test_what_is_not_mutated_is_accepted(rows: dict[str, Row]) -> None:
-    """The control: it is for the mutations that others are refused. (bob's reply is not ada's.)"""
+    """The control: it is for the mutations that others are refused. (bob's reply is not ada's, nor another's part of a sum.)"""
     for name, row in rows.items():
-        own = row.corpus[:1] if name.startswith("reply") else row.corpus
+        own = row.corpus[:1] if name.startswith(("reply", "secure sum")) else row.corpus
         assert all(map(row.judge, own)), name
 
 

@@ -238,7 +238,7 @@ def test_what_was_given_as_an_object_cannot_be_read_again_and_the_command_line_s
 ) -> None:
     """With the object's place taken by a file, all goes on."""
     run = fk.simulate(tiny_settings(tiny, model=loaded(tiny), data=rows, num_rounds=1), tmp_path / "run").folder
-    for command in (["simulate", "--resume", run], ["evaluate", run], ["export", run, tmp_path / "tuned"]):
+    for command in (["simulate", "--resume", run, "--num-rounds", 2], ["evaluate", run], ["export", run, tmp_path / "tuned"]):
         assert_one_line(fedkseed(*command), 2, "in memory: ")
     assert fedkseed("inspect", run).code == 0
     assert fedkseed("export", run, tmp_path / "tuned", "--model", tiny / "model").code == 0

@@ -87,4 +87,4 @@ class RunFolderError(RunError):
 
 def installing(extra: str) -> str:
     """The command that brings an optional part, for messages: fedkseed is on no package index yet."""
-    return f"pip install '.[{extra}]' in fedkseed's clone"
+    return f"pip install -e '.[{extra}]' in fedkseed's clone"

@@ -1,9 +1,11 @@
-"""Text that others wrote, made fit for a line that a person reads."""
+"""Text that others wrote, made fit for a line that a person reads, and small words for such lines."""
 
 from __future__ import annotations
 
 import logging
 import unicodedata
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 JOINERS = "\u200c\u200d"
 """Format characters that scripts and emoji need inside words."""
@@ -30,6 +32,19 @@ def _escaped(character: str) -> str:
 def counted(number: int, one: str, more: str | None = None) -> str:
     """A number of things, such as `1 round` and `1,200 rounds`; `more` where that is not `one` with an s."""
     return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def joined(names: Iterable[str]) -> str:
+    """Names as a sentence has them: `a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def nearest(names: Iterable[str], known: Iterable[str]) -> str:
+    """ "did you mean ...?" of the known name that is most like one of these; "" if none is like them."""
+    folded = {name.strip().casefold(): name.strip() for name in known}
+    near = [match for name in names for match in get_close_matches(name.casefold(), folded, 1)]
+    return f"did you mean {folded[near[0]]!r}?" if near else ""
 
 
 class VisibleFormatter(logging.Formatter):

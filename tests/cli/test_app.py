@@ -11,7 +11,7 @@ from tests.support.tiny import tiny_settings
 import fedkseed as fk
 
 
-def test_help_imports_neither_torch_nor_transformers() -> None:
+def test_help_and_whoever_only_looks_at_a_run_wait_for_no_torch(finished: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['fedkseed', *sys.argv[1:]]\n"
         "from fedkseed.cli import main\n"
@@ -19,11 +19,20 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "except SystemExit as error: assert not error.code, error.code\n"
         "print(sorted({'torch', 'transformers', 'numba', 'scipy'} & set(sys.modules)))\n"
     )
-    for args in (["--help"], ["simulate", "--help"], ["merge", "--help"]):
+    helps = [["--help"], ["simulate", "--help"], ["watch", "--help"]]
+    looks = [
+        ["status", finished],
+        ["inspect", finished],
+        ["report", finished, "--output", tmp_path],
+        ["diff", finished, finished],
+    ]
+    for args in (*helps, *looks):
         done = shell(sys.executable, "-c", code, *args)
         assert done.code == 0, done
-        assert done.stdout.endswith("[]\n")
-        assert "Usage: fedkseed" in done.stdout
+        assert done.stdout.endswith("[]\n"), args
+        assert ("Usage: fedkseed" in done.stdout) == (args in helps)
+    watched = "import sys, fedkseed.cli.watch; print('torch' in sys.modules)"
+    assert shell(sys.executable, "-c", watched) == Result(0, "False\n", "")
 
 
 def test_the_console_script_works_and_tells_its_version() -> None:
@@ -31,7 +40,7 @@ def test_the_console_script_works_and_tells_its_version() -> None:
 
 
 def test_the_console_script_ends_with_the_exit_code_of_the_error() -> None:
-    assert_one_line(shell(FEDKSEED, "simulate", "--model", "x"), 2, "is missing; give it on the command line")
+    assert_one_line(shell(FEDKSEED, "simulate", "--model", "x"), 2, "are missing; give them on the command line")
 
 
 def test_every_setting_has_a_flag_with_its_description(fedkseed: CommandLine) -> None:

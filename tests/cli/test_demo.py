@@ -92,7 +92,10 @@ def test_bytes_and_ledger_are_the_runs(shown: Shown) -> None:
     assert (paper, both_ways) == (17_988, 2 * weights)
     ledger = run.load_ledger()
     assert ledger is not None
-    assert shown.numbers("the tuned model as a published ledger:") == [len(ledger.published().encode())]
+    numbers, published, *_ = shown.numbers("the tuned model is ")
+    assert (numbers, published) == (ledger.pool.size, len(ledger.published().encode()))
+    assert shown.text.count(f"bytes when published: {shown.run / 'ledger.safetensors'}\n") == 1
+    assert "what travelled: in each of 2 rounds 4 of 20 clients got the model's 4,096 numbers so far" in shown.text
 
 
 def test_the_report_lies_where_it_says(shown: Shown) -> None:

@@ -1,9 +1,12 @@
 """`fedkseed inspect`: what a ledger holds, or one line about what is none."""
 
+import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from tests.support.command_line import CommandLine, assert_one_line
 
 import fedkseed as fk
@@ -25,6 +28,20 @@ def test_inspect_shows_what_a_ledger_holds(fedkseed: CommandLine, finished: Path
     assert "36 taken" in words  # 3 rounds, 2 clients, 6 steps
     assert "checkpoint of a run" in words
     assert "aggregator clipped (a mean to which no reply brings more than the median one); least counted " in words
+
+
+def test_inspect_says_what_a_private_run_promises(fedkseed: CommandLine, copied: Path) -> None:
+    """Made so by its settings and events: what counts is in `tests/runs/test_private_runs.py`."""
+    config, metrics = copied / "config.toml", copied / "metrics.jsonl"
+    settings = tomllib.loads(config.read_text()) | {"dp": "client", "clip_norm": 1.0, "noise_multiplier": 2.0, "epsilon": 8.0}
+    config.write_text(tomli_w.dumps(settings | {"weighting": "equal", "aggregator": "mean"}))
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    spent = [event | ({"epsilon": 1.5 * event["server_round"]} if event["event"] == "round" else {}) for event in events]
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in spent))
+    for extra, epsilon in (([], 4.5), (["--round", 1], 1.5)):
+        shown = fedkseed("inspect", copied, *extra)
+        assert (shown.code, shown.stderr) == (0, "")
+        assert f"privacy       epsilon {epsilon}, at delta 1e-05, of each client; the budget is 8\n" in shown.stdout
 
 
 def test_inspect_takes_a_path_as_it_is(fedkseed: CommandLine, finished: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.command_line import flags
+from tests.support.command_line import FEDKSEED, flags
 from tests.support.tiny import tiny_settings
+
+from fedkseed.cli.console import say_command
 
 RUN = "a run's folder"
 
@@ -76,3 +78,17 @@ def test_a_run_that_has_begun_is_gone_on_with_by_its_folder(
     said, go_on = capsys.readouterr().err.splitlines()
     assert f"round 1 is safe in {run}" in said
     assert shlex.split(go_on) == ["fedkseed", "simulate", "--resume", str(run)]
+
+
+def test_without_an_active_environment_commands_have_the_programs_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told() -> str:
+        say_command(("fedkseed", "status", "fedkseed"))
+        return capsys.readouterr().out.strip()
+
+    assert told() == "fedkseed status fedkseed"
+    monkeypatch.setenv("PATH", "")
+    assert told() == f"{FEDKSEED} status fedkseed"
+    monkeypatch.chdir(FEDKSEED.parents[1])
+    assert told() == f"{FEDKSEED.relative_to(Path.cwd())} status fedkseed"

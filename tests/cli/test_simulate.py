@@ -23,7 +23,7 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, ti
     assert (result.code, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout
     assert "\r" not in result.stdout
-    lines = result.stdout.splitlines()
+    lines, run = result.stdout.splitlines(), tmp_path / "run"
     assert [line.split(":")[0].split(" is ")[0] for line in lines] == [
         "training records",
         "held-out records",
@@ -35,9 +35,11 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(fedkseed: CommandLine, ti
         *[f"round {i}/3" for i in (1, 1, 2, 2, 3, 3)],
         "the smallest held-out loss",  # it was round 2's
         "done",
+        "Look at it, ask it, use it",
+        *(f"  fedkseed {command}" for command in (f"report {run}", f"evaluate {run} --answers 5", f"export {run} tuned")),
     ]
     ledger = fk.Ledger.load(tmp_path / "run" / "ledger.safetensors")
-    assert ledger.digest() in lines[-1]
+    assert ledger.digest() in lines[-5]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".lock",
         "config.toml",
@@ -131,6 +133,12 @@ def test_what_has_no_default_is_asked_for(fedkseed: CommandLine, tiny: Path, mis
     assert_one_line(fedkseed("simulate", *flags(settings)), 2, f"--{missing} is missing; give it on the command line")
 
 
+def test_all_that_is_missing_is_asked_for_at_once(fedkseed: CommandLine) -> None:
+    asked = "--model, --data and --lr are missing; give them on the command line or as model, data and lr in the --config file"
+    assert_one_line(fedkseed("simulate"), 2, f"{asked}, or take --lr auto")
+    assert_one_line(fedkseed("tune"), 2, "--model and --data are missing; give them")
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
@@ -200,6 +208,23 @@ def test_metrics_that_do_not_fit_are_one_line(fedkseed: CommandLine, tiny: Path,
     assert fk.Ledger.load(tmp_path / "run" / "ledger.safetensors").round > 3
 
 
+def test_a_finished_run_is_told_so_before_anything_is_loaded(fedkseed: CommandLine, copied: Path) -> None:
+    """Unless something of it was not written down, as by a kill: then it is gone on with."""
+    before = contents(copied)
+    at_once = f"all 3 rounds were done already\ndone: {copied}/ledger.safetensors, "
+    for extra in ([], ["--num-rounds", 3]):
+        result = fedkseed("simulate", "--resume", copied, *extra)
+        assert (result.code, result.stderr) == (0, "")
+        assert result.stdout.startswith(at_once)
+    assert contents(copied) == before
+    lines = before["metrics.jsonl"].splitlines(keepends=True)
+    for left in (b"".join(lines[:-1]), b"".join(lines[:-1]) + lines[-1][:9], b"".join(lines) + b"{"):
+        (copied / "metrics.jsonl").write_bytes(left)
+        assert fedkseed("simulate", "--resume", copied).stdout.startswith("training records: ")
+        assert fk.Ledger.load(copied / "ledger.safetensors").round == 3
+        assert (copied / "metrics.jsonl").read_bytes().count(b"\n") == len(lines)
+
+
 def test_a_disk_that_is_full_from_the_start_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--run", tmp_path / "run", largest_file=10)
     assert_one_line(result, 1, "cannot write the run folder")
@@ -207,7 +232,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(fedkseed: CommandLine, t
 
 def test_resuming_on_a_full_disk_is_one_line(fedkseed: CommandLine, copied: Path) -> None:
     before = contents(copied)
-    assert_one_line(fedkseed("simulate", "--resume", copied, largest_file=100), 1, "cannot write")
+    assert_one_line(fedkseed("simulate", "--resume", copied, "--num-rounds", 4, largest_file=100), 1, "cannot write")
     assert contents(copied) | {".lock": b""} == before | {".lock": b""}  # which says whose it was
 
 

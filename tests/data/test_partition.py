@@ -99,13 +99,15 @@ def test_what_is_split_off_is_the_fraction_and_the_rest_remains(num_examples: in
 
 
 def test_what_cannot_be_dealt_out() -> None:
-    with pytest.raises(DataError, match=r"3 examples are too few for 4 clients with at least 1 each; lower the number"):
+    with pytest.raises(DataError, match=r"3 examples are too few for 4 clients with at least 1 each; lower --num-clients"):
         iid(3, 4, rng())
     with pytest.raises(DataError, match=r"10 examples are too few for 4 clients with at least 3 each"):
         dirichlet(["a"] * 10, 4, 1.0, rng(), min_partition_size=3)
     with pytest.raises(DataError, match=r"0 examples are too few"):
         dirichlet([], 1, 1.0, rng(), min_partition_size=0)
-    with pytest.raises(DataError, match=r"in 1000 draws with alpha 0\.001, 8 clients never all got 2 of the 40 .* raise alpha"):
+    with pytest.raises(
+        DataError, match=r"in 1000 draws with alpha 0\.001, 8 clients never all got 2 of the 40 .* raise --alpha"
+    ):
         dirichlet(["a", "b"] * 20, 8, 0.001, rng(), min_partition_size=2)
     with pytest.raises(DataError, match=r"1 examples cannot be split in two"):
         split_off(1, 0.5, rng())

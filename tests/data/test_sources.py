@@ -184,7 +184,7 @@ def test_without_the_extra_its_name_is_said(tmp_path: Path, monkeypatch: pytest.
     for module in ("pyarrow", "datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        DataError, match=r"needs an extra; install it with: pip install '\.\[datasets\]' in fedkseed's clone$"
+        DataError, match=r"needs an extra; install it with: pip install -e '\.\[datasets\]' in fedkseed's clone$"
     ) as caught:
         read_examples(path)
     assert str(caught.value).startswith(str(path))

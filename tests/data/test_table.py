@@ -52,6 +52,14 @@ def test_a_tsv_gives_its_rows(tmp_path: Path) -> None:
     assert read_examples(path) == [Example("Add, please.", "", "3, or so", "")]
 
 
+def test_a_csv_without_names_of_columns_is_told_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "Why?,So.\nWhen?,Now.\n")
+    with pytest.raises(
+        DataError, match=r"found \['So\.', 'Why\?'\].* such as instruction=NAME; the first line of such a file nam"
+    ):
+        read_examples(path)
+
+
 def test_columns_of_a_csv_can_be_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "q,a,site\nWhy?,So.,4\n")
     assert read_examples(path, parse_columns("instruction=q,output=a,client=site")) == [Example("Why?", "", "So.", "", "4")]
@@ -153,7 +161,7 @@ def test_without_the_extra_the_fix_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.parquet", "")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"{source} needs an extra; install it with: pip install '\.\[datasets\]' in fed"):
+    with pytest.raises(DataError, match=rf"{source} needs an extra; install it with: pip install -e '\.\[datasets\]' in fed"):
         read_examples(source)
 
 

@@ -139,6 +139,13 @@ def test_what_is_neither_a_name_nor_a_file(name: str) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_a_name_that_is_nearly_one_leads_to_it() -> None:
+    with pytest.raises(InvalidValueError, match=r"a TOML file; did you mean 'chat'\?$"):
+        get_template("chatt")
+    with pytest.raises(InvalidValueError, match=r"a TOML file$"):
+        get_template("nonsense")
+
+
 def test_a_folder_is_no_template(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="is unknown"):
         get_template(str(tmp_path))

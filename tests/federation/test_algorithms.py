@@ -19,6 +19,7 @@ from fedkseed.federation.config import FederationConfig
 from fedkseed.flower.config import read_config
 from fedkseed.models.loading import load_model
 from fedkseed.runs.algorithms import KINDS, Federation, kind_of
+from fedkseed.runs.checkpoints import file_of, load_checkpoint
 from fedkseed.runs.records import prepare
 from fedkseed.runs.settings import SimulationConfig, build
 from fedkseed.runs.task import Stopwatch
@@ -71,9 +72,9 @@ def test_every_row_has_a_builder_that_federates_it(tiny: Path, tmp_path: Path, r
     # what it sends, and what the checkpoint is
     checkpoint = federation.server.checkpoint
     assert checkpoint.round == 1
-    file = tmp_path / kind_of(row).file
+    file = tmp_path / file_of(row)
     checkpoint.save(file)
-    assert kind_of(row).load(file).digest() == checkpoint.digest()
+    assert load_checkpoint(file).digest() == checkpoint.digest()
     assert (file.name == "ledger.safetensors") == row.has_ledger
     # what it attaches to the model
     attached = [name for name, _ in federation.model.named_parameters() if "lora_" in name or "prompt_encoder" in name]

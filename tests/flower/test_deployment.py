@@ -262,7 +262,7 @@ def test_hostile_nodes_cost_a_round_nothing_but_their_replies(deployment: Deploy
 @pytest.mark.slow
 def test_flwr_run_on_the_simulation_engine(sites: Path, tmp_path: Path, one_thread: None) -> None:
     """`flwr run` starts a local SuperLink, which stays up: it is found by its Flower home and ended here."""
-    pytest.importorskip("ray", reason="the simulation engine needs ray: pip install '.[flower]'")
+    pytest.importorskip("ray", reason="the simulation engine needs ray: pip install -e '.[flower]'")
     home = tmp_path / "home"
     deployment = Deployment(tmp_path / "deployment")
     environment = {**deployment.environment("unused"), "FLWR_HOME": str(home), "RAY_TMPDIR": "/tmp"}

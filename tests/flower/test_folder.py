@@ -199,7 +199,7 @@ def test_a_simulation_with_its_config_asks_for_the_records_that_it_does_not_name
     start = ["simulate", "--config", field.folder / "config.toml", "--run", tmp_path / "run"]
     assert_one_line(fedkseed(*start), 2, "--data is missing; give it on the command line or as data in the --config file")
     result = fedkseed(*start, "--data", sites / "all.jsonl")
-    assert_one_line(result, 2, "60 examples are too few for 200 clients", "lower the number of clients")
+    assert_one_line(result, 2, "60 examples are too few for 200 clients", "lower --num-clients")
     assert not (tmp_path / "run").exists()
 
 

@@ -3,9 +3,9 @@
 import json
 import logging
 import random
+import re
 import shutil
 import threading
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,10 @@ def test_strangers_are_turned_away_with_a_clear_line(
         206: (greeting(hello().replace(b'"num_examples":3', b'"num_examples":-3')), "not a Hello message (num_examples "),
         207: (greeting(bytes(5000)), "at most 4096 are accepted"),
         208: (node(sites, "site-d", config), "site-d.jsonl': no such file"),
+        210: (
+            greeting(hello(name="Site-B", base=expected.base.fingerprint)),
+            "'Site-B' differs from 'site-b' in capitals only, and files of keys are called by names; rename one",
+        ),
         209: (
             node(sites, "site-e", config, data=str(tmp_path / "empty.jsonl")),
             "its records or its model cannot be used; the node's log says why",
@@ -354,22 +358,22 @@ def test_a_round_waits_for_its_clients(sites: Path, tmp_path: Path, expected: Le
 def test_a_wait_says_for_whose_replies(
     sites: Path, tmp_path: Path, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a round, and of an evaluation by the clients; the reply of site-b is asked for three times before it is there."""
+    """Of a round, and of an evaluation by the clients; the reply of site-b comes once the wait for it has been told."""
     monkeypatch.setattr(exchange, "NOTE_SECONDS", 0.0)
-    config = run_config(sites, tmp_path / "run", num_rounds=1, eval_data="")
+    config = run_config(sites, tmp_path / "run", num_rounds=1, eval_data="", deadline=600.0)
     grid = federation(sites, config)
-    honest, asked = node(sites, "site-b", config, eval_data=str(sites / "held-out.jsonl")), Counter[str]()
+    honest, begun = node(sites, "site-b", config, eval_data=str(sites / "held-out.jsonl")), dict[str, int]()
 
     def slow(message: Message) -> Any:
-        asked[message.metadata.message_id] += 1
-        return honest(message) if asked[message.metadata.message_id] > 3 or "hello" in message.metadata.message_type else None
+        """Nothing, until the server has said since it was first asked for this reply that it waits for it."""
+        said = heard.text[begun.setdefault(message.metadata.message_id, len(heard.text)) :]
+        return honest(message) if "(site-b)" in said or "hello" in message.metadata.message_type else None
 
     grid.answers[102] = slow
     started(config, grid)
-    lines = [record.getMessage() for record in heard.records]
-    assert "round 1: 3 clients are asked" in lines
-    assert "round 1: waiting for 1 of 3 replies, 0 s; at most 2 s (site-b)" in lines
-    assert "evaluation after round 1: waiting for 1 of 1 replies, 0 s; at most 2 s (site-b)" in lines
+    assert "round 1: 3 clients are asked" in heard.text
+    assert re.search(r"\bround 1: waiting for 1 of 3 replies, \d+ s; at most 600 s \(site-b\)", heard.text)
+    assert re.search(r"evaluation after round 1: waiting for 1 of 1 replies, \d+ s; at most 600 s \(site-b\)", heard.text)
 
 
 # --- Evaluation by the clients ---

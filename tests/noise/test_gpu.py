@@ -303,7 +303,7 @@ assert torch.equal(model.weight, before)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     line = (
         "backend 'gpu' cannot run here (torch finds no CUDA device); "
-        "it needs a CUDA GPU, a torch built for CUDA, and Triton: pip install '.[gpu]' in fedkseed's clone"
+        "it needs a CUDA GPU, a torch built for CUDA, and Triton: pip install -e '.[gpu]' in fedkseed's clone"
     )
     assert run.stdout.splitlines() == [line, line]
 
@@ -313,5 +313,5 @@ def test_without_triton_the_backend_says_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     for call in (lambda: get_backend("gpu"), lambda: get_backend("auto", "cuda")):
-        with pytest.raises(BackendError, match=r"backend 'gpu' cannot run here .*triton.*pip install '.\[gpu\]' in"):
+        with pytest.raises(BackendError, match=r"backend 'gpu' cannot run here .*triton.*pip install -e '.\[gpu\]' in"):
             call()

@@ -97,5 +97,5 @@ def test_the_noise_for_a_budget_is_the_least() -> None:
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
-    with pytest.raises(ConfigError, match=r"not installed: pip install '.\[privacy\]' in fedkseed's clone"):
+    with pytest.raises(ConfigError, match=r"not installed: pip install -e '.\[privacy\]' in fedkseed's clone"):
         get_epsilon(((1.23, 0.77, 1),), 1e-5)

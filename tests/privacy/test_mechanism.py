@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from tests.support.entropy import Bytes
 
-from fedkseed.privacy import Mechanism, noise_share, poisson_sample
+from fedkseed.privacy import Mechanism, poisson_sample
 from fedkseed.privacy.mechanism import GRID, normal, uniform
 
 F64 = NDArray[np.float64]
@@ -104,13 +104,6 @@ def test_noise_that_is_not_does_not_pass() -> None:
     assert fits(draw.laplace(0, GRID / math.sqrt(2), DRAWS), GRID) < 1e-6
     assert fits(draw.uniform(-1, 1, DRAWS) * GRID * math.sqrt(3), GRID) < 1e-6
     assert fits(np.abs(normal(DRAWS, GRID, Bytes("noise"))), GRID) < 1e-6
-
-
-def test_shares_of_noise_add_up_to_the_whole() -> None:
-    share = noise_share(3.0, 16)
-    total = sum(normal(DRAWS, share * GRID, Bytes(f"client {i}")) for i in range(16))
-    assert fits(np.asarray(total), 3.0 * GRID) > 0.01
-    assert fits(np.asarray(total), 2.9 * GRID) < 1e-3
 
 
 @pytest.mark.parametrize("vectors", [[], [np.array([0.1, 1 / 3, 1e-9])], [np.full(3, 0.7), np.array([1e-3, -2.0, 5.0])]])

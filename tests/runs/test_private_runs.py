@@ -100,7 +100,7 @@ def test_two_private_runs_of_one_seed_are_two_draws(tiny: Path, tmp_path: Path) 
 def test_a_run_that_hid_nothing_is_not_gone_on_with_as_one_that_does(tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny, num_rounds=1, weighting="equal", num_seeds=128)
     fk.simulate(settings, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"--dp is record, and the run's 1 rounds hid nothing; start a run of its own"):
+    with pytest.raises(ConfigError, match=r"--dp is record, and the run's 1 round hid nothing; start a run of its own"):
         fk.simulate({**settings, **RECORD, "num_rounds": 2}, tmp_path / "run", accept_changes=True)
 
 

@@ -173,11 +173,11 @@ def test_every_client_has_the_least_number(tiny: Path) -> None:
         ({"min_partition_size": 0}, ["--min-partition-size is '0'"]),
         (
             {"min_partition_size": 15},
-            ["57 examples are too few for 4 clients with at least 15 each; lower the number of clients"],
+            ["57 examples are too few for 4 clients with at least 15 each; lower --num-clients"],
         ),
         (
             {"alpha": 0.001, "min_partition_size": 14},
-            ["in 1000 draws with alpha 0.001, 4 clients never all got 14", "raise alpha"],
+            ["in 1000 draws with alpha 0.001, 4 clients never all got 14", "raise --alpha"],
         ),
         ({"partition": "client"}, ["a record has no field 'client'", "so say with --columns client=COLUMN"]),
         ({"columns": "category"}, ["--columns is 'category': columns has 'category'; expected field=column"]),
@@ -200,6 +200,18 @@ def test_a_column_tells_who_holds_a_record(tiny: Path) -> None:
     records = prepared(tiny, partition="client", columns="client=category", num_clients=7)
     assert sorted(records.clients) == ["animal", "colour", "fruit"]
     assert sum(len(examples) for examples in records.clients.values()) == 57
+
+
+def test_names_that_differ_in_capitals_only_are_told(tiny: Path, tmp_path: Path) -> None:
+    names = ("North", "north", "South")
+    rows = [{"instruction": "name", "response": "dog", "client": name} for name in names]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watcher = Watcher()
+    prepare(
+        build(tiny_settings(tiny, partition="client", data=tmp_path / "data.jsonl", eval_data=tiny / "records.jsonl")), watcher
+    )
+    told = [note for note in watcher.notes if "capitals" in note]
+    assert told == ["warning: clients 'North' and 'north' differ in capitals only; are they one?"]
 
 
 def test_a_record_without_a_client_is_refused(tiny: Path) -> None:

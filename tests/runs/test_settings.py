@@ -111,6 +111,16 @@ def test_there_is_no_default_learning_rate(needed: dict[str, Any]) -> None:
             build({key: value for key, value in needed.items() if key != name})
 
 
+def test_a_choice_that_is_nearly_one_leads_to_it(needed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^--algorithm is 'fedkseed-gard': .*; did you mean 'fedkseed-grad'\?$"):
+        build({**needed, "algorithm": "fedkseed-gard"})
+    with pytest.raises(ConfigError, match=r"^--template is 'chatt': unknown; .*; did you mean 'chat'\?$") as caught:
+        build({**needed, "template": "chatt"})
+    assert str(caught.value).count("chatt") == 1
+    with pytest.raises(ConfigError, match=r"^--lr is '-1': input should be greater than or equal to 1e-37; give a number"):
+        build({**needed, "lr": "-1"})
+
+
 def test_the_defaults_are_the_papers(needed: dict[str, Any]) -> None:
     config = build(needed)
     expected = {

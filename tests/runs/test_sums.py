@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_settings
 from fedkseed.errors import ConfigError, RunError
 from fedkseed.federation import Summed, shares
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs import algorithms
+from fedkseed.runs import extras
 from fedkseed.runs.algorithms import roles_of
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.records import prepare
@@ -66,7 +66,7 @@ def without_masks(path: Path, settings: dict[str, Any]) -> Ledger:
         for request in reversed(requests):  # in any order
             data = request.encode()
             vector, reply = roles_of(config.facts).vector(data, run.clients[request.client].answer(data))
-            total += coded(Trained(vector, reply.loss, reply.num_dropped), lambda v: v, coding, weights[request.client])
+            total += coded(Trained(vector, reply.loss, reply.num_dropped), coding, weights[request.client])
         mean = coding.decode(total[: config.num_seeds], sum(weights.values()))
         server.absorb_sum(Summed(weights, mean, None, int(total[-1])), (), ())
     assert isinstance(server.checkpoint, Ledger)
@@ -182,9 +182,10 @@ def test_a_cohort_of_two_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["cryptography", "Crypto"])
 def test_a_missing_extra_is_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.setattr(algorithms, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else find_spec(name))
     with pytest.raises(
-        ConfigError, match=r"^--secure-sums on needs an extra; install it with: pip install '\.\[secure\]' in fedkseed's clone$"
+        ConfigError,
+        match=r"^--secure-sums on needs an extra; install it with: pip install -e '\.\[secure\]' in fedkseed's clone$",
     ):
         simulation(tmp_path / "run", settings_of(tiny))
     simulation(tmp_path / "plain", settings_of(tiny, secure_sums="off"))

@@ -241,7 +241,7 @@ def test_what_is_unknown_or_not_installed_is_one_line_before_anything_is_made(
     fedkseed: CommandLine, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TRACKERS, "nowhere", Row("no_such_package", ""))
-    with pytest.raises(ConfigError, match=r"pip install '\.\[nowhere\]' in fedkseed's clone, or leave log out"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[nowhere\]' in fedkseed's clone, or leave log out"):
         fk.simulate(tiny_settings(tiny), tmp_path / "run", log=["nowhere"])
     result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--log", "csv", "--run", tmp_path / "run")
     assert_one_line(result, 2, "--log is 'csv'; expected one of tensorboard, trackio, wandb")

@@ -55,16 +55,6 @@ def test_what_all_dropped_has_no_loss() -> None:
     assert server.summed.loss is None
 
 
-def test_a_vector_passes_through_the_release_before_it_is_coded() -> None:
-    clients = cohort(4)
-    clients["client-002"] = client("client-002", release=lambda vector: vector + 1)
-    (plain, _), (noisy, _) = play(plan(names(4)), cohort(4)), play(plan(names(4)), clients)
-    assert plain.summed is not None
-    assert noisy.summed is not None
-    moved = noisy.summed.mean - plain.summed.mean
-    assert moved == pytest.approx(noisy.summed.weights["client-002"], abs=1e-6)
-
-
 # --- Dropouts ---
 
 
@@ -118,7 +108,7 @@ def test_a_masked_vector_is_uniform_and_one_without_masks_is_not() -> None:
     seen = masked_numbers(heard, name)
     assert is_uniform(seen)
     coding = FixedPoint(CLIP, size)
-    bare = coded(trained(name, length), lambda vector: vector, coding, 1 / 6)
+    bare = coded(trained(name, length), coding, 1 / 6)
     assert not is_uniform(bare)
     assert abs(np.corrcoef(seen[:length].view(np.int32), trained(name, length).vector)[0, 1]) < 0.03
 
@@ -152,7 +142,7 @@ def test_a_late_vector_of_one_who_was_said_to_have_left_is_uniform_only_by_its_o
     assert not is_uniform(bare)
     coding = FixedPoint(CLIP, size)
     weight = server._roster.weights[0]
-    assert np.array_equal(bare, coded(trained(late, length), lambda vector: vector, coding, weight))
+    assert np.array_equal(bare, coded(trained(late, length), coding, weight))
 
 
 def test_fewer_shares_than_the_threshold_say_nothing_and_as_many_give_the_secret() -> None:

@@ -91,5 +91,5 @@ def plain_mean(weights: Mapping[str, float], in_sum: Collection[str], size: int,
     """The same fixed-point sum without masks."""
     coding, total = FixedPoint(CLIP, size), np.zeros(length + 3, np.uint32)
     for name in in_sum:
-        total = total + coded(trained(name, length), lambda vector: vector, coding, weights[name])
+        total = total + coded(trained(name, length), coding, weights[name])
     return coding.decode(total[:length], sum(weights[name] for name in sorted(in_sum)))

@@ -173,9 +173,9 @@ def watch(
 ) -> None:
     """Show a run's report in a browser while the run goes on: only to this machine, only to read."""
     with interruptible("the run is as it was"):
-        from fedkseed.cli.display import LOADING, Lines, waiting
+        from fedkseed.cli.display import Lines, waiting
 
-        with waiting(Lines().note, LOADING):
+        with waiting(Lines().note, "loading what draws the page"):
             from fedkseed.cli.watch import watch_command
 
         watch_command(run, port)
@@ -184,12 +184,12 @@ def watch(
 @app.command(rich_help_panel=USE)
 def inspect(ledger: RunOrLedger, which: Round = None) -> None:
     """Show what a ledger holds: base, pool, rounds, coefficients."""
-    from fedkseed.cli.display import LOADING, Lines, waiting
+    from fedkseed.cli.display import Lines, waiting
 
-    with waiting(Lines().note, LOADING):
+    with waiting(Lines().note, f"reading {ledger}"):
         from fedkseed.cli.inspect import inspect as show
 
-    show(ledger, which)
+        show(ledger, which)
 
 
 @app.command(rich_help_panel=USE)
@@ -255,10 +255,7 @@ def merge(
 ) -> None:
     """Write the weighted sum of tuned models over one base as a ledger."""
     with interruptible(f"{to} is whole or not there"):
-        from fedkseed.cli.display import LOADING, Lines, waiting
-
-        with waiting(Lines().note, LOADING):
-            from fedkseed.cli.arithmetic import merge as write
+        from fedkseed.cli.arithmetic import merge as write
 
         write(ledgers, weights, to)
 
@@ -269,10 +266,7 @@ def diff(
     other: Annotated[Path, typer.Argument(help="Another over the same base.", metavar="RUN|LEDGER", show_default=False)],
 ) -> None:
     """Show how far two tuned models lie from their base and from each other, from their numbers alone."""
-    from fedkseed.cli.display import LOADING, Lines, waiting
-
-    with waiting(Lines().note, LOADING):
-        from fedkseed.cli.arithmetic import diff as show
+    from fedkseed.cli.arithmetic import diff as show
 
     show(one, other)
 

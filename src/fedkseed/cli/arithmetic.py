@@ -11,7 +11,7 @@ from fedkseed.kseed.arithmetic import merge as merged
 from fedkseed.kseed.arithmetic import pages_of
 from fedkseed.kseed.distance import difference, moved_rms
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.algorithms import TENSORS
+from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.folder import tuned_file
 from fedkseed.text import counted
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -17,7 +19,8 @@ from rich.text import Text
 
 from fedkseed.text import VisibleFormatter, visible
 
-LOG = logging.getLogger("fedkseed")
+PROGRAM = "fedkseed"
+LOG = logging.getLogger(PROGRAM)
 """Its level is how much commands say: WARNING with --quiet, DEBUG with --verbose, else unset."""
 FIRST_COLUMN = 30
 """Columns that the names in front of a table's rows take at most."""
@@ -67,7 +70,16 @@ def say(text: object = "", console: Console | None = None, style: str = "") -> N
 
 def say_command(words: Sequence[object], console: Console | None = None) -> None:
     """Print a command on a line of its own, which can be pasted into a shell."""
-    (console or new_console()).print(Text("  " + " ".join(shell_word(str(word)) for word in words)), soft_wrap=True)
+    known = [program() if word == PROGRAM and i == 0 else str(word) for i, word in enumerate(words)]
+    (console or new_console()).print(Text("  " + " ".join(map(shell_word, known))), soft_wrap=True)
+
+
+def program() -> str:
+    """What a shell knows fedkseed as: its name, or the path of the one that runs where no environment is active."""
+    here = Path(sys.executable).with_name(PROGRAM)
+    if shutil.which(PROGRAM) or not here.is_file():
+        return PROGRAM
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else str(here)
 
 
 def complain(text: object) -> None:

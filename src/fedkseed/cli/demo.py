@@ -1,4 +1,4 @@
-"""`fedkseed demo`: a whole federation in a few minutes, with the model and the tasks that the package brings along."""
+"""`fedkseed demo`: a whole federation in half a minute, with the model and the tasks that the package brings along."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fedkseed.runs.observer import Observer
 from fedkseed.runs.records import prepare
 from fedkseed.runs.settings import SimulationConfig, build
 from fedkseed.runs.simulation import Simulation
+from fedkseed.text import counted
 
 PAPER_BYTES = 17_988
 """Bytes per client and round in the paper's title, both ways, by our count: K = 4096, 200 steps."""
@@ -73,7 +74,12 @@ def _carry_out(folder: Path, seed: int) -> None:
     say_command(("fedkseed", "evaluate", folder, "--answers", 20))
     say_command(("fedkseed", "export", folder, "tuned-model"))
     say_command(
-        ["fedkseed", "simulate", "--model", "YOUR-MODEL", "--data", "YOUR.jsonl", "--lr", "auto", "--run", "runs/first"]
+        (
+            *("fedkseed", "simulate", "--model", "YOUR-MODEL", "--data", "YOUR.jsonl"),
+            *("--algorithm", "fedkseed-grad", "--local-optimizer", "adam", "--lr", "auto", "--num-clients", 20),
+            *("--fraction-train", 0.2, "--num-rounds", 8, "--local-steps", 5, "--batch-size", 4, "--max-length", 128),
+            *("--run", "runs/first"),
+        )
     )
     say()
 
@@ -122,13 +128,19 @@ def _show(simulation: Simulation, ledger: Path, records: list[Example], before: 
         say()
         for name, text in (("asked", asked), ("before", before[i].strip()), ("after", after[i].strip())):
             say(f"{name:<10}{text}")
-    mean = sum(traffic) / len(traffic)
+    mean, config = sum(traffic) / len(traffic), simulation.config
     say()
+    rounds, total = counted(config.num_rounds, "round"), len(simulation.clients)
+    say(
+        f"what travelled: in each of {rounds} {config.cohort_size(total)} of {total} clients got the model's "
+        f"{config.num_seeds:,} numbers so far and sent back how their records change them; no record left its client"
+    )
     say(
         f"bytes per client and round, both ways: {mean:,.0f} (the paper: {PAPER_BYTES:,}; "
         f"sending the weights both ways: {weights:,})"
     )
-    say(f"the tuned model as a published ledger: {len(Ledger.load(ledger).published().encode()):,} bytes")
+    published = len(Ledger.load(ledger).published().encode())
+    say(f"the tuned model is {config.num_seeds:,} numbers over its base, {published:,} bytes when published: {ledger}")
 
 
 def _trained(simulation: Simulation) -> set[str]:

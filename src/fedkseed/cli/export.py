@@ -12,7 +12,7 @@ from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, Model
 from fedkseed.kseed.distance import distance
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.thinning import thinned
-from fedkseed.runs.algorithms import TENSORS
+from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.folder import tuned_file
 from fedkseed.runs.layout import CONFIG
 from fedkseed.text import counted

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkseed.baselines import TunedTensors
 from fedkseed.cli.console import complain, say
 from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
 from fedkseed.report.reading import Round, read
-from fedkseed.report.summary import participation
-from fedkseed.runs.algorithms import TENSORS
+from fedkseed.report.summary import participation, promise
+from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.folder import RunFolder, tuned_file
 from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.metrics import best_round
@@ -56,7 +55,7 @@ def inspect(path: Path, which: str | None = None) -> None:
     if ledger.history is not None:
         counts = ledger.history.grad_counts
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
-    _show(rows | _of_run(path))
+    _show(rows | _of_run(path, which))
 
 
 def _kinds(pages: Sequence[Page]) -> list[str]:
@@ -69,6 +68,8 @@ def _kinds(pages: Sequence[Page]) -> list[str]:
 
 
 def _inspect_tensors(path: Path, file: Path) -> None:
+    from fedkseed.baselines import TunedTensors  # with torch, which a ledger's numbers do without
+
     tuned = TunedTensors.load(file)
     count = sum(x.numel() for x in tuned.tensors.values())
     rows = {
@@ -82,14 +83,17 @@ def _inspect_tensors(path: Path, file: Path) -> None:
     _show(rows | _of_run(path))
 
 
-def _of_run(path: Path) -> dict[str, str]:
+def _of_run(path: Path, which: str | None = None) -> dict[str, str]:
     """What a run's folder says beside that: which rounds can be taken, and which was the best; what cannot be read."""
     if not (path / CONFIG).exists():
         return {}
     run = RunFolder.open(path)
     found, kept, rows = run.recorded(), run.ledgers.rounds, dict[str, str]()
+    record = read(path, which)
     if run.config.facts.has_ledger:
-        rows["aggregator"] = f"{run.config.rule.name} ({run.config.rule.about}){_cut(read(path).rounds)}"
+        rows["aggregator"] = f"{run.config.rule.name} ({run.config.rule.about}){_cut(record.rounds)}"
+    if (kept_to := promise(record)) is not None:
+        rows["privacy"] = f"{kept_to.epsilon}, {kept_to.about}" + (kept_to.budget and f"; {kept_to.budget}")
     if kept:
         rows["kept"] = f"the ledgers of {counted(len(kept), 'round')}, {kept[0]} to {kept[-1]}; --round N shows one"
     if (best := best_round(found.losses)) is not None:

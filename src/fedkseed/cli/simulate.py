@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from fedkseed.cli.console import say, shell_word
+from fedkseed.cli.console import is_quiet, say, say_command, shell_word
 from fedkseed.cli.display import LOADING, Lines, looking_on, waiting, watching
 from fedkseed.cli.forecast import cost_of_step, describe
 from fedkseed.cli.interrupts import again, interruptible, with_run
@@ -29,6 +29,7 @@ from fedkseed.runs.settings import (
     build,
     flag,
     flags,
+    missing,
     read_settings_file,
     started,
 )
@@ -37,6 +38,7 @@ from fedkseed.runs.trackers import TRACKERS, check_trackers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fedkseed.federation import Checkpoint
     from fedkseed.runs.folder import RunFolder
     from fedkseed.runs.observer import Observer
     from fedkseed.runs.records import Records
@@ -68,14 +70,17 @@ def simulate(
     if accept_changes:
         raise ConfigError("--accept-changes is of --resume, which is missing; leave it out, or say which run to go on with")
     chosen = {**(read_settings_file(config) if config else {}), **given}
+    _ask_for_all(chosen, "model", "data", "lr")
     # checked before the rate is looked for, which takes long
     settings = build({**chosen, "lr": 1.0} if chosen.get("lr") == AUTO else chosen)
     with interruptible("no run was begun yet"):
         with waiting(Lines().note, LOADING):
+            from fedkseed.runs.extras import require_extras
             from fedkseed.runs.folder import RunFolder, new_folder
             from fedkseed.runs.learner import load_learner
             from fedkseed.runs.records import prepare
 
+        require_extras(settings)
         folder = run or new_folder(Path("runs"))
         RunFolder.check_free(folder)
         if chosen.get("lr") == AUTO:
@@ -84,7 +89,9 @@ def simulate(
             with waiting(observer.note, f"loading {settings.model}"):
                 learner = load_learner(settings, observer)
             records = prepare(started(settings), observer, learner=learner)
-            train(RunFolder.create(folder, records.config), records, observer, _go_on(folder), learner.model, log=trackers)
+            kept = RunFolder.create(folder, records.config)
+            train(kept, records, observer, _go_on(folder), learner.model, log=trackers)
+        _say_next(kept)
 
 
 def tune(config: Path | None, quiet: bool = False, verbose: bool = False, **flags: Given) -> None:
@@ -92,12 +99,23 @@ def tune(config: Path | None, quiet: bool = False, verbose: bool = False, **flag
 
     The settings are those of simulate, whose `--lr auto` takes what this finds. The batch size matters most.
     """
-    given = _given(flags)
-    settings = build({**(read_settings_file(config) if config else {}), **given, "lr": 1.0})
+    chosen = {**(read_settings_file(config) if config else {}), **_given(flags), "lr": 1.0}
+    _ask_for_all(chosen, "model", "data")
+    settings = build(chosen)
     with interruptible("tune changes nothing and keeps nothing"):
         found = _calibrated(settings, keep_eps=False)
     say()
     say("take: " + " ".join(f"{flag(name)} {value:g}" for name, value in found.items()))
+
+
+def _ask_for_all(chosen: Mapping[str, Any], *names: str) -> None:
+    """Ask for all that is missing at once.
+
+    Raises:
+        ConfigError: something is.
+    """
+    if without := [name for name in names if chosen.get(name) is None]:
+        raise ConfigError(missing(without))
 
 
 def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
@@ -115,11 +133,8 @@ def _calibrated(settings: SimulationConfig, keep_eps: bool) -> dict[str, float]:
 def _resume(
     resume: Path, run: Path | None, config: Path | None, given: dict[str, str], log: Sequence[str], accept_changes: bool
 ) -> None:
-    with waiting(Lines().note, LOADING):
-        from fedkseed.runs.folder import RunFolder
-        from fedkseed.runs.learner import load_learner
-        from fedkseed.runs.provenance import check_same
-        from fedkseed.runs.records import prepare
+    from fedkseed.runs.folder import RunFolder
+    from fedkseed.runs.provenance import check_same
 
     for name, value in (("--run", run), ("--config", config)):
         if value is not None:
@@ -127,12 +142,25 @@ def _resume(
     folder = RunFolder.open(resume)
     settings = _moved(folder, given)
     with interruptible(with_run(resume, again())), folder.held(), ExitStack() as stack:  # before anything is loaded
-        check_same(folder, folder.load_checkpoint(), settings, None, accept_changes)  # what takes no reading of records
+        checkpoint = folder.load_checkpoint()
+        check_same(folder, checkpoint, settings, None, accept_changes)  # what takes no reading of records
+        if checkpoint and settings == folder.simulation and not log and settings.audit_log == "off" and folder.is_complete():
+            say(_all_done(settings))
+            _say_done(folder, checkpoint)
+            _say_next(folder)
+            return
+        with waiting(Lines().note, LOADING):
+            from fedkseed.runs.extras import require_extras
+            from fedkseed.runs.learner import load_learner
+            from fedkseed.runs.records import prepare
+
+        require_extras(settings)
         observer = stack.enter_context(watching(settings))
         with waiting(observer.note, f"loading {settings.model}"):
             learner = load_learner(settings, observer)
         records = prepare(settings, observer, learner=learner)
         train(folder, records, observer, _go_on(resume), learner.model, None, log, records.config, accept_changes)
+    _say_next(folder)
 
 
 def _given(flags: dict[str, Given]) -> dict[str, str]:
@@ -192,24 +220,42 @@ def train(
         FedKSeedError: see `Simulation`.
     """
     with interruptible(with_run(folder.path, resume)), folder.held():  # before the checkpoint is read: nobody moves it on
-        with waiting(observer.note, f"loading {folder.config.model}"):
+        with waiting(
+            observer.note, f"loading {folder.config.model}" if model is None else "preparing the clients and the base"
+        ):
             from fedkseed.runs.simulation import Simulation
 
             simulation = Simulation(folder, records, observer, model, log, config, accept_changes)
         with waiting(observer.note, "measuring a step, to say how long the run will take"):
             forecast = simulation.forecast()
         if forecast is None:
-            total = simulation.config.num_rounds
-            observer.note(f"all {total} rounds were done already" if total > 1 else "the only round was done already")
+            observer.note(_all_done(simulation.config))
         lines = [*cost_of_step(simulation.config), *describe(forecast, simulation.config.facts)] if forecast else []
         for line in lines:
             observer.note(line)
         if before is not None:
             before(simulation)
         checkpoint = simulation.train()
+    _say_done(folder, checkpoint)
+    return simulation
+
+
+def _all_done(config: SimulationConfig) -> str:
+    total = config.num_rounds
+    return f"all {total} rounds were done already" if total > 1 else "the only round was done already"
+
+
+def _say_done(folder: RunFolder, checkpoint: Checkpoint) -> None:
     file = folder.checkpoint_path
     say(f"done: {file}, {file.stat().st_size:,} bytes, digest {checkpoint.digest()}")
-    return simulation
+
+
+def _say_next(folder: RunFolder) -> None:
+    """What can be done with a tuned model."""
+    if not is_quiet():
+        say("Look at it, ask it, use it:")
+        for words in (("report", folder.path), ("evaluate", folder.path, "--answers", 5), ("export", folder.path, "tuned")):
+            say_command(("fedkseed", *words))
 
 
 def command_line(config: SimulationConfig) -> str:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedkseed.data.columns import nearest
 from fedkseed.data.example import Example, Turn
 from fedkseed.data.jinja import literal, presets
 from fedkseed.data.rendered import Rendered
 from fedkseed.data.special import control_tokens, leading_text
 from fedkseed.errors import InvalidValueError, ModelError
+from fedkseed.text import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
 from fedkseed.errors import DataError, InvalidValueError
+from fedkseed.text import nearest
 
 USUAL: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "prompt"),
@@ -71,13 +71,6 @@ class Columns:
 
 COLUMNS = Columns()
 """The usual names."""
-
-
-def nearest(names: Iterable[str], known: Iterable[str]) -> str:
-    """ "did you mean ...?" of the known name that is most like one of these; "" if none is like them."""
-    folded = {name.strip().casefold(): name.strip() for name in known}
-    near = [match for name in names for match in get_close_matches(name.casefold(), folded, 1)]
-    return f"did you mean {folded[near[0]]!r}?" if near else ""
 
 
 def listed(known: Iterable[str]) -> str:

@@ -98,7 +98,7 @@ def _draw_cuts(
             return edges[:, 1:]
     raise DataError(
         f"in {MAX_DRAWS} draws with alpha {alpha}, {num_clients} clients never all got {min_partition_size} of the "
-        f"{sizes.sum()} examples in {len(sizes)} categories; raise alpha or lower the number of clients or min_partition_size"
+        f"{sizes.sum()} examples in {len(sizes)} categories; raise --alpha or lower --num-clients or --min-partition-size"
     )
 
 
@@ -108,5 +108,5 @@ def _check_enough(num_examples: int, num_clients: int, min_partition_size: int) 
     if num_examples < num_clients * max(min_partition_size, 0) or num_examples < 1:
         raise DataError(
             f"{num_examples} examples are too few for {num_clients} clients with at least {min_partition_size} each; "
-            "lower the number of clients or give more data"
+            "lower --num-clients or give more data"
         )

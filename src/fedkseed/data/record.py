@@ -1,13 +1,15 @@
 """A record of any source, seen as field names and values, becomes an `Example`."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from fedkseed.data.columns import COLUMNS, Columns, listed, nearest
+from fedkseed.data.columns import COLUMNS, Columns, listed
 from fedkseed.data.conversation import UnusableError, read_turns, split
 from fedkseed.data.example import Example, Turn
 from fedkseed.data.values import checked, filled, named, plain
 from fedkseed.errors import DataError
+from fedkseed.text import nearest
 
 Row = tuple[str, Mapping[str, Any]]
 """(where, record): file and line, for messages; field names and values."""
@@ -123,9 +125,11 @@ class _Fields:
                 hint = nearest(self._columns.names(field), self._found)
                 if not hint and "output" not in self._keys and "text" in self._found:
                     hint = "--columns output=text learns texts as a whole"
+                elif not hint and re.search(r"\.[ct]sv\b", self._where):
+                    hint = "the first line of such a file names its columns"
                 raise DataError(
                     f"{self._where}: no field {_either(self._columns, field)}; found {listed(self._found)}, so add it, or say "
-                    f"with --columns what it is called{hint and '; '}{hint}"
+                    f"with --columns what it is called, such as {field}=NAME{hint and '; '}{hint}"
                 )
         return self._text("instruction"), self._text("input"), self._text("output")
 

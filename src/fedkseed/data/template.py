@@ -21,6 +21,7 @@ from fedkseed.data.rendered import Rendered
 from fedkseed.data.special import leading_text
 from fedkseed.errors import InvalidValueError
 from fedkseed.files import read_toml
+from fedkseed.text import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,10 @@ def get_template(
     except OSError:  # too long for a name: somebody gave the text itself
         found = False
     if not found:
-        raise InvalidValueError(f"template {name!r} is unknown; expected one of {', '.join(TEMPLATES)}, or a TOML file")
+        hint = nearest([name], TEMPLATES)
+        raise InvalidValueError(
+            f"template {name!r} is unknown; expected one of {', '.join(TEMPLATES)}, or a TOML file{hint and '; '}{hint}"
+        )
     try:
         texts = read_toml(path)
     except (OSError, ValueError) as error:

@@ -39,7 +39,8 @@ class Roll:
 
     A node is asked once for each time that it starts. It is turned away if its base weights are not the server's, if it
     gives another name than the one that its key was registered under (`flwr supernode register --name`), if another node
-    that is online has that name already, or if it has another number of records than when the run first met it.
+    that is online has that name already, if a name that the run has met differs in capitals only, or if it has another number
+    of records than when the run first met it.
 
     Args:
         base: fingerprint of the server's base weights.
@@ -101,6 +102,11 @@ class Roll:
         other = self._members.get(hello.name)
         if other is not None and other.node_id != node_id and other.node_id in self._online:
             raise ProtocolError(f"{hello.name!r} is at node {other.node_id} already; names must be distinct")
+        folded = hello.name.casefold()
+        if like := [name for name in self._num_examples if name != hello.name and name.casefold() == folded]:
+            raise ProtocolError(
+                f"{hello.name!r} differs from {like[0]!r} in capitals only, and files of keys are called by names; rename one"
+            )
         known = self._num_examples.setdefault(hello.name, hello.num_examples)
         if hello.num_examples != known:
             raise ProtocolError(

@@ -25,9 +25,10 @@ from fedkseed.flower.log import Log, log
 from fedkseed.flower.roll import Member, Roll
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.identity import BaseIdentity
-from fedkseed.runs.algorithms import require_secure, roles_of
+from fedkseed.runs.algorithms import roles_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.events import summary
+from fedkseed.runs.extras import require_secure
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.privacy import Account
 

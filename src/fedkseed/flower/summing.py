@@ -55,7 +55,8 @@ def answer(node: Node, name: str, train: Callable[[bytes], bytes], data: bytes) 
         ProtocolError: see `SumClient.answer`.
         ConfigError: the extra or the node's key is missing.
     """
-    from fedkseed.runs.algorithms import require_secure, roles_of
+    from fedkseed.runs.algorithms import roles_of
+    from fedkseed.runs.extras import require_secure
 
     require_secure(node.config)
     from fedkseed.runs.sums import sum_client

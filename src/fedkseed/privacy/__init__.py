@@ -3,7 +3,7 @@
 Pure functions of their arguments, among them the source of random bytes; `accountant` alone imports dp-accounting.
 """
 
-from fedkseed.privacy.mechanism import Mechanism, Source, noise_share, poisson_sample
+from fedkseed.privacy.mechanism import Mechanism, Source, poisson_sample
 from fedkseed.privacy.settings import DELTA, WITHHELD, Privacy
 
-__all__ = ["DELTA", "WITHHELD", "Mechanism", "Privacy", "Source", "noise_share", "poisson_sample"]
+__all__ = ["DELTA", "WITHHELD", "Mechanism", "Privacy", "Source", "poisson_sample"]

@@ -92,13 +92,3 @@ def uniform(count: int, source: Source) -> F64:
 def poisson_sample(count: int, rate: float, source: Source = os.urandom) -> I64:
     """Which of so many records are in a batch: each on its own with probability `rate`, ascending; maybe none."""
     return np.flatnonzero(uniform(count, source) < rate)
-
-
-def noise_share(noise_multiplier: float, num_clients: int) -> float:
-    """The noise multiplier of each of n clients that together add what one would: z / sqrt(n).
-
-    Args:
-        noise_multiplier: z, of the sum.
-        num_clients: how many shares the sum holds at least; those that are missing weaken it.
-    """
-    return noise_multiplier / math.sqrt(num_clients)

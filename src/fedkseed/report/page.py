@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from fedkseed.privacy import DELTA
 from fedkseed.report import units
 from fedkseed.report.chart import Chart
 from fedkseed.report.markup import ON_DISK, Html, Text, card, details, document, figures, quiet, table, tag
 from fedkseed.report.reading import Round, RunRecord, is_finite
-from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, refusals, traffic
-from fedkseed.runs.algorithms import TENSORS
+from fedkseed.report.summary import PAPER_BYTES, Traffic, before_and_after, change, participation, promise, refusals, traffic
+from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.settings import RunConfig
 from fedkseed.text import counted
 
@@ -105,8 +104,8 @@ def _cards(record: RunRecord) -> list[Html]:
             f"{counted(dropped, 'step')} dropped" if dropped else "",
         )
     )
-    if record.config.dp is not None:
-        cards.append(_privacy_card(record))
+    if (kept := promise(record)) is not None:
+        cards.append(card("Differential privacy", kept.epsilon, kept.about, kept.budget))
     moved = traffic(record.rounds)
     if moved is None:
         return [*cards, card("Bytes per client and round", units.NONE, "nothing has been sent yet")]
@@ -128,17 +127,6 @@ def _cards(record: RunRecord) -> list[Html]:
         )
     )
     return cards
-
-
-def _privacy_card(record: RunRecord) -> Html:
-    """What the rounds so far promise."""
-    config = record.config
-    epsilon = record.rounds[-1].epsilon if record.rounds else 0.0
-    budget = "" if config.epsilon is None else f"the budget is {config.epsilon:g}"
-    if epsilon is None:
-        return card("Differential privacy", "none", "next to no noise was added: nothing is promised", budget)
-    delta = DELTA if config.delta is None else config.delta
-    return card("Differential privacy", f"epsilon {epsilon:.3g}", f"at delta {delta:g}, of each {config.dp}", budget)
 
 
 def _compared(value: float, reference: float, what: str) -> str:

@@ -6,12 +6,41 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedkseed.privacy import DELTA
 from fedkseed.report.reading import Evaluation, Round, RunRecord, is_finite
 
 PAPER_BYTES = 17_988
 """Bytes per client and round, down and up together, of the paper (K = 4096, 200 steps), by this project's count."""
 
 ACTIVITIES = ("forward", "noise", "rebuild", "other", "evaluation")
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the rounds so far promise of each record or client, in words.
+
+    Attributes:
+        epsilon: what was spent; "none" where next to no noise bounds nothing.
+        about: at which delta, and of whom.
+        budget: what may be spent; empty without a budget.
+    """
+
+    epsilon: str
+    about: str
+    budget: str
+
+
+def promise(record: RunRecord) -> Promise | None:
+    """See `Promise`; None of a run without differential privacy."""
+    config = record.config
+    if config.dp is None:
+        return None
+    epsilon = record.rounds[-1].epsilon if record.rounds else 0.0
+    budget = "" if config.epsilon is None else f"the budget is {config.epsilon:g}"
+    if epsilon is None:
+        return Promise("none", "next to no noise was added: nothing is promised", budget)
+    delta = DELTA if config.delta is None else config.delta
+    return Promise(f"epsilon {epsilon:.3g}", f"at delta {delta:g}, of each {config.dp}", budget)
 
 
 @dataclass(frozen=True)

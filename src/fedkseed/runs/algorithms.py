@@ -1,4 +1,4 @@
-"""The registry: from what an algorithm's clients send to its checkpoint and to the federation that a driver drives.
+"""The registry: from what an algorithm's clients send to the federation that a driver drives.
 
 An algorithm is a row of `fedkseed.federation.algorithms`; only one that sends something of a new kind needs more here.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.baselines import TensorClient, TensorServer, TunedTensors, attach, fingerprint, parameters_of
-from fedkseed.errors import ConfigError, LedgerError, RunError, installing
+from fedkseed.errors import LedgerError, RunError
 from fedkseed.evaluation import guess_loss
-from fedkseed.federation import Checkpoint, Rounds
+from fedkseed.federation import Rounds
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.federation.envelope import Reply, Request
 from fedkseed.federation.task import Task
@@ -37,6 +35,7 @@ from fedkseed.kseed.server import vector as scalars_vector
 from fedkseed.models.binding import Binding
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.privacy import WITHHELD, Privacy
+from fedkseed.runs.checkpoints import LEDGER, TENSORS
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.task import (
@@ -51,8 +50,6 @@ from fedkseed.runs.task import (
     compile_passes,
     tune_all_but,
 )
-
-LEDGER, TENSORS = "ledger.safetensors", "tensors.safetensors"
 
 
 class Participant(Protocol):
@@ -129,14 +126,10 @@ class Kind:
     """What becomes of one kind of replies.
 
     Attributes:
-        file: the checkpoint's name in a run's folder.
-        load: reads it.
         federate: `(settings, model, checkpoint or None, records, stopwatch) -> Federation`.
         roles: who takes part, wherever they are; None of what runs in simulations only.
     """
 
-    file: str
-    load: Callable[[Path], Checkpoint]
     federate: Callable[[RunConfig, torch.nn.Module, Any, Records, Stopwatch], Federation]
     roles: Roles | None = None
 
@@ -201,9 +194,9 @@ def over_tensors(
 
 
 KINDS = {
-    "scalars": Kind(LEDGER, Ledger.load, partial(over_ledger, SCALARS), SCALARS),
-    "changes": Kind(LEDGER, Ledger.load, partial(over_ledger, CHANGES), CHANGES),
-    "tensors": Kind(TENSORS, TunedTensors.load, over_tensors),
+    "scalars": Kind(partial(over_ledger, SCALARS), SCALARS),
+    "changes": Kind(partial(over_ledger, CHANGES), CHANGES),
+    "tensors": Kind(over_tensors),
 }
 """By what clients send."""
 
@@ -211,16 +204,6 @@ KINDS = {
 def kind_of(algorithm: Algorithm) -> Kind:
     """What becomes of an algorithm's replies."""
     return KINDS[algorithm.sends]
-
-
-def require_secure(config: RunConfig) -> None:
-    """Refuse secure sums whose extra is not installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if config.secure_sums == "on" and not (find_spec("cryptography") and find_spec("Crypto")):
-        raise ConfigError(f"--secure-sums on needs an extra; install it with: {installing('secure')}")
 
 
 def roles_of(algorithm: Algorithm) -> Roles:

@@ -20,7 +20,7 @@ from fedkseed.errors import ConfigError, RunError, RunFolderError
 from fedkseed.federation import Checkpoint
 from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.algorithms import KINDS, LEDGER, kind_of
+from fedkseed.runs.checkpoints import FILES, LEDGER, file_of, load_checkpoint
 from fedkseed.runs.layout import CONFIG, LEDGERS, LOCK, METRICS, read_settings
 from fedkseed.runs.ledgers import KeptLedgers
 from fedkseed.runs.metrics import Metrics, best_round, event_line, read_metrics
@@ -69,7 +69,7 @@ class RunFolder:
         Raises:
             RunFolderError: it does.
         """
-        for name in (CONFIG, METRICS, *(kind.file for kind in KINDS.values())):
+        for name in (CONFIG, METRICS, *FILES.values()):
             if _exists(path / name):
                 raise RunFolderError(
                     f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
@@ -119,7 +119,7 @@ class RunFolder:
     @property
     def checkpoint_path(self) -> Path:
         """Where the algorithm's checkpoint is, whichever it is."""
-        return self.path / kind_of(self.config.facts).file
+        return self.path / file_of(self.config.facts)
 
     @property
     def simulation(self) -> SimulationConfig:
@@ -167,8 +167,8 @@ class RunFolder:
             FedKSeedError: it cannot be read.
         """
         if self.checkpoint_path.exists():
-            return kind_of(self.config.facts).load(self.checkpoint_path)
-        for file in {kind.file for kind in KINDS.values()}:
+            return load_checkpoint(self.checkpoint_path)
+        for file in set(FILES.values()):
             if (self.path / file).exists():
                 raise RunFolderError(
                     f"{self.path} holds {file}, which --algorithm {self.config.algorithm} does not make; go on with the run's "
@@ -183,6 +183,20 @@ class RunFolder:
             FedKSeedError: it cannot be written; the old one is as it was.
         """
         checkpoint.stamped(self.made_with).save(self.checkpoint_path)
+
+    def is_complete(self) -> bool:
+        """Whether all rounds are done and written down, so that there is nothing to go on with.
+
+        Raises:
+            FedKSeedError: the checkpoint cannot be read, or is of another kind of algorithm.
+        """
+        checkpoint = self.load_checkpoint()
+        if checkpoint is None or checkpoint.round < self.config.num_rounds:
+            return False
+        found = self.recorded()
+        if found.damage is not None or checkpoint.round not in found.losses:
+            return False
+        return (self.path / METRICS).read_bytes().endswith(b"\n")  # else a kill left a part of a line, which a resume cuts
 
     @property
     def ledgers(self) -> KeptLedgers:
@@ -275,7 +289,7 @@ def tuned_file(path: Path, which: str | int | None = None) -> Path:
     if which is not None:
         raise ConfigError(f"--round is of a run's folder, which {path} is not; leave it out")
     if path.is_dir():  # a ledger or tensors that somebody has put there
-        kept = [path / kind.file for kind in KINDS.values() if (path / kind.file).exists()]
+        kept = [path / file for file in FILES.values() if (path / file).exists()]
         if kept:
             return kept[-1]
         read_settings(path)  # which says what is missing

@@ -23,6 +23,7 @@ from fedkseed.privacy.accountant import (
 )
 from fedkseed.runs.observer import WARNING
 from fedkseed.runs.settings import RunConfig
+from fedkseed.text import counted
 
 EVERYONE = "*"
 """In place of a name where all clients are counted alike."""
@@ -60,10 +61,10 @@ class Account:
             raise ConfigError("an account is of a run with --dp")
         self.privacy: Privacy = privacy
         before = _noted(checkpoint)
-        if checkpoint is not None and checkpoint.round and (before or {}).get("unit") != privacy.unit:
+        hid = (before or {}).get("unit", "nothing")
+        if checkpoint is not None and checkpoint.round and hid != privacy.unit:
             raise ConfigError(
-                f"--dp is {privacy.unit}, and the run's {checkpoint.round} rounds hid {(before or {}).get('unit', 'nothing')}; "
-                "start a run of its own"
+                f"--dp is {privacy.unit}, and the run's {counted(checkpoint.round, 'round')} hid {hid}; start a run of its own"
             )
         self._rates = {name: sampling_rate(config.batch_size, size) for name, size in sizes.items()}
         self._histories: dict[str, History] = {

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedkseed.errors import ConfigError
 from fedkseed.federation import Checkpoint
 from fedkseed.runs.folder import RunFolder, settings_of
-from fedkseed.runs.records import Records
 from fedkseed.runs.settings import BEFORE, RunConfig, SimulationConfig, flag
+
+if TYPE_CHECKING:
+    from fedkseed.runs.records import Records
 
 FREE = frozenset({"num_rounds", "eval_every", "eval_limit", "eval_data", "model", "data", "template", "epsilon"})
 """Settings that may change: what is evaluated, how long the run is, its budget, and names of what is known by its content."""

@@ -33,8 +33,9 @@ from fedkseed.runs.learner import USUAL_LENGTH, Learner, load_learner
 from fedkseed.runs.objectives import Goal, goal_of
 from fedkseed.runs.observer import WARNING, Observer
 from fedkseed.runs.privacy import with_noise
-from fedkseed.runs.settings import RunConfig, SimulationConfig
+from fedkseed.runs.settings import RunConfig, SimulationConfig, missing
 from fedkseed.runs.task import ScoredTask, Stopwatch, TextTask
+from fedkseed.text import counted
 
 EVAL_FRACTION = 0.05
 TOLERATED = 0.05
@@ -118,11 +119,15 @@ def prepare(
             f"--min-replies is {config.min_replies} and a round asks {cohort} of {len(clients)} clients; "
             "lower it, or raise --fraction-train or --num-clients"
         )
+    folded: dict[str, str] = {}
+    for name in parts:
+        if (like := folded.setdefault(name.casefold(), name)) != name:
+            observer.note(f"{WARNING}clients {like!r} and {name!r} differ in capitals only; are they one?")
     sizes = {name: len(part) for name, part in parts.items()}
     if found := with_noise(config, sizes):
         config = config.model_copy(update=found)
-        noise, kept = found["noise_multiplier"], f"{config.num_rounds} rounds keep to epsilon {config.epsilon:g}"
-        observer.note(f"noise multiplier: {noise:.4g}, with which {kept}")
+        noise, kept = found["noise_multiplier"], f"{counted(config.num_rounds, 'round')} within epsilon {config.epsilon:g}"
+        observer.note(f"noise multiplier: {noise:.4g}, which keeps {kept}")
     limit = affordable(config, sizes) if config.eval_limit is None else config.eval_limit
     chosen = sample(len(evaluation.examples), limit, config.seed)
     observer.note(f"evaluating on {len(chosen):,} of {len(held_out):,} held-out records{_why(config, len(chosen), evaluation)}")
@@ -178,7 +183,7 @@ def load_examples(
         DataError: a source cannot be read or used.
     """
     if config.data is None:
-        raise DataError("--data is missing; give it on the command line or as data in the --config file")
+        raise DataError(missing(["data"]))
     heard, given = observer.progress if observer else None, inputs or Inputs()
 
     def read(source: str, split: Literal["train", "test"]) -> list[Example]:

@@ -3,7 +3,7 @@
 import datetime
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -24,6 +24,7 @@ from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.federation.objectives import OWN
 from fedkseed.files import read_toml
 from fedkseed.runs.validation import Words, validated
+from fedkseed.text import joined
 
 
 class RunConfig(FederationConfig):
@@ -306,12 +307,16 @@ def flags(config: RunConfig) -> list[str]:
     return [word for name, value in chosen if value is not None for word in (flag(name), str(value))]
 
 
+def missing(names: Sequence[str]) -> str:
+    """What to do about settings that have no default and were not given."""
+    called, are, them = joined(map(flag, names)), *(("are", "them") if len(names) > 1 else ("is", "it"))
+    auto = ", or take --lr auto, which finds one as fedkseed tune does" if "lr" in names else ""
+    return f"{called} {are} missing; give {them} on the command line or as {joined(names)} in the --config file{auto}"
+
+
 WORDS = Words(
     value=lambda path: flag(path[0]),
-    missing=lambda name: (
-        f"{flag(name)} is missing; give it on the command line or as {name} in the --config file"
-        + (", or take --lr auto, which finds one as fedkseed tune does" if name == "lr" else "")
-    ),
+    missing=lambda name: missing([name]),
     unknown=lambda name: f"setting {name!r}",
     advice={
         "lr": "; give a number, or --lr auto, which finds one as fedkseed tune does",

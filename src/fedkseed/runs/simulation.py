@@ -17,8 +17,9 @@ from fedkseed.federation.envelope import Request
 from fedkseed.kseed.calibration import Calibration
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
-from fedkseed.runs.algorithms import kind_of, require_secure, roles_of
+from fedkseed.runs.algorithms import kind_of, roles_of
 from fedkseed.runs.driver import Driver
+from fedkseed.runs.extras import require_extras
 from fedkseed.runs.folder import RunFolder, new_folder
 from fedkseed.runs.forecast import Forecast, forecast
 from fedkseed.runs.inputs import separate
@@ -69,7 +70,7 @@ class Simulation:
         accept_changes: bool = False,
     ) -> None:
         config = config or run.simulation
-        require_secure(config)
+        require_extras(config)
         checkpoint = run.load_checkpoint()
         changes = check_same(run, checkpoint, config, records, accept_changes)
         self.run, self.config, self.observer = run, config, observer
@@ -226,6 +227,7 @@ def simulate(
             named.setdefault("eps", found.eps)
     path = new_folder(Path("runs")) if run is None else Path(run)
     config = build(named)
+    require_extras(config)
     folder = RunFolder.open(path) if (path / CONFIG).exists() else None
     with ExitStack() as stack:
         if folder is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from fedkseed.errors import ConfigError
+from fedkseed.text import nearest
 
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str, ...]
@@ -78,5 +80,11 @@ def validated(kind: type[M], settings: Mapping[str, Any], words: Words, stored: 
         if found["type"] == "extra_forbidden":
             known = ", ".join(sorted(map(words.key, kind.model_fields)))
             raise ConfigError(f"{words.unknown(path[-1])} is unknown; expected one of: {known}") from error
+        bounds = [bound for bound in found.get("ctx", {}).values() if isinstance(bound, float)]
+        if bounds:  # which pydantic writes out with all of its zeros
+            text = f"{text.rpartition(' ')[0]} {bounds[0]:g}"
+        if found["type"] == "literal_error" and isinstance(found["input"], str):
+            near = nearest([found["input"]], re.findall(r"'([^']*)'", found["ctx"]["expected"]))
+            advice = (near and f"; {near}") + advice
         wrong = f"{words.value(path)} is {words.shown(found['input'])}: {text[0].lower()}{text[1:]}"
         raise ConfigError(wrong + advice) from error

@@ -116,7 +116,6 @@ class SumClient:
         name: its stable name.
         train: answers the algorithm's own request, with what is to be summed.
         terms: 32 bytes of such a request, the same for all who are asked to do the same.
-        release: what a client's vector passes through before it is coded: the place for noise of the client's own.
         identity: its key, and the others'; None trusts the server to hand on the others' keys as they are.
         entropy: so many random bytes; the system's, which no server can compute again.
 
@@ -129,12 +128,11 @@ class SumClient:
         name: str,
         train: Callable[[bytes], Trained],
         terms: Callable[[bytes], bytes],
-        release: Callable[[F64], F64] = lambda vector: vector,
         identity: Identity | None = None,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.name, self.state = name, b""
-        self._train, self._terms, self._release, self._identity, self._entropy = train, terms, release, identity, entropy
+        self._train, self._terms, self._identity, self._entropy = train, terms, identity, entropy
 
     def answer(self, data: bytes) -> bytes:
         """The answer to a request of any phase; `state` has moved on with it.
@@ -220,7 +218,7 @@ class SumClient:
                 pairs[other] = unseal(share_keys.agree(roster.share_keys[other], _direction(other, me)), piece, about)
             except ProtocolError:  # its sender's fault or the server's: without enough shares the sum fails, and that is all
                 pairs[other] = 2 * NO_SHARE
-        numbers = coded(self._train(request.train), self._release, coding, roster.weights[me])
+        numbers = coded(self._train(request.train), coding, roster.weights[me])
         masks = own_mask(state.own_seed, len(numbers)) + common_masks(
             KeyPair(state.mask_seed), me, others, roster, about, len(numbers)
         )
@@ -262,14 +260,14 @@ class SumClient:
         return me
 
 
-def coded(trained: Trained, release: Callable[[F64], F64], coding: FixedPoint, weight: float) -> NDArray[np.uint32]:
+def coded(trained: Trained, coding: FixedPoint, weight: float) -> NDArray[np.uint32]:
     """What a client adds to the sum, uint32[n + 3]: its vector, its loss, whether it has one, how many steps it dropped.
 
     Raises:
         ProtocolError: a number is not finite.
     """
     known = 0.0 if trained.loss is None else 1.0
-    mean = np.concatenate([release(trained.vector), [trained.loss or 0.0, known * coding.clip]])
+    mean = np.concatenate([trained.vector, [trained.loss or 0.0, known * coding.clip]])
     return np.append(coding.encode(mean, weight), np.uint32(trained.dropped_steps))
 
 
