@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+# beside these: gpu, and edges, whose million clients take half an hour
 ON_ANY_MACHINE = ("noise", "step", "round", "secure", "swap")
 
 for name in sys.argv[1:] or ON_ANY_MACHINE:

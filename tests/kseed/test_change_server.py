@@ -15,7 +15,8 @@ from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.aggregators import AGGREGATORS
 from fedkseed.kseed.change_client import patched
 from fedkseed.kseed.change_messages import SCALARS, ChangeReply, ChangeRequest
-from fedkseed.kseed.change_server import ChangeServer, combined, new_page
+from fedkseed.kseed.change_server import ChangeServer, new_page
+from fedkseed.kseed.changes import combined
 from fedkseed.kseed.coding import BITS, Coded, encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import OPTIMIZERS
@@ -613,6 +614,21 @@ def test_hostile_scalars_among_changes_bring_in_no_more_than_the_median_reply(ba
         assert np.linalg.norm(found) < 1.1 * np.linalg.norm(without) / 0.8
         control, _ = combined(requests, both, weights, basis)
         assert (np.linalg.norm(control) > 10 * np.linalg.norm(without)) == (expected == 0)
+
+
+@pytest.mark.parametrize("basis", ["table", "coefficients"])
+@pytest.mark.parametrize("rule", ["mean", "clipped"])
+def test_exact_sums_of_changes_and_scalars_are_the_ordered_ones_but_for_rounding(basis: Any, rule: str) -> None:
+    names = "abcde"
+    requests = {name: asked(name, "two-point" if name in "be" else "gradient") for name in names}
+    replies = {
+        name: scalars_to(requests[name], [0.3, -0.2, 0.1, 0.7]) if name in "be" else reply_to(requests[name]) for name in names
+    }
+    weights, chosen = dict(zip(names, (0.1, 0.2, 0.3, 0.15, 0.25), strict=True)), AGGREGATORS[rule]
+    ordered, counted = combined(requests, replies, weights, basis, chosen)
+    exact, shares = combined(requests, replies, weights, basis, chosen, "exact")
+    np.testing.assert_allclose(exact, ordered, rtol=1e-12, atol=1e-15)
+    assert shares == counted
 
 
 def test_pool_of_a_published_ledger_is_its_open_pages() -> None:

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from tests.support.changes import Quadratic, config, directions, federation, flat
 
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply
-from fedkseed.kseed.change_server import combined, new_page
+from fedkseed.kseed.change_server import new_page
+from fedkseed.kseed.changes import combined
 
 F64 = NDArray[np.float64]
 K, ROUNDS = 128, 250

@@ -1,13 +1,22 @@
 """The running scale: what few clients cannot move, and what it bounds."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from fedkseed.kseed.scale import FACTOR, WORDS, followed, largest
+from fedkseed.kseed import scale
+from fedkseed.kseed.scale import FACTOR, WORDS, largest, word
 
+F64 = NDArray[np.float64]
 NONE = np.zeros(0)
+
+
+def followed(words: F64, scalars: Sequence[F64]) -> F64:
+    return scale.followed(words, np.array([word(one) for one in scalars]))
 
 
 def test_a_word_is_the_median_magnitude_of_what_is_not_zero() -> None:

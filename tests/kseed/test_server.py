@@ -999,6 +999,18 @@ def test_a_ledger_with_impossible_scales_is_damaged(scales: list[float]) -> None
         fk.Ledger.decode(bad.encode())
 
 
+def test_of_a_very_large_cohort_the_ledger_keeps_as_many_words_as_it_can_be_read_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the round itself all of them count."""
+    monkeypatch.setattr("fedkseed.kseed.server.MAX_SCALES", 3)
+    a_server, whole = robust(), robust()
+    told(a_server, {})
+    monkeypatch.undo()
+    told(whole, {})
+    kept = history(a_server.ledger).grad_scales
+    assert kept.tolist() == history(whole.ledger).grad_scales.tolist()[-3:]
+    np.testing.assert_array_equal(a_server.ledger.coefficients, whole.ledger.coefficients)
+
+
 # --- Shared seeds ---
 
 

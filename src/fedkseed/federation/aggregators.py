@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
 Rule = Callable[[F64, F64], tuple[F64, F64]]
+Weigh = Callable[[F64, F64], tuple[F64, F64]]
 TRIM = 0.25
 """What a trimmed mean leaves out at either end."""
 TIE = 1e-9
@@ -29,6 +30,9 @@ class Aggregator:
         name: what settings call it.
         about: a few words for the help.
         combine: `(vectors, weights) -> (numbers, shares)`, as above.
+        weigh: of a rule whose numbers are a weighted sum: `(weights, lengths) -> (the sum's weights, shares)`, float64[n] each,
+            by the vectors' Euclidean lengths; so that vectors may come one at a time, or be summed elsewhere. None of those
+            that must have all side by side.
         needs_each_reply: whether it must see every reply; of a sum that hides them only the mean can be had.
         same_seeds: whether it compares numbers place by place, so that replies must be of the same seeds.
         breakdown: of n replies of equal weight, how many may hold anything at all without leading the numbers further from
@@ -38,6 +42,7 @@ class Aggregator:
     name: str
     about: str
     combine: Rule
+    weigh: Weigh | None
     needs_each_reply: bool
     same_seeds: bool
     breakdown: Callable[[int], int]
@@ -57,9 +62,15 @@ def clipped(vectors: F64, weights: F64) -> tuple[F64, F64]:
     So it is bounded what a long reply does, and what one of many claimed records. The weights add up to what they did before:
     honest replies that are cut are only shared out anew.
     """
-    shares = clip_shares(weights * np.linalg.norm(vectors, axis=1))
+    kept, shares = clip_weights(weights, np.linalg.norm(vectors, axis=1))
+    return mean(vectors, kept)[0], shares
+
+
+def clip_weights(weights: F64, lengths: F64) -> tuple[F64, F64]:
+    """The weights of such a mean by the vectors' lengths, float64[n], and what is left of each."""
+    shares = clip_shares(weights * lengths)
     kept = weights * shares
-    return mean(vectors, kept * (weights.sum() / kept.sum()))[0], shares
+    return kept * (weights.sum() / kept.sum()), shares
 
 
 def clip_shares(lengths: F64) -> F64:
@@ -122,13 +133,21 @@ def _most_liars(n: int) -> int:
 AGGREGATORS = {
     row.name: row
     for row in (
-        Aggregator("mean", "weighted mean", mean, False, False, lambda n: 0),
         Aggregator(
-            "clipped", "a mean to which no reply brings more than the median one", clipped, True, False, lambda n: (n - 1) // 2
+            "mean", "weighted mean", mean, lambda weights, lengths: (weights, np.ones(len(weights))), False, False, lambda n: 0
         ),
-        Aggregator("trimmed-mean", "of the middle half, number by number", trimmed_mean, True, True, lambda n: n // 4),
-        Aggregator("median", "number by number", median, True, True, lambda n: (n - 1) // 2),
-        Aggregator("krum", "mean of the replies that lie closest together", krum, True, True, _most_liars),
+        Aggregator(
+            "clipped",
+            "a mean to which no reply brings more than the median one",
+            clipped,
+            clip_weights,
+            True,
+            False,
+            lambda n: (n - 1) // 2,
+        ),
+        Aggregator("trimmed-mean", "of the middle half, number by number", trimmed_mean, None, True, True, lambda n: n // 4),
+        Aggregator("median", "number by number", median, None, True, True, lambda n: (n - 1) // 2),
+        Aggregator("krum", "mean of the replies that lie closest together", krum, None, True, True, _most_liars),
     )
 }
 """By name."""

@@ -81,7 +81,19 @@ class Algorithm:
 
 PROBES = ("eps", "noise", "loss_clip", "max_grad")
 OWN_TENSORS = ("train", "freeze")
-SEEDS = (*PROBES, *OWN_TENSORS, "num_seeds", "wire", "dtype", "audit_log", "aggregator", "objective", "dpo_beta")
+SEEDS = (
+    *PROBES,
+    *OWN_TENSORS,
+    "num_seeds",
+    "wire",
+    "dtype",
+    "audit_log",
+    "aggregator",
+    "summation",
+    "edges",
+    "objective",
+    "dpo_beta",
+)
 CHANGES = (
     "rounds_per_page", "basis", "movement", "local_optimizer", "server_optimizer", "server_lr", "two_point_clients",
     "checkpointing",

@@ -8,6 +8,7 @@ from fedkseed.errors import ConfigError
 from fedkseed.federation.aggregators import AGGREGATORS, Aggregator
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
 from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
+from fedkseed.federation.exact_sum import LARGEST
 from fedkseed.federation.objectives import CODE, OBJECTIVES, OWN, Objective, Scaling, objective_named
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 from fedkseed.privacy import DELTA, Privacy
@@ -21,6 +22,7 @@ else:
     AlgorithmName, FamilyName = Literal[tuple(ALGORITHMS)], Literal[tuple(FAMILIES)]
     AggregatorName = Literal[tuple(AGGREGATORS)]
 OptimizerName = Literal["sgd", "momentum", "adam", "sign"]
+Summation = Literal["ordered", "exact"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[float, Field(ge=SMALLEST_STEP, le=LARGEST_STEP)]
@@ -116,6 +118,11 @@ class FederationConfig(BaseModel):
         description="How replies become one change: "
         + "; ".join(f"{row.name} ({row.about})" for row in AGGREGATORS.values())
         + ". All but mean bound each scalar too; with --secure-sums on it is mean.",
+    )
+    summation: Summation = Field(
+        "ordered",
+        description="How clients' numbers are added up: in the order of their names, or exactly, in any order and grouping, as "
+        "edges do; the last bits differ.",
     )
     shared_seeds: Literal["off", "on"] = Field(
         "off",
@@ -222,6 +229,27 @@ class FederationConfig(BaseModel):
         elif self.wire not in ("float16", "float32"):
             raise ValueError(
                 f"--wire is {self.wire!r} and --algorithm {self.algorithm} sends float16 or float32; take one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_can_be_exact(self) -> Self:
+        if self.summation == "ordered":
+            return self
+        if self.rule.weigh is None:
+            raise ValueError(
+                f"--summation is exact and --aggregator {self.aggregator}, which is no sum, so that "
+                "edges cannot sum it either; take clipped or mean"
+            )
+        if self.secure_sums == "on" or self.dp == "client":
+            other = "--secure-sums on" if self.secure_sums == "on" else "--dp client"
+            raise ValueError(
+                f"--summation is exact and {other}, whose sums are another kind of exact; leave out --summation, and --edges, "
+                "which needs it"
+            )
+        if self.facts.sends == "changes" and self.max_value > LARGEST:
+            raise ValueError(
+                f"--summation is exact and --max-value {self.max_value:g}; it adds up numbers to {LARGEST:g}, so take no more"
             )
         return self
 

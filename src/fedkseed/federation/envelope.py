@@ -144,6 +144,8 @@ def check_name(name: Any) -> None:
             f"client name is {shown(name)}, which reads as {' '.join(unicodedata.normalize('NFKC', name).split())!r}; "
             "expected no blanks at its ends or in a row, and the usual form of each letter"
         )
+    if name.isascii():
+        return
     mixed = sorted({unicodedata.name(letter, "?").split()[0] for letter in name if letter.isalpha()} & LOOKALIKES)
     if len(mixed) > 1:
         raise ProtocolError(f"client name {shown(name)} mixes {' and '.join(mixed)} letters, which look alike; use one")

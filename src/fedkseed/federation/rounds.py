@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from fedkseed.errors import ProtocolError, RunError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_loss, check_name
+from fedkseed.federation.exact_sum import MAX_TERMS
+from fedkseed.federation.parts import Treated
 from fedkseed.federation.schedule import learning_rate
+from fedkseed.federation.streams import InTurn, Read, Taken
 from fedkseed.privacy import WITHHELD
 from fedkseed.randomness import generator
 
@@ -27,7 +30,7 @@ MOST_GUESSES = 10_000
 """A mean loss of training is at most so many times that of a guess; a run that diverges makes it large by itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Contribution:
     """An accepted reply: whose it is, its weight in the round, what the client reported, its sizes (see `Rounds`).
 
@@ -79,7 +82,7 @@ class Outcome:
         contributions: the accepted replies, sorted by client.
         refusals: the others that came.
         missing: clients that were asked and sent nothing.
-        accepted: the bytes of the accepted replies, by client.
+        accepted: the bytes of the accepted replies, by client; laid by, and read when they are asked for.
         summed: the sum of the replies, where none of them is known.
     """
 
@@ -129,6 +132,26 @@ RequestT = TypeVar("RequestT", bound=Request)
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
 
+@dataclass(frozen=True)
+class Heard(Generic[ReplyT]):
+    """What is to be used of the replies to a round's requests.
+
+    Attributes:
+        taken: the bytes of those that were accepted, by client.
+        replies: what these say, read anew whenever it is asked for.
+        num_examples: how many records each of these clients has.
+        contributions: what is told of each, sorted by client, without its weight.
+        refusals, missing: see `Outcome`.
+    """
+
+    taken: Mapping[str, bytes]
+    replies: Mapping[str, ReplyT]
+    num_examples: Mapping[str, int]
+    contributions: tuple[Contribution, ...]
+    refusals: tuple[Refusal, ...]
+    missing: tuple[str, ...]
+
+
 class Rounds(ABC, Generic[RequestT, ReplyT]):
     """A server as a state machine: `plan` a round's requests, `absorb` what came back. It never loops, sends or logs.
 
@@ -164,7 +187,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         self._failed: set[str] = set()
         self._num_examples: Mapping[str, int] = {}
         self.forward_only: frozenset[str] | None = None
-        self._pending: dict[str, RequestT] = {}
+        self._pending: Mapping[str, RequestT] = {}
         self.clients: tuple[str, ...] = ()
         if clients is not None:
             self.admit(clients, num_examples)
@@ -176,7 +199,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
 
     @abstractmethod
     def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> Mapping[str, RequestT]:
-        """What to ask of each client of a cohort."""
+        """What to ask of each client of a cohort, in its order: `Requests`, where there may be many."""
 
     @abstractmethod
     def _decode(self, data: bytes) -> ReplyT:
@@ -187,8 +210,10 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         """Raise a ProtocolError if what the reply holds, beside its head, is not an answer to the request."""
 
     @abstractmethod
-    def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
+    def _close(self, replies: Mapping[str, ReplyT], weights: Mapping[str, float]) -> Treated:
         """Move the checkpoint on by the accepted replies, in the order of the clients' names.
+
+        Each reply is read anew whenever it is asked for, so that a cohort's need not fit into memory.
 
         Returns:
             What became of a client's numbers on the way, by the names that `metrics.jsonl` has for it; {} if nothing did.
@@ -218,10 +243,6 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             ProtocolError: a name is not 1 to 64 bytes of printable text.
             RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
         """
-        for name in clients:
-            check_name(name)
-        if len(set(clients)) != len(clients):
-            raise RunError("two clients have the same name; names must be distinct")
         cohort_size = self.config.cohort_size(len(clients))
         if cohort_size < self.config.min_replies or not clients:
             raise RunError(
@@ -233,10 +254,21 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
                 f"a round asks {cohort_size} of {len(clients)} clients, and a secure sum hides nobody among fewer than "
                 f"{self.config.min_cohort}; raise --fraction-train or --num-clients"
             )
+        if self.config.summation == "exact" and cohort_size > MAX_TERMS:
+            raise RunError(f"a round asks {cohort_size} clients; an exact sum has at most {MAX_TERMS}: lower --fraction-train")
+        self.enrol(clients, num_examples)
+        self.cohort_size = cohort_size
+        self.forward_only = None if forward_only is None else frozenset(forward_only)
+
+    def enrol(self, clients: Sequence[str], num_examples: Mapping[str, int] | None = None) -> None:
+        """Know these clients, however many there are: an edge's, whose cohorts somebody else draws; see `admit`."""
+        for name in clients:
+            check_name(name)
+        if len(set(clients)) != len(clients):
+            raise RunError("two clients have the same name; names must be distinct")
         known = dict(num_examples or {})
         self.steps = {name: count_steps(self.config, known.get(name), name) for name in clients}
-        self.clients, self.cohort_size, self._num_examples = tuple(sorted(clients)), cohort_size, known
-        self.forward_only = None if forward_only is None else frozenset(forward_only)
+        self.clients, self._num_examples = tuple(sorted(clients)), known
 
     def roster(self) -> dict[str, Any]:
         """What `admit` was last given, by the names of its arguments."""
@@ -252,8 +284,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         """Whether all rounds are done."""
         return self.checkpoint.round >= self.config.num_rounds
 
-    def plan(self) -> tuple[RequestT, ...]:
-        """The requests of the next round, or of the next attempt at it, sorted by client.
+    def plan(self) -> Sequence[RequestT]:
+        """The requests of the next round, or of the next attempt at it, sorted by client; each is made when it is asked for.
 
         Another attempt asks none whose reply the ones before lacked, as long as enough others are there.
 
@@ -267,10 +299,19 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             raise RunError("nobody is here; admit clients before a round is planned")
         if self._attempt >= MAX_ATTEMPTS:
             raise RunError(f"round {self.checkpoint.round + 1} failed {MAX_ATTEMPTS} times; see the refusals, then resume")
-        server_round, cohort = self.checkpoint.round + 1, self.cohort()
-        lr = learning_rate(self.config.schedule, self.config.lr, server_round - 1, self.config.num_rounds)
-        self._pending = dict(self._requests(server_round, self._attempt, cohort, lr))
-        return tuple(self._pending.values())
+        return self.plan_for(self.cohort(), self._attempt)
+
+    def plan_for(self, cohort: Sequence[str], attempt: int) -> Sequence[RequestT]:
+        """The same for a cohort that somebody else has drawn, sorted; its clients are known."""
+        done = self.checkpoint.round
+        lr = learning_rate(self.config.schedule, self.config.lr, done, self.config.num_rounds)
+        self._pending = self._requests(done + 1, attempt, cohort, lr)
+        return InTurn(self._pending)
+
+    @property
+    def asked(self) -> Collection[str]:
+        """Whom the planned requests are for, sorted."""
+        return self._pending.keys()
 
     def cohort(self) -> list[str]:
         """Whom the next round's requests, or those of the next attempt at it, are for; sorted."""
@@ -291,33 +332,55 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         Raises:
             RunError: no round is planned.
         """
+        heard = self.hear(replies)
+        weights = self.weights(heard.num_examples)
+        server_round = self.checkpoint.round + 1
+        treated: Treated = {}
+        if len(weights) < self.config.min_replies:
+            status = self._repeat(self._pending.keys() - weights.keys())
+        else:
+            treated = self._close(heard.replies, weights)
+            status = self._closed()
+        contributions = tuple(
+            replace(one, weight=weights[one.client], sizes={**one.sizes, **treated.get(one.client, {})})
+            for one in heard.contributions
+        )
+        self._pending = {}
+        return Outcome(server_round, status, contributions, heard.refusals, heard.missing, heard.taken)
+
+    def hear(self, replies: Iterable[tuple[str, bytes]]) -> Heard[ReplyT]:
+        """What is to be used of the replies that came, as (sender, bytes) in any order; the first half of `absorb`.
+
+        Raises:
+            RunError: no round is planned, or there is no room for the replies.
+        """
         if not self._pending:
             raise RunError("no round is planned; call plan() before absorb()")
-        accepted: dict[str, ReplyT] = {}
-        taken: dict[str, bytes] = {}
+        cohort = list(self._pending)
+        taken, answered = Taken(cohort), set[str]()
+        num_examples: dict[str, int] = {}
+        contributions: list[Contribution] = []
         refusals: list[Refusal] = []
-        answered: set[str] = set()
-        for sender, data in sorted(replies, key=lambda reply: reply[0]):
+        for sender, data in replies:
             answered.add(sender)
             try:
-                reply = self._checked(sender, data)
-                if sender in accepted:
+                request, reply = self._checked(sender, data)
+                if sender in num_examples:
                     raise ProtocolError("a second reply to one request")
-                accepted[sender], taken[sender] = reply, data
             except ProtocolError as error:
                 refusals.append(Refusal(sender, str(error)))
-        weights = self._weights(accepted)
-        server_round = self.checkpoint.round + 1
-        missing = tuple(sorted(set(self._pending) - answered))
-        treated: Mapping[str, Mapping[str, float]] = {}
-        if len(weights) < self.config.min_replies:
-            status = self._repeat(self._pending.keys() - accepted.keys())
-        else:
-            treated = self._close({name: accepted[name] for name in weights}, weights)
-            status = self._closed()
-        contributions = tuple(self._contribution(accepted[name], weights[name], treated.get(name, {})) for name in weights)
-        self._pending = {}
-        return Outcome(server_round, status, contributions, tuple(refusals), missing, taken)
+                continue
+            taken.add(sender, data)
+            num_examples[sender] = reply.num_examples
+            contributions.append(self._contribution(request, reply))
+        return Heard(
+            taken,
+            Read(taken, self._decode),
+            num_examples,
+            tuple(sorted(contributions, key=lambda one: one.client)),
+            tuple(sorted(refusals, key=lambda one: one.client)),
+            tuple(name for name in cohort if name not in answered),
+        )
 
     def close_with(self, requests: Mapping[str, RequestT], replies: Mapping[str, bytes]) -> None:
         """Move the checkpoint on by replies that were accepted elsewhere, unchecked, whatever requests they answer.
@@ -328,8 +391,8 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             requests: by client, as they were planned there; those of more clients than replied.
             replies: bytes, by client; weights are shared among these alone. Of none, the round passes and nothing moves.
         """
-        accepted = {name: self._decode(data) for name, data in replies.items()}
-        weights = self._weights(accepted)
+        accepted = {name: self._decode(data) for name, data in sorted(replies.items())}
+        weights = self.weights({name: reply.num_examples for name, reply in accepted.items()})
         self._pending = dict(requests)
         self._close({name: accepted[name] for name in weights}, weights)
         self._pending = {}
@@ -377,7 +440,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         self._attempt, self._failed = 0, set()
         return "closed"
 
-    def _checked(self, sender: str, data: bytes) -> ReplyT:
+    def _checked(self, sender: str, data: bytes) -> tuple[RequestT, ReplyT]:
         reply, request = self._decode(data), self._pending.get(sender)
         if request is None:
             raise ProtocolError(f"{sender!r} was not asked in this round")
@@ -386,28 +449,36 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
             if found != expected:
                 shown = [value.hex()[:16] if isinstance(value, bytes) else value for value in (found, expected)]
                 raise ProtocolError(f"reply to another request: {name} is {shown[0]!r}, expected {shown[1]!r}")
-        known = self._num_examples.get(sender, reply.num_examples)
-        if reply.num_examples != known:
-            raise ProtocolError(f"num_examples is {reply.num_examples}; this client came with {known}")
-        if reply.num_examples > self.config.max_examples:
-            raise ProtocolError(f"num_examples is {reply.num_examples}; at most {self.config.max_examples} are accepted")
-        if self.guess_loss is not None and self.config.goal.bounded_below:
-            check_loss(reply.loss or 0.0, MOST_GUESSES * self.guess_loss)
+        self.check_told(sender, reply.num_examples, reply.loss)
         self._check(request, reply)
-        return reply
+        return request, reply
 
-    def _contribution(self, reply: ReplyT, weight: float, treated: Mapping[str, float]) -> Contribution:
-        request = self._pending[reply.client]
+    def check_told(self, client: str, num_examples: int, loss: float | None) -> None:
+        """Refuse what no reply may say of a client.
+
+        Raises:
+            ProtocolError: it is that.
+        """
+        known = self._num_examples.get(client, num_examples)
+        if num_examples != known:
+            raise ProtocolError(f"num_examples is {num_examples}; this client came with {known}")
+        if num_examples > self.config.max_examples:
+            raise ProtocolError(f"num_examples is {num_examples}; at most {self.config.max_examples} are accepted")
+        if self.guess_loss is not None and self.config.goal.bounded_below:
+            check_loss(loss or 0.0, MOST_GUESSES * self.guess_loss)
+
+    def _contribution(self, request: RequestT, reply: ReplyT) -> Contribution:
+        """What is told of an accepted reply; its weight is known when all have come."""
         if self.mechanism is not None:  # what is written down of a round may be published too
-            return Contribution(reply.client, weight, WITHHELD, request.num_steps, 0, None)
+            return Contribution(reply.client, 0.0, WITHHELD, request.num_steps, 0, None)
         return Contribution(
             reply.client,
-            weight,
+            0.0,
             reply.num_examples,
             request.num_steps,
             reply.num_dropped,
             reply.loss,
-            {**self._sizes(request, reply), **treated},
+            self._sizes(request, reply),
         )
 
     def _released(self, vectors: Iterable[NDArray[np.float64]], size: int) -> NDArray[np.float64]:
@@ -415,10 +486,10 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         assert self.mechanism is not None  # asked only where clients are hidden
         return self.mechanism.release(vectors, size, len(self._pending))
 
-    def _weights(self, accepted: Mapping[str, ReplyT]) -> dict[str, float]:
-        """p_i by client, in the order of the names."""
+    def weights(self, num_examples: Mapping[str, int]) -> dict[str, float]:
+        """p_i of those whose replies were accepted, in the order of the names, by how many records each has."""
         by_examples = self.config.weighting == "examples"
-        sizes = {name: accepted[name].num_examples if by_examples else 1 for name in sorted(accepted)}
+        sizes = {name: num_examples[name] if by_examples else 1 for name in sorted(num_examples)}
         return shares(sizes, self.config.largest_share(len(sizes)))
 
 

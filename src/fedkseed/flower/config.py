@@ -149,6 +149,11 @@ def read_config(run_config: Mapping[str, Any]) -> FlowerConfig:
         ConfigError: a key is unknown, missing, or its value out of range; or it deals out records, and there are none.
     """
     settings = {key.replace("-", "_"): value for key, value in run_config.items() if value != ""}
+    if "edges" in settings:
+        raise ConfigError(
+            f"run-config edges is {settings['edges']!r}, but Flower has one tier of nodes, and edges are of fedkseed simulate; "
+            "leave it out"
+        )
     if "data" in settings:
         return validated(EngineConfig, settings, WORDS)
     for name in sorted(settings.keys() & DEALING):

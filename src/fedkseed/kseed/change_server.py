@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
-from fedkseed.federation.aggregators import AGGREGATORS, Aggregator, clip_shares
 from fedkseed.federation.config import FederationConfig
+from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
-from fedkseed.federation.rounds import CHANGE_NORM, COUNTED, Outcome, Refusal, Rounds, Summed
+from fedkseed.federation.exact_sum import ExactSum
+from fedkseed.federation.parts import Closing, Question, Treated, check_sum
+from fedkseed.federation.rounds import CHANGE_NORM, COUNTED, Heard, Outcome, Refusal, Summed
 from fedkseed.federation.schedule import learning_rate
-from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch, seeds_of
+from fedkseed.federation.streams import Requests
+from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch
+from fedkseed.kseed.changes import ChangesPart, combined
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import OPTIMIZERS
-from fedkseed.kseed.pages import Basis, Page, gradient_to_basis, is_replaced, pages_digest, to_coefficients
+from fedkseed.kseed.pages import Page, is_replaced, pages_digest, to_coefficients
 from fedkseed.kseed.server import scalars_size, seed_pool
 from fedkseed.kseed.steps import largest_grad
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.randomness import derive
 
 F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 NUMBERS = "numbers"
 """The column of the state that holds the open page's numbers before they are coded; the others are the optimiser's."""
 
 
-class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
+class ChangeServer(DividedRounds[ChangeRequest, ChangeReply]):
     """One federation of changes (docs/gradients.md).
 
     What a client lacks is known from the last reply of it that was accepted; whoever is new, or was lost or refused, is sent
@@ -100,40 +106,44 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
             return None
         return replace(request, have=0, patches=tuple(Patch(page.pool.key, 0, page.parts) for page in self.ledger.pages))
 
-    def absorb(self, replies: object) -> Outcome:
-        """See `Rounds.absorb`."""
-        return self._seeing(lambda: super(ChangeServer, self).absorb(replies))  # type: ignore[arg-type]
+    def hear(self, replies: Iterable[tuple[str, bytes]]) -> Heard[ChangeReply]:
+        """See `Rounds`."""
+        heard = super().hear(replies)
+        self._have_seen(heard.num_examples.keys())
+        return heard
 
     def absorb_sum(self, summed: Summed | None, refusals: Sequence[Refusal], missing: Sequence[str]) -> Outcome:
         """See `Rounds.absorb_sum`."""
-        return self._seeing(lambda: super(ChangeServer, self).absorb_sum(summed, refusals, missing))
+        accepted = set() if summed is None else set(summed.weights)
+        self._have_seen(accepted)
+        return super().absorb_sum(summed, refusals, missing)
 
-    def _seeing(self, absorb: Callable[[], Outcome]) -> Outcome:
-        """Take what came of a round, and remember what each client has seen by now."""
-        asked = {name: self._where() for name in self._pending}
-        outcome = absorb()
-        accepted = {contribution.client for contribution in outcome.contributions}
-        for name, where in asked.items():
+    def _have_seen(self, accepted: Collection[str]) -> None:
+        """Remember what those have by now whose replies were accepted; of who was asked else it is not known."""
+        where = self._where()
+        for name in self._pending:
             if name in accepted:
                 self._seen[name] = where
             else:  # it may have lost what it had: it is sent all
                 self._seen.pop(name, None)
-        return outcome
 
     def _where(self) -> tuple[int, int]:
         """What a client has that has answered now: how many pages before the open one, and how many parts of that."""
         return len(self.ledger.pages) - 1, len(self.ledger.pages[-1].parts)
 
-    def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> dict[str, ChangeRequest]:
+    def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> Requests[ChangeRequest]:
         config, pages = self.config, self.ledger.pages
         digest, two_point = pages_digest(pages), self.two_point_clients()
-        return {
-            client: ChangeRequest(
+        steps, seen, base = self.steps, dict(self._seen), bytes.fromhex(self.ledger.base.fingerprint)
+
+        def make(client: str) -> ChangeRequest:
+            have, parts = seen.get(client, (0, 0))
+            return ChangeRequest(
                 run_id=self.run_id,
                 server_round=server_round,
                 attempt=attempt,
                 client=client,
-                base=bytes.fromhex(self.ledger.base.fingerprint),
+                base=base,
                 digest=digest,
                 lr=lr,
                 batch_size=config.batch_size,
@@ -142,27 +152,17 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
                 basis=config.basis,
                 movement=config.movement,
                 wire=config.wire,
-                have=self._seen.get(client, (0, 0))[0],
-                patches=self._lacking(client),
-                steps=self.steps[client],
+                have=have,
+                patches=lacking(pages[have:], 0 if is_replaced(config.wire) else parts),
+                steps=steps[client],
                 measure="two-point" if client in two_point else "gradient",
                 optimizer=config.local_optimizer,
                 eps=config.eps,
-                max_grad=self.config.max_grad,
+                max_grad=config.max_grad,
                 loss_clip=config.loss_clip,
             )
-            for client in cohort
-        }
 
-    def _lacking(self, client: str) -> tuple[Patch, ...]:
-        have, parts = self._seen.get(client, (0, 0))
-        if is_replaced(self.config.wire):
-            parts = 0
-        first, *others = self.ledger.pages[have:]
-        return (
-            Patch(first.pool.key, parts, first.parts[parts:]),
-            *(Patch(page.pool.key, 0, page.parts) for page in others),
-        )
+        return Requests(cohort, make)
 
     def _decode(self, data: bytes) -> ChangeReply:
         return ChangeReply.decode(data)
@@ -198,7 +198,7 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
         change = to_coefficients(reply.numbers.decode(request.size), request.basis).astype(np.float64)
         return {CHANGE_NORM: float(np.linalg.norm(change))}
 
-    def _close(self, replies: Mapping[str, ChangeReply], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
+    def _close(self, replies: Mapping[str, ChangeReply], weights: Mapping[str, float]) -> Treated:
         """Combine the replies, take the optimiser's step, code what the page lacks, and turn it where its rounds are over."""
         if self.mechanism is not None:
             ones = ({name: reply} for name, reply in replies.items())
@@ -206,9 +206,56 @@ class ChangeServer(Rounds[ChangeRequest, ChangeReply]):
             self._close_mean(self._released(each, self.config.num_seeds))
             return {}
         rule = self.config.rule
-        change, counted = combined(self._pending, replies, weights, self.config.basis, rule)
+        change, counted = combined(self._pending, replies, weights, self.config.basis, rule, self.config.summation)
         self._close_mean(change)
         return {name: {COUNTED: share} for name, share in counted.items()} if rule.needs_each_reply else {}
+
+    size_name = CHANGE_NORM
+
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """See `DividedRounds`."""
+        return ChangesPart.ROWS, self.config.num_seeds
+
+    def state(self) -> bytes:
+        """See `DividedRounds`."""
+        return self.ledger.stamped(None).encode()
+
+    def go_to(self, state: bytes) -> None:
+        """See `DividedRounds`."""
+        ledger = Ledger.decode(state)
+        if (ledger.base.fingerprint, ledger.precision) != (self.ledger.base.fingerprint, self.ledger.precision):
+            raise LedgerError("the checkpoint is of another base or wire; expected the run's own")
+        if ledger.state is None:
+            raise LedgerError("the checkpoint is a published ledger, or one of scalars; expected the run's own")
+        if not goes_on(ledger.pages, self.ledger.pages, is_replaced(self.config.wire)):
+            self._seen = {}  # a server that has begun again: nobody has what it sends
+        self.ledger = ledger
+
+    def longest(self, num_steps: I64) -> F64:
+        """See `DividedRounds`."""
+        return np.full(len(num_steps), self.config.max_value * math.sqrt(self.config.num_seeds))
+
+    def check_rows(self, rows: I64, weights: F64, lengths: F64 | None, num_steps: I64) -> None:
+        """See `DividedRounds`."""
+        check_sum(rows, weights, lengths, np.full(len(weights), self.config.max_value))
+
+    def part(self, replies: Mapping[str, ChangeReply]) -> ChangesPart:
+        """See `DividedRounds`."""
+        return ChangesPart(replies, self.config.num_seeds)
+
+    def closing(self, weights: Mapping[str, float], words: F64) -> Closing:
+        """See `DividedRounds`; of replies that are changes, all of them."""
+        rule, kept = self.config.rule, np.array([*weights.values()])
+        shares = np.ones(len(kept))
+        if rule.needs_each_reply and rule.weigh is not None:
+            told = yield Question(np.inf)
+            kept, shares = rule.weigh(kept, told.lengths)
+        rows = yield Question(np.inf, kept)
+        self._close_mean(ExactSum(rows).value)
+        if not rule.needs_each_reply:
+            return {}
+        return {name: {COUNTED: share} for name, share in zip(weights, shares.tolist(), strict=True)}
 
     def _close_mean(self, mean: F64) -> None:
         """See `Rounds`."""
@@ -248,6 +295,26 @@ def new_page(config: FederationConfig, number: int) -> Page:
     return Page(pool, config.basis, config.movement)
 
 
+def goes_on(pages: Sequence[Page], before: Sequence[Page], replaced: bool) -> bool:
+    """Whether pages are those before and what came after; with `replaced` an open page's parts are new each time."""
+    *closed, last = before
+    if len(pages) < len(before) or any(
+        (one.pool, one.parts) != (other.pool, other.parts) for one, other in zip(pages, closed, strict=False)
+    ):
+        return False
+    same = pages[len(closed)]
+    return same.pool == last.pool and (replaced or same.parts[: len(last.parts)] == last.parts)
+
+
+def lacking(pages: Sequence[Page], parts: int) -> tuple[Patch, ...]:
+    """What a client lacks that has so many parts of the first of these pages, and nothing of the others."""
+    first, *others = pages
+    return (
+        Patch(first.pool.key, parts, first.parts[parts:]),
+        *(Patch(page.pool.key, 0, page.parts) for page in others),
+    )
+
+
 def vector(request: bytes, reply: bytes) -> tuple[F64, Reply]:
     """What a reply adds to a sum, float64[K], and the reply.
 
@@ -261,55 +328,3 @@ def vector(request: bytes, reply: bytes) -> tuple[F64, Reply]:
             "--secure-sums, or this client"
         )
     return answer.numbers.decode(asked.size), answer
-
-
-def combined(
-    requests: Mapping[str, ChangeRequest],
-    replies: Mapping[str, ChangeReply],
-    weights: Mapping[str, float],
-    basis: Basis,
-    rule: Aggregator = AGGREGATORS["mean"],
-) -> tuple[F64, dict[str, float]]:
-    """The change that a round's replies amount to, float64[K], and the share of each reply that went in.
-
-    A gradient client's change of n steps averages n gradients. A two-point step along one of K seeds, times K, has a
-    gradient's expectation and about K times its variance, so it is worth 1/K of a gradient step; scalars of m steps are
-    m / (K n) of a change. The best linear unbiased mean weighs by these (docs/gradients.md). Scalars alone are not blown up
-    to a whole step: they move the numbers by `-lr sum_t g_t` at their seeds, as FedKSeed does.
-
-    The rule makes one of the changes. Scalars, of other seeds at each client, are added up whatever it is; unless that is the
-    mean, no client's bring in more than the median of all replies, with scalars taken to be sqrt(K) times as long as they are,
-    since a two-point step goes as far as 1 / sqrt(K) of a gradient step.
-
-    Args:
-        requests: by client.
-        replies: by client, in the order of their names.
-        weights: the clients' shares p_i, by their numbers of examples.
-        basis: which numbers these are.
-        rule: how changes become one.
-    """
-    size = next(iter(requests.values())).size
-    changed = [name for name, reply in replies.items() if reply.kind == CHANGE]
-    moves = {
-        name: -requests[name].lr * reply.numbers.decode(reply.steps) for name, reply in replies.items() if reply.kind != CHANGE
-    }
-    counted, change, amount = dict.fromkeys(replies, 1.0), np.zeros(size), 0.0
-    vectors = np.array([replies[name].numbers.decode(size) for name in changed])
-    if changed:
-        change, shares = rule.combine(vectors, np.array([weights[name] for name in changed]))
-        counted |= dict(zip(changed, shares.tolist(), strict=True))
-    for name in changed:
-        amount += weights[name]
-    if not moves:
-        return change, counted
-    if rule.needs_each_reply:
-        longer = 1.0 if basis == "table" else np.sqrt(size)
-        lengths = [weights[name] * np.linalg.norm(vector) for name, vector in zip(changed, vectors, strict=True)]
-        lengths += [weights[name] * longer * np.linalg.norm(one) for name, one in moves.items()]
-        counted |= dict(zip(moves, clip_shares(np.array(lengths))[len(changed) :].tolist(), strict=True))
-    scalars, small = np.zeros(size), 0.0
-    for name, one in moves.items():
-        np.add.at(scalars, np.array(seeds_of(requests[name])), weights[name] * one * counted[name])
-        small += weights[name] * (len(one) - replies[name].num_dropped) / (size * requests[name].steps)
-    turned = gradient_to_basis(scalars, basis)
-    return (change + turned) / (amount + small) if changed else turned, counted

@@ -6,8 +6,6 @@ few large scalars nor less than half of the words can lead it far from what the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,15 +16,21 @@ FACTOR = 10.0
 """No scalar counts for more than this many times the scale."""
 
 
-def followed(words: F64, scalars: Sequence[F64]) -> F64:
+def word(scalars: F64) -> float:
+    """A client's word: the median magnitude of its scalars that are not 0; 0, which is none, where all are."""
+    magnitudes = np.abs(scalars)[scalars != 0]
+    return float(np.median(magnitudes)) if magnitudes.size else 0.0
+
+
+def followed(words: F64, new: F64) -> F64:
     """The words after a round, the newest last.
 
     Args:
         words: those before it, at most `WORDS`.
-        scalars: of each client those of its steps that count; a client whose scalars are all 0 has no word.
+        new: those of its clients, in the order of their names; 0 of one that has none.
     """
-    new = [np.median(magnitudes) for one in scalars if (magnitudes := np.abs(one)[one != 0]).size]
-    return np.concatenate([words, new])[-max(WORDS, len(new)) :]
+    said = new[new > 0]
+    return np.concatenate([words, said])[-max(WORDS, len(said)) :]
 
 
 def largest(words: F64) -> float:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
+from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
-from fedkseed.federation.rounds import CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS, Rounds
+from fedkseed.federation.exact_sum import LIMBS, ExactSum, OrderedSum, check_limbs, nearly
+from fedkseed.federation.parts import ROUNDING, Closing, Lengths, Question, Treated, answered, check_sum
+from fedkseed.federation.rounds import CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS
+from fedkseed.federation.streams import Requests
 from fedkseed.kseed.distance import pulled_back
 from fedkseed.kseed.importance import seed_probabilities
-from fedkseed.kseed.ledger import History, Ledger
+from fedkseed.kseed.ledger import MAX_SCALES, History, Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.optimizer import SGD
 from fedkseed.kseed.rounding import pack
+from fedkseed.kseed.scalars import ScalarsPart, kept_scalars
 from fedkseed.kseed.scale import followed, largest
 from fedkseed.kseed.steps import GRAD_EXPONENT, largest_grad
 from fedkseed.models.identity import BaseIdentity
@@ -24,6 +30,9 @@ from fedkseed.noise.pool import SeedPool
 from fedkseed.randomness import derive, generator
 
 F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+Totals = tuple[F64, F64, I64]
+"""The gradients' weighted sum at each seed, and what the ledger remembers of their magnitudes' sums and numbers."""
 
 
 def seed_pool(config: FederationConfig) -> SeedPool:
@@ -36,7 +45,7 @@ def start(config: FederationConfig, base: BaseIdentity) -> Ledger:
     return Ledger.start(seed_pool(config), base, config.wire)
 
 
-class Server(Rounds[TrainRequest, TrainReply]):
+class Server(DividedRounds[TrainRequest, TrainReply]):
     """One federation: its settings, its clients and its ledger.
 
     Args:
@@ -80,31 +89,33 @@ class Server(Rounds[TrainRequest, TrainReply]):
         """How likely each seed is to be drawn for a step now, float64[K]."""
         return seed_probabilities(self.config, self._history.grad_sums, self._history.grad_counts)
 
-    def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> dict[str, TrainRequest]:
-        config = self.config
+    def _requests(self, server_round: int, attempt: int, cohort: Sequence[str], lr: float) -> Requests[TrainRequest]:
+        config, pool = self.config, self.ledger.pool
         likely = None if config.facts.draws == "uniform" else self.probabilities()
         coefficients, digest = pack(self._history.accumulators, config.wire), coefficients_digest(self.ledger.coefficients)
-        return {
-            client: TrainRequest(
+        steps, base = self.steps, bytes.fromhex(self.ledger.base.fingerprint)
+
+        def make(client: str) -> TrainRequest:
+            return TrainRequest(
                 run_id=self.run_id,
                 server_round=server_round,
                 attempt=attempt,
                 client=client,
-                pool=self.ledger.pool,
-                base=bytes.fromhex(self.ledger.base.fingerprint),
+                pool=pool,
+                base=base,
                 coefficients=coefficients,
                 digest=digest,
-                indices=self._draw_seeds(server_round, attempt, client, likely),
+                indices=self._draw_seeds(steps, server_round, attempt, client, likely),
                 lr=lr,
                 eps=config.eps,
                 batch_size=config.batch_size,
-                max_grad=self.config.max_grad,
+                max_grad=config.max_grad,
                 loss_clip=config.loss_clip,
                 directions=config.directions,
                 scaling=None if config.goal.smooth else config.scaling,
             )
-            for client in cohort
-        }
+
+        return Requests(cohort, make)
 
     def _decode(self, data: bytes) -> TrainReply:
         return TrainReply.decode(data)
@@ -138,45 +149,132 @@ class Server(Rounds[TrainRequest, TrainReply]):
         assert self.ledger.history is not None  # checked in __init__, and every later ledger is an `advance`
         return self.ledger.history
 
-    def _draw_seeds(self, server_round: int, attempt: int, client: str, likely: NDArray[np.float64] | None) -> tuple[int, ...]:
+    def _draw_seeds(
+        self, steps: Mapping[str, int], server_round: int, attempt: int, client: str, likely: NDArray[np.float64] | None
+    ) -> tuple[int, ...]:
         """A client's own seeds; of shared ones as many as its steps need."""
         shared, each = self.config.same_seeds, self.config.directions
         draw = generator(self.config.seed, server_round, attempt, *(() if shared else (client,)), "seeds")
-        count = max(self.steps.values()) if shared else self.steps[client]
+        count = max(steps.values()) if shared else steps[client]
         drawn = draw.choice(self.ledger.pool.size, count * each, p=likely)
-        return tuple(drawn[: self.steps[client] * each].tolist())
+        return tuple(drawn[: steps[client] * each].tolist())
 
-    def _close(self, replies: Mapping[str, TrainReply], weights: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
+    def _close(self, replies: Mapping[str, TrainReply], weights: Mapping[str, float]) -> Treated:
         """Make one vector of what the replies say of the K numbers, by the rule, and take the optimiser's step."""
         if self.mechanism is not None:
             self._close_hidden(replies)
             return {}
-        history, rule = self._history, self.config.rule
-        sent = {name: reply.projected_grads.unpack().astype(np.float64) for name, reply in replies.items()}
-        grads, scales = self._bounded(sent)
-        indices = {name: np.array(self._pending[name].indices[: len(values)]) for name, values in grads.items()}
-        used = np.unique(np.concatenate([np.zeros(0, int), *indices.values()]))
-        vectors = np.zeros((len(replies), len(used)))
-        sums, counts = history.grad_sums.copy(), history.grad_counts.copy()
-        for vector, (name, values) in zip(vectors, grads.items(), strict=True):
-            np.add.at(vector, np.searchsorted(used, indices[name]), values)
-            kept = kept_scalars(self._pending[name], replies[name])
-            np.add.at(sums, indices[name][kept], np.minimum(np.abs(values[kept]), self.config.importance_clip))
-            np.add.at(counts, indices[name][kept], 1)
-        total, counted = np.zeros(self.ledger.pool.size), np.zeros(0)
-        if replies:
-            total[used], counted = rule.combine(vectors, np.array([weights[name] for name in replies]))
-        self._step(total, sums, counts, scales)
+        part, rule = self.part(replies), self.config.rule
+        if rule.weigh is None:
+            return self._close_beside(part, weights)
+        exact = self.config.summation == "exact"
+        used = part.used() if rule.needs_each_reply and not exact else None
+
+        def answer(question: Question) -> Lengths | I64 | Totals:
+            if question.weights is None:
+                return part.lengths(question.limit, used)
+            if exact:
+                return part.rows(question.limit, question.weights)
+            return self._ordered(part, question.limit, question.weights)
+
+        return answered(self.closing(weights, part.words()), answer)
+
+    def part(self, replies: Mapping[str, TrainReply]) -> ScalarsPart:
+        """See `DividedRounds`."""
+        return ScalarsPart(self._pending, replies, self.ledger.pool.size, self.config.importance_clip, self.tells_words)
+
+    def closing(self, weights: Mapping[str, float], words: F64) -> Closing:
+        """See `DividedRounds`."""
+        rule, history = self.config.rule, self._history
+        scales, limit = self._scale(words)
+        kept, told = np.array([*weights.values()]), Lengths(np.zeros(0), np.zeros(0, np.int64))
+        shares = np.ones(len(kept))
+        totals: Totals = np.zeros(self.ledger.pool.size), history.grad_sums, history.grad_counts
+        if weights:
+            if rule.needs_each_reply and rule.weigh is not None:
+                told = yield Question(limit)
+                kept, shares = rule.weigh(kept, told.lengths)
+            answer = yield Question(limit, kept)
+            totals = self._totals(answer) if isinstance(answer, np.ndarray) else answer
+        self._step(*totals, scales)
         if not rule.needs_each_reply:
             return {}
-        return {
-            name: {CLIPPED_SCALARS: int(np.sum(sent[name] != grads[name])), COUNTED: share}
-            for name, share in zip(replies, counted.tolist(), strict=True)
-        }
+        return _treated(weights, told.clipped, shares)
+
+    size_name = PROJECTED_GRAD_RMS
+
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """See `DividedRounds`."""
+        return ScalarsPart.ROWS, self.ledger.pool.size
+
+    def state(self) -> bytes:
+        """See `DividedRounds`; the scale of scalars is the server's own affair."""
+        history = replace(self._history, grad_scales=np.zeros(0))
+        return replace(self.ledger, history=history, made_with=None).encode()
+
+    def go_to(self, state: bytes) -> None:
+        """See `DividedRounds`."""
+        ledger = Ledger.decode(state)
+        known = self.ledger
+        if (ledger.pool, ledger.base.fingerprint, ledger.precision) != (known.pool, known.base.fingerprint, known.precision):
+            raise LedgerError("the checkpoint is of another pool, base or precision; expected the run's own")
+        if ledger.history is None:
+            raise LedgerError("the checkpoint is a published ledger; expected the run's own")
+        self.ledger = ledger
+
+    def longest(self, num_steps: I64) -> F64:
+        """See `DividedRounds`: where all scalars are of one seed."""
+        longest: F64 = num_steps * self.config.directions * np.float64(largest_grad(self.config))
+        return longest
+
+    def check_rows(self, rows: I64, weights: F64, lengths: F64 | None, num_steps: I64) -> None:
+        """See `DividedRounds`."""
+        scalars, counts, largest = num_steps * self.config.directions, rows[-1], largest_grad(self.config)
+        check_sum(rows[:LIMBS], weights, lengths, self.longest(num_steps))
+        most = int(scalars.sum())
+        if counts.min() < 0 or counts.max() > most or counts.sum() > most:  # a sum alone may run over
+            raise ProtocolError(f"more than {most} scalars are counted, or fewer than none; the replies have at most so many")
+        check_limbs(rows[LIMBS : 2 * LIMBS], len(weights))
+        magnitudes = nearly(rows[LIMBS : 2 * LIMBS])
+        if (magnitudes < 0).any() or (magnitudes > counts * min(largest, self.config.importance_clip) * ROUNDING).any():
+            raise ProtocolError("scalars' magnitudes are summed to less than 0, or to more than so many have")
+
+    def _ordered(self, part: ScalarsPart, limit: float, weights: F64) -> Totals:
+        """Sums in float64, in the order of the clients' names."""
+        total, importances = OrderedSum(np.zeros(self.ledger.pool.size)), OrderedSum(self._history.grad_sums)
+        counts = self._history.grad_counts.copy()
+        part.add(limit, weights, total, importances, counts)
+        return total.value, importances.value, counts
+
+    def _totals(self, rows: I64) -> Totals:
+        """The same of exact sums, as a part has them."""
+        total, importances = ExactSum(rows[:LIMBS]), ExactSum(rows[LIMBS : 2 * LIMBS])
+        return total.value, self._history.grad_sums + importances.value, self._history.grad_counts + rows[-1]
+
+    def _close_beside(self, part: ScalarsPart, weights: Mapping[str, float]) -> Treated:
+        """The same by a rule that must have all vectors side by side."""
+        scales, limit = self._scale(part.words())
+        used = part.used()
+        total, importances = np.zeros(self.ledger.pool.size), OrderedSum(self._history.grad_sums)
+        counts, clipped = self._history.grad_counts.copy(), []
+        vectors = np.zeros((len(weights), len(used)))
+        for vector, one in zip(vectors, part.each(limit), strict=True):
+            vector[:] = one.vector(len(total))[used]
+            part.remember(one, importances, counts)
+            clipped.append(int(np.count_nonzero(one.sent != one.values)))
+        shares = np.zeros(0)
+        if weights:
+            total[used], shares = self.config.rule.combine(vectors, np.array([*weights.values()]))
+        self._step(total, importances.value, counts, scales)
+        return _treated(weights, clipped, shares)
 
     def _close_hidden(self, replies: Mapping[str, TrainReply]) -> None:
         """Take the noisy mean, with noise where somebody was asked to step; what single clients sent is not remembered."""
-        used = np.unique([index for request in self._pending.values() for index in request.indices])
+        asked = np.zeros(self.ledger.pool.size, bool)
+        for request in self._pending.values():
+            asked[list(request.indices)] = True
+        used = np.flatnonzero(asked)
         vectors = (gradient(self._pending[name], reply)[used] for name, reply in replies.items())
         total = np.zeros(self.ledger.pool.size)
         total[used] = self._released(vectors, len(used))
@@ -191,27 +289,30 @@ class Server(Rounds[TrainRequest, TrainReply]):
         accumulators = pulled_back(self._history.accumulators + change, self.config.max_moved)
         self.ledger = self.ledger.advance(History(accumulators, sums, counts, scales))
 
-    def _bounded(self, grads: Mapping[str, F64]) -> tuple[Mapping[str, F64], F64]:
-        """What counts of the scalars, by the running scale, and what that remembers; all, where they are bounded otherwise."""
-        scales = self._history.grad_scales
-        if not self.config.rule.needs_each_reply or self.config.loss_clip is not None:
-            return grads, scales
-        scales = followed(scales, list(grads.values()))
-        limit = largest(scales)
-        return {name: np.clip(values, -limit, limit) for name, values in grads.items()}, scales
+    @property
+    def tells_words(self) -> bool:
+        """Whether scalars are bounded by their running scale: where the rule bounds, and nothing else does."""
+        return self.config.rule.needs_each_reply and self.config.loss_clip is None
+
+    def _scale(self, words: F64) -> tuple[F64, float]:
+        """What the running scale remembers after this round, and the largest scalar that counts in it."""
+        if not self.tells_words:
+            return self._history.grad_scales, np.inf
+        scales = followed(self._history.grad_scales, words)
+        return scales[-MAX_SCALES:], largest(scales)
+
+
+def _treated(names: Iterable[str], clipped: Iterable[int], shares: F64) -> Treated:
+    return {
+        name: {CLIPPED_SCALARS: int(number), COUNTED: share}
+        for name, number, share in zip(names, clipped, shares.tolist(), strict=True)
+    }
 
 
 def scalars_size(grads: NDArray[np.float32], dropped: Sequence[int]) -> dict[str, float]:
     """The root mean square of a reply's projected gradients, without those of dropped steps; nothing if all were."""
     kept = np.delete(grads.astype(np.float64), list(dropped))
     return {PROJECTED_GRAD_RMS: float(np.sqrt(np.mean(kept**2)))} if kept.size else {}
-
-
-def kept_scalars(request: TrainRequest, reply: TrainReply) -> NDArray[np.bool_]:
-    """Which of a reply's scalars are not of dropped steps."""
-    kept = np.ones((reply.num_scalars // request.directions, request.directions), bool)
-    kept[list(reply.dropped)] = False
-    return kept.reshape(-1)
 
 
 def vector(request: bytes, reply: bytes) -> tuple[NDArray[np.float64], Reply]:

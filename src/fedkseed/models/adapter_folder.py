@@ -6,17 +6,15 @@ So everything that takes a model's folder moves an adapter in K numbers where it
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from fedkseed.errors import ModelError, installing
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MATRICES = "*.lora_*"
+MATRICES = ("*.lora_*",)
 """What an adapter's tensors are called in a model that has it."""
 
 
@@ -25,9 +23,9 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def has_adapter(model: torch.nn.Module) -> bool:
-    """Whether a model has a LoRA adapter in it, put there by transformers or by peft."""
-    return any(fnmatchcase(name, MATRICES) for name, _ in model.named_parameters())
+def has_adapter(model: Any) -> bool:
+    """Whether transformers has put an adapter into a model that it loaded."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def base_of(folder: Path) -> str:

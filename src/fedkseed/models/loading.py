@@ -77,7 +77,7 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
     if alone:
         model.name_or_path = str(folder)  # transformers names the base model
     else:
-        _refuse_adapter(source, getattr(model, "_hf_peft_config_loaded", False))  # as a hub id may have one
+        _refuse_adapter(source, has_adapter(model))  # as a hub id may have one
     return model
 
 

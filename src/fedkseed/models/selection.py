@@ -28,7 +28,7 @@ def frozen_names(
     Raises:
         ConfigError: a pattern matches nothing that could be tuned (the message has the nearest names), or nothing is left.
     """
-    train = train or ((MATRICES,) if has_adapter(model) else ())
+    train = train or (MATRICES if has_adapter(model) else ())
     entries = [entry for entry in named_parameters(model) if entry.name not in idle]
     for flag, patterns in (("--train", train), ("--freeze", freeze)):
         for pattern in patterns:

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from fedkseed.errors import ModelError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Checkpoint, Outcome, Rounds
+from fedkseed.federation.divided import DividedRounds
+from fedkseed.federation.edge_round import EdgeRound
 from fedkseed.federation.envelope import Request
+from fedkseed.federation.schedule import learning_rate
 from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.audit_log import AuditLog
@@ -63,10 +66,11 @@ class Driver:
         self._track: Callable[[dict[str, Any]], None] = lambda event: None
         self.outcome: Outcome | None = None
         self._requests: list[tuple[Request, bytes]] = []
+        self._asked: list[str] = []
         self._repeated = 0
         self._audit: AuditLog | None = None
         self._bounded = False
-        self._begin = time.perf_counter()
+        self._begin, self._lr = time.perf_counter(), math.nan
 
     @property
     def config(self) -> RunConfig:
@@ -122,12 +126,25 @@ class Driver:
 
     def plan(self) -> list[tuple[Request, bytes]]:
         """The requests of the next attempt at a round, and their bytes."""
-        self._begin = time.perf_counter()
+        self._start()
         self._requests = [(request, request.encode()) for request in self.server.plan()]
+        self._asked = [request.client for request, _ in self._requests]
         self._repeated = 0
         if self._audit is not None:
             self._audit.planned(self._requests)
         return self._requests
+
+    def plan_edges(self, behind: Mapping[str, Sequence[str]]) -> EdgeRound:
+        """The next attempt at a round, through edges, by the clients behind each."""
+        self._start()
+        assert isinstance(self.server, DividedRounds)  # only algorithms of such take the setting
+        attempt = EdgeRound(self.server, behind)
+        self._asked = [name for clients in attempt.asked.values() for name in clients]
+        return attempt
+
+    def _start(self) -> None:
+        config = self.config
+        self._begin, self._lr = time.perf_counter(), learning_rate(config.schedule, config.lr, self.round, config.num_rounds)
 
     def whole(self, client: str) -> bytes | None:
         """A planned request once more, for a client that has lost what the first one builds on; None if that is nothing."""
@@ -197,6 +214,39 @@ class Driver:
             outcome, unreadable, {"bytes_down": (sent + self._repeated) / asked, "bytes_up": received / asked}, measured
         )
 
+    def close_edges(
+        self,
+        conversation: EdgeRound,
+        deliver: Callable[[Mapping[str, bytes]], Sequence[tuple[str, bytes]]],
+        clients: Callable[[], tuple[int, int]],
+        measured: Callable[[], Mapping[str, Any]] = dict,
+    ) -> dict[str, Any] | None:
+        """The same of a round whose replies edges hold: hold the conversation with them that leads to its end.
+
+        Args:
+            conversation: of the server's next attempt.
+            deliver: takes messages to edges, by name; (sender, bytes) of what came back.
+            clients: how many bytes went to all clients and came from them, asked when all is over.
+            measured: see `close`.
+
+        Raises:
+            TooFewRepliesError: it was the last attempt at this round.
+            RunError: a file cannot be written.
+        """
+        down = up = 0
+        while not conversation.over:
+            messages = conversation.ask()
+            replies = deliver(messages)
+            down += sum(map(len, messages.values()))
+            up += sum(len(data) for _, data in replies)
+            conversation.hear(replies)
+        assert conversation.outcome is not None  # it is over
+        asked, edges = len(self._asked), len(conversation.asked)
+        sent, received = clients()
+        sizes = {"bytes_down": sent / asked, "bytes_up": received / asked}
+        sizes |= {"edges": edges, "edge_bytes_down": down / edges, "edge_bytes_up": up / edges}
+        return self._record(conversation.outcome, {}, sizes, measured)
+
     def _record(
         self,
         outcome: Outcome,
@@ -206,9 +256,9 @@ class Driver:
     ) -> dict[str, Any] | None:
         """Write down what a round led to; see `close`."""
         self.outcome = outcome
-        event = round_event(outcome, self._requests[0][0].lr, rewards=not self.config.goal.smooth)
+        event = round_event(outcome, self._lr, rewards=not self.config.goal.smooth)
         if self.account is not None:
-            self.account.record([request for request, _ in self._requests], outcome)
+            self.account.record({name: self.server.steps[name] for name in self._asked}, outcome)
             self.run.made_with = {**(self.run.made_with or {}), "privacy": self.account.noted()}
             event["epsilon"] = self.account.epsilon()
         event["refused"] |= dict(unreadable)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from fedkseed.errors import ConfigError
 from fedkseed.federation import Checkpoint, Outcome
-from fedkseed.federation.envelope import Request
 from fedkseed.federation.rounds import draw_cohort
 from fedkseed.kseed.private_steps import sampling_rate
 from fedkseed.privacy import DELTA, Privacy
@@ -76,11 +75,16 @@ class Account:
         """What the most spent has spent, at the settings' delta; None where next to no noise bounds nothing."""
         return _finite(most_spent(self._histories.values(), self.privacy.delta))
 
-    def record(self, requests: Iterable[Request], outcome: Outcome) -> None:
-        """Count an attempt at a round: of records whatever was asked, since it was answered; of clients what was published."""
+    def record(self, steps: Mapping[str, int], outcome: Outcome) -> None:
+        """Count an attempt at a round: of records whatever was asked, since it was answered; of clients what was published.
+
+        Args:
+            steps: how many each client was asked for that was asked.
+            outcome: what became of it.
+        """
         if self.privacy.unit == "record":
-            for request in requests:
-                self._histories[request.client] = self._more(request.client, request.num_steps)
+            for client, number in steps.items():
+                self._histories[client] = self._more(client, number)
         elif outcome.status == "closed":
             self._histories[EVERYONE] = self._more(EVERYONE, 1)
 

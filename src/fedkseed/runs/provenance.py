@@ -20,8 +20,9 @@ from fedkseed.runs.settings import BEFORE, RunConfig, SimulationConfig, flag
 if TYPE_CHECKING:
     from fedkseed.runs.records import Records
 
-FREE = frozenset({"num_rounds", "eval_every", "eval_limit", "eval_data", "model", "data", "template", "epsilon"})
-"""Settings that may change: what is evaluated, how long the run is, its budget, and names of what is known by its content."""
+FREE = frozenset({"num_rounds", "eval_every", "eval_limit", "eval_data", "model", "data", "template", "epsilon", "edges"})
+"""Settings that may change: what is evaluated, how long the run is, its budget, how many edges sum, and names of what is known
+by its content."""
 REMEDY = (
     "go on with the run's own, or add --accept-changes (in Python accept_changes=True) for a run that no longer is that of one "
     "set of settings"

@@ -216,6 +216,12 @@ class SimulationConfig(RunConfig):
         "response of its category.",
     )
 
+    edges: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="So many edges stand between the server and the clients, and sum what these send (docs/edges.md); the "
+        "ledger is that of --summation exact without them.",
+    )
+
     @field_validator("data", mode="before")
     @classmethod
     def _data_as_text(cls, value: Any) -> Any:
@@ -225,6 +231,31 @@ class SimulationConfig(RunConfig):
     @classmethod
     def _data_is_source(cls, value: str | None, info: ValidationInfo) -> str | None:
         return _checked_source(value, info)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _edges_sum_exactly(cls, settings: Any) -> Any:
+        """What edges need is the default where there are some."""
+        if isinstance(settings, dict) and settings.get("edges") not in (None, 0, "0"):
+            return {"summation": "exact", **settings}
+        return settings
+
+    @model_validator(mode="after")
+    def _edges_can_sum(self) -> Self:
+        if not self.edges:
+            return self
+        if self.summation != "exact":
+            raise ValueError(
+                f"--edges is {self.edges} and --summation {self.summation}, in which sums of sums differ; leave out --summation"
+            )
+        for given, name, why in (
+            (self.audit_log == "on", "--audit-log on", "keeps each client's reply, which a server behind edges does not see"),
+            (self.two_point_clients > 0, f"--two-point-clients {self.two_point_clients:g}", "weighs scalars one by one"),
+            (self.local_unit == "epochs" and self.same_seeds, "--shared-seeds on with epochs", "shares seeds with all clients"),
+        ):
+            if given:
+                raise ValueError(f"--edges is {self.edges} and {name}, which {why}; leave out one of the two")
+        return self
 
     @model_validator(mode="after")
     def _own_is_of_nodes(self) -> Self:
@@ -272,7 +303,7 @@ def _checked_source(value: str | None, info: ValidationInfo) -> str | None:
         raise ValueError(str(error).removeprefix(f"{value}: ")) from None
 
 
-DEALING = SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys()
+DEALING = SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys() - {"edges"}
 """The settings that say how records are dealt out to simulated clients."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedkseed.errors import RunError
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.federation import Checkpoint
+from fedkseed.federation.edge import Edge
 from fedkseed.federation.envelope import Request
 from fedkseed.kseed.calibration import Calibration
 from fedkseed.kseed.ledger import Ledger
@@ -100,7 +101,15 @@ class Simulation:
             run.save_checkpoint(checkpoint)
         self._driver = Driver(run, self.server, observer, log=log, account=account)
         self._adding: dict[str, SumClient] = {}
+        self._behind = {f"edge-{i + 1}": self.server.clients[i :: config.edges] for i in range(config.edges)}
+        self._edges = {name: self._edge(name, clients) for name, clients in self._behind.items() if clients}
         self._heard: dict[str, Callable[[int, float], None]] = {}
+
+    def _edge(self, name: str, clients: Sequence[str]) -> Edge:
+        checkpoint, known = self.server.checkpoint, self.server.roster()["num_examples"]
+        assert isinstance(checkpoint, Ledger)  # only algorithms that have one take the setting
+        rounds = roles_of(self.config.facts).server(self.config, checkpoint.base, None, self.server.guess_loss, None)
+        return Edge(name, rounds, clients, {client: known[client] for client in clients if client in known})
 
     def forecast(self) -> Forecast | None:
         """What the rounds that are left will take, from a step that leaves no trace; None if none are left."""
@@ -113,6 +122,8 @@ class Simulation:
         return self._driver.drive(self._attempt, self._evaluate)
 
     def _attempt(self) -> bool:
+        if self.config.edges:
+            return self._attempt_edges()
         requests = self._driver.plan()
         if self.config.secure_sums == "on":
             return self._attempt_sum(requests)
@@ -121,6 +132,34 @@ class Simulation:
             for place, (request, data) in enumerate(requests, start=1)
         ]
         return self._driver.close(replies, measured=self._measured) is not None
+
+    def _attempt_edges(self) -> bool:
+        """The same where edges stand between the server and the clients."""
+        attempt = self._driver.plan_edges(self._behind)
+        cohort, opened = sum(map(len, attempt.asked.values())), set[str]()
+        place = down = up = 0
+
+        def replies(requests: Sequence[Request]) -> Iterator[tuple[str, bytes]]:
+            nonlocal place, down, up
+            for request in requests:
+                data = request.encode()
+                heard = self._hear(request, (place := place + 1), cohort)
+                reply = self.clients[request.client].answer(data, heard)
+                down, up = down + len(data), up + len(reply)
+                yield request.client, reply
+
+        def deliver(messages: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
+            answers = []
+            for name, data in messages.items():
+                edge = self._edges[name]
+                if name in opened:
+                    answers.append((name, edge.answer(data)))
+                else:
+                    opened.add(name)
+                    answers.append((name, edge.close(replies(edge.open(data)))))
+            return answers
+
+        return self._driver.close_edges(attempt, deliver, lambda: (down, up), self._measured) is not None
 
     def _attempt_sum(self, requests: Sequence[tuple[Request, bytes]]) -> bool:
         """The same where the server sees the sum of the replies only."""
