@@ -49,10 +49,11 @@ def test_a_folder_that_one_may_not_enter_is_one_line_in_every_command(fedkseed: 
 @pytest.mark.parametrize("text", [f"lr = {DEEP}", "lr." + "a." * 2000 + "a = 1"], ids=["lists", "tables"])
 def test_a_config_nested_without_end_is_one_line(fedkseed: CommandLine, copied: Path, tmp_path: Path, text: str) -> None:
     config = tmp_path / "config.toml"
+    text = f'model = "a/b"\ndata = "a/b"\n{text}'
     config.write_text(text)
     assert_one_line(fedkseed("simulate", "--config", config), 2, "nested too deeply")
     assert_one_line(fedkseed("compare", config), 2)
-    (copied / "config.toml").write_text(f'model = "a/b"\ndata = "a/b"\n{text}')
+    (copied / "config.toml").write_text(text)
     for command in (["inspect", copied], ["report", copied], ["simulate", "--resume", copied]):
         result = fedkseed(*command)
         assert_one_line(result, result.code, "nested too deeply")
