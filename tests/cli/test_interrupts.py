@@ -81,8 +81,10 @@ def test_a_run_that_has_begun_is_gone_on_with_by_its_folder(
 
 
 def test_without_an_active_environment_commands_have_the_programs_path(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def told() -> str:
         say_command(("fedkseed", "status", "fedkseed"))
         return capsys.readouterr().out.strip()
