@@ -115,7 +115,8 @@ def carry_out(
     # seed by seed, so that a comparison that is cut short has whole columns
     runner.run([row.runs[i] for i in range(len(comparison.seeds)) for row in rows])
     runner.run([row.controls[i] for i in range(len(comparison.seeds)) for row in rows if row.controls])
-    runner.score([trial for row in rows for trial in row.runs], comparison.answers)
+    if comparison.answers:
+        runner.score([trial for row in rows for trial in row.runs], comparison.answers)
     for trial in [trial for row in rows for trial in (*row.grid, *row.runs, *row.controls)]:
         if damage := trial.recorded().damage:
             note(f"{trial.name}: {damage}; it is left out")
