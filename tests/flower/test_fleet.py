@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -69,18 +70,21 @@ def test_twenty_nodes_end_in_the_ledger_of_a_simulation(fleet: Deployment, tmp_p
     print("seconds of the rounds:", [round(event["seconds"], 1) for event in rounds])
 
 
+KINDS = ("worker", "launcher", "supernode", "superlink", "serverapp", "gate")
+
+
 def held(fleet: Deployment) -> dict[str, tuple[float, int]]:
     """What each process that lives as long as the run holds: MiB of its own, and open files."""
     found = {}
     for name, process in fleet.processes.items():
         for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-            words = " ".join(one.cmdline())
-            kind = next(
-                (kind for kind in ("worker", "launcher", "supernode", "superlink", "serverapp", "gate") if kind in words), ""
-            )
-            if kind:
-                mib, files = found.get(f"{name}: {kind}", (0.0, 0))
-                found[f"{name}: {kind}"] = max(mib, one.memory_full_info().uss / 2**20), max(files, one.num_fds())
+            with suppress(psutil.NoSuchProcess):  # a launcher's fork ends with its message
+                words = " ".join(one.cmdline())
+                held_now = one.memory_full_info().uss / 2**20, one.num_fds()
+                kind = next((kind for kind in KINDS if kind in words), None)
+                if kind:
+                    mib, files = found.get(f"{name}: {kind}", (0.0, 0))
+                    found[f"{name}: {kind}"] = max(mib, held_now[0]), max(files, held_now[1])
     return found
 
 
