@@ -281,18 +281,6 @@ SUM_PHASES = ("Keys", "Shares", "Masked", "Unmask")
 ONE = sums.names(4)[1]
 
 
-def sum_stages() -> list[tuple[SecureSum, SumClient, dict[str, bytes], dict[str, bytes]]]:
-    """A secure sum before each phase: server, one client, the phase's requests and its replies."""
-    server, clients, stages = SecureSum(sums.plan(sums.names(4))), sums.cohort(4), []
-    while not server.over:
-        before = copy.deepcopy(server), copy.copy(clients[ONE])
-        requests = server.ask()
-        replies = {name: clients[name].answer(data) for name, data in requests.items()}
-        stages.append((*before, requests, replies))
-        server.hear(replies.items())
-    return stages
-
-
 def sum_answered(client: SumClient, kind: type[secure_messages.Message]) -> Callable[[bytes], bool]:
     """What a client is asked in a phase of a secure sum: whatever it refuses leaves it as it was."""
 
@@ -414,7 +402,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     for cls, corpus in asked.items():
         more = (10**6,) if cls is TensorRequest else ()
         found[f"request, {cls.__name__}"] = Row(corpus, packed, same_bytes(cls, *more), 8)
-    for phase, (a_server, one, requests, replies) in zip(SUM_PHASES, sum_stages(), strict=True):
+    for phase, (a_server, one, requests, replies) in zip(SUM_PHASES, sums.stages(ONE), strict=True):
         request, reply = (getattr(secure_messages, f"{phase}{word}") for word in ("Request", "Reply"))
         own, others = [requests[ONE]], [requests[name] for name in requests if name != ONE]
         found[f"secure sum, {request.__name__}"] = Row([*own, *others], packed, sum_answered(one, request), 2)

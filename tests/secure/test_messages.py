@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.messages import SHORT
-from tests.support.sums import LENGTH, cohort, names, plan
+from tests.support.sums import LENGTH, names, stages
 
 from fedkseed.errors import ProtocolError
 from fedkseed.secure.client import SumClient
@@ -36,15 +36,7 @@ kinds = pytest.mark.parametrize("kind", [*REQUESTS, *REPLIES], ids=lambda kind: 
 
 @cache
 def conversation() -> list[tuple[SecureSum, SumClient, dict[str, bytes], dict[str, bytes]]]:
-    """Server and one client before each phase, the phase's requests and its replies."""
-    server, clients, stages = SecureSum(plan(names(4))), cohort(4), []
-    while not server.over:
-        before = copy.copy(server), copy.copy(clients[ONE])
-        requests = server.ask()
-        replies = {name: clients[name].answer(data) for name, data in requests.items()}
-        stages.append((*before, requests, replies))
-        server.hear(replies.items())
-    return stages
+    return stages(ONE)
 
 
 def data_of(kind: type[Message]) -> bytes:
@@ -136,10 +128,10 @@ def test_replies_of_strangers_and_second_ones_are_refused() -> None:
 
 def test_bytes_are_those_that_were_reckoned() -> None:
     down, up = bytes_beside(4, LENGTH + 3, ONE)
-    stages = conversation()
+    found = conversation()
     train = len(MaskedRequest.decode(data_of(MaskedRequest)).train)
-    assert sum(len(requests[ONE]) for _, _, requests, _ in stages) - train == pytest.approx(down, rel=0.1)
-    assert sum(len(replies[ONE]) for *_, replies in stages) == pytest.approx(up, rel=0.1)
+    assert sum(len(requests[ONE]) for _, _, requests, _ in found) - train == pytest.approx(down, rel=0.1)
+    assert sum(len(replies[ONE]) for *_, replies in found) == pytest.approx(up, rel=0.1)
 
 
 def test_a_signature_is_whole_or_missing() -> None:

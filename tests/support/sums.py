@@ -1,5 +1,6 @@
 """Cohorts of secure sums without models: every client adds numbers of a generator."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -93,3 +94,15 @@ def plain_mean(weights: Mapping[str, float], in_sum: Collection[str], size: int,
     for name in in_sum:
         total = total + coded(trained(name, length), coding, weights[name])
     return coding.decode(total[:length], sum(weights[name] for name in sorted(in_sum)))
+
+
+def stages(one: str) -> list[tuple[SecureSum, SumClient, dict[str, bytes], dict[str, bytes]]]:
+    """A sum of four clients before each phase: the server, one of the clients, the phase's requests and its replies."""
+    server, clients, found = SecureSum(plan(names(4))), cohort(4), []
+    while not server.over:
+        before = copy.deepcopy(server), copy.copy(clients[one])
+        requests = server.ask()
+        replies = {name: clients[name].answer(data) for name, data in requests.items()}
+        found.append((*before, requests, replies))
+        server.hear(replies.items())
+    return found
