@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python dev/experiments/comparisons.py --data SHARED --models MODELS --work WORK [NAME ...] [--jobs 2]
 
-SHARED holds databricks-dolly-15k.jsonl and natural-instructions-2.8, MODELS the folders stories260k and smollm2. WORK gets
-data/ and a folder for each comparison. NAMEs are of dev/experiments/comparisons/*.toml; all of them without. Started again,
-it goes on. Table, numbers and curves are copied to results/runs/NAME, the settings, metrics and scores of all runs into one
-archive there.
+SHARED holds databricks-dolly-15k.jsonl and natural-instructions-2.8, MODELS the folders stories260k and smollm2; the demo's
+model and tasks come along. WORK gets data/ and a folder for each comparison. NAMEs are of dev/experiments/comparisons/*.toml;
+all of them without. Started again, it goes on. Table, numbers and curves are copied to results/runs/NAME, the settings,
+metrics and scores of all runs into one archive there.
 
 With --kept a comparison that WORK does not have begins with the runs of that archive, and only what the plan has beyond them
 is done: a method or a seed more, or the table anew.
@@ -18,11 +18,16 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
 from archive import RAW, pack, said, unpack
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+import fedkseed as fk
+from fedkseed import demo
 from fedkseed.data import Example, read_examples, read_tasks, split_off
 from fedkseed.randomness import generator
 
@@ -31,7 +36,9 @@ PLANS = Path(__file__).with_suffix("")
 HELD_OUT = 200
 PER_TASK = {"train": 40, "test": 20}
 MAX_CHARS = 400
+DEMO = "demo-model"
 MODELS = ("stories260k", "smollm2")
+LORA = "smollm2-lora"
 
 
 def write(path: Path, examples: Sequence[Example]) -> None:
@@ -59,9 +66,25 @@ def cut_tasks(source: Path, out: Path) -> None:
         write(out / f"tasks-{split}.jsonl", chosen)
 
 
+def cut_demo(out: Path) -> None:
+    held = [replace(example, client=name) for name, own in demo.clients(0).items() for example in own]
+    write(out / "demo-train.jsonl", held)
+    write(out / "demo-held-out.jsonl", demo.held_out(0))
+
+
+def make_lora(base: Path, out: Path) -> None:
+    """An adapter of rank 8 over all linear layers, alpha 16, the same bits on every machine."""
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    fk.seed_lora(model, key=7)
+    model.save_pretrained(out)
+
+
 def keep(folder: Path, kept: Path, data: Path) -> None:
     """Copy what is small; this machine's folders are taken out of the settings."""
-    places = {str(data.resolve()) + "/": "", str(folder) + "/": ""} | {str((data / model).resolve()): model for model in MODELS}
+    places = {str(data.resolve()) + "/": "", str(folder) + "/": ""} | {
+        str((data / model).resolve()): model for model in (*MODELS, LORA, DEMO)
+    }
     files = {}
     for file in folder.rglob("*"):
         if file.name in ("config.toml", "metrics.jsonl", "scores.json", "comparison.json", "table.md", "failed.txt"):
@@ -103,8 +126,11 @@ def main() -> None:
         data.mkdir(parents=True, exist_ok=True)
         cut_dolly(args.data / "databricks-dolly-15k.jsonl", data)
         cut_tasks(args.data / "natural-instructions-2.8", data)
+        cut_demo(data)
         for model in MODELS:
             (data / model).symlink_to((args.models / model).resolve())
+        make_lora(args.models / "smollm2", data / LORA)
+        (data / DEMO).symlink_to(demo.model_folder())
     for name in args.names or sorted(path.stem for path in PLANS.glob("*.toml")):
         folder, kept = (args.work / name).resolve(), ROOT / "results" / "runs" / name
         if args.kept and not folder.exists() and (kept / RAW).exists():

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from fedkseed.errors import RunError
 from fedkseed.federation import FederationConfig
-from fedkseed.federation.rounds import count_steps
+from fedkseed.federation.cohort import count_steps
 
 BAD_SETTINGS: list[tuple[str, list[Any]]] = [
     ("algorithm", ["nosuch", "", None]),

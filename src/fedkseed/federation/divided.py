@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
+from fedkseed.federation.outcome import Contribution, Outcome, Refusal
 from fedkseed.federation.parts import F64, I64, Closing, Part
-from fedkseed.federation.rounds import Contribution, Outcome, Refusal, ReplyT, RequestT, Rounds
+from fedkseed.federation.rounds import ReplyT, RequestT, Rounds
 
 
 class DividedRounds(Rounds[RequestT, ReplyT]):

@@ -17,8 +17,8 @@ from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.edge import settings_digest
 from fedkseed.federation.edge_messages import MAX_REASON, Asking, LengthsReply, Opening, Report, SumsReply
 from fedkseed.federation.envelope import Head
+from fedkseed.federation.outcome import Contribution, Outcome, Refusal
 from fedkseed.federation.parts import F64, I64, ROUNDING, Closing, Lengths, Question
-from fedkseed.federation.rounds import Contribution, Outcome, Refusal
 from fedkseed.federation.streams import place_of
 from fedkseed.text import visible
 

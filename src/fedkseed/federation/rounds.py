@@ -4,128 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError, RunError
+from fedkseed.federation.checkpoint import Checkpoint
+from fedkseed.federation.cohort import count_steps, draw_cohort, shares
 from fedkseed.federation.config import FederationConfig
-from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_loss, check_name
+from fedkseed.federation.envelope import Reply, Request, check_loss, check_name
 from fedkseed.federation.exact_sum import MAX_TERMS
+from fedkseed.federation.outcome import Contribution, Outcome, Refusal, Status, Summed
 from fedkseed.federation.parts import Treated
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.federation.streams import InTurn, Read, Taken
 from fedkseed.privacy import WITHHELD
-from fedkseed.randomness import generator
 
 MAX_ATTEMPTS = 3
-Status = Literal["closed", "repeat", "failed"]
-PROJECTED_GRAD_RMS, CHANGE_NORM = "projected_grad_rms", "change_norm"
-CLIPPED_SCALARS, COUNTED = "clipped_scalars", "counted"
-"""What replies send, by size: the root mean square of a client's scalars, the length of its change of K coefficients."""
 MOST_GUESSES = 10_000
 """A mean loss of training is at most so many times that of a guess; a run that diverges makes it large by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """An accepted reply: whose it is, its weight in the round, what the client reported, its sizes (see `Rounds`).
-
-    The sizes are how large what it sent is, and what became of it: `clipped_scalars`, how many of its scalars were bounded;
-    `counted`, the share of it that went in, see `fedkseed.federation.aggregators`.
-    """
-
-    client: str
-    weight: float
-    num_examples: int
-    num_steps: int
-    dropped_steps: int
-    loss: float | None
-    sizes: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A reply that was not used, and why."""
-
-    client: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Summed:
-    """What is known of a cohort's vectors where only their sum is (docs/secure-sums.md).
-
-    Attributes:
-        weights: p_i of those in it, by client in the order of the names; together 1.
-        mean: the weighted mean of their vectors, float64[K].
-        loss: the weighted mean of their training losses, None if there is none.
-        dropped_steps: how many steps they dropped together.
-    """
-
-    weights: Mapping[str, float]
-    mean: NDArray[np.float64]
-    loss: float | None
-    dropped_steps: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a round's replies.
-
-    Attributes:
-        server_round: the round, counted from 1.
-        status: `closed` (the checkpoint has moved on), `repeat` (too few replies: plan again) or `failed` (no attempt is left).
-        contributions: the accepted replies, sorted by client.
-        refusals: the others that came.
-        missing: clients that were asked and sent nothing.
-        accepted: the bytes of the accepted replies, by client; laid by, and read when they are asked for.
-        summed: the sum of the replies, where none of them is known.
-    """
-
-    server_round: int
-    status: Status
-    contributions: tuple[Contribution, ...]
-    refusals: tuple[Refusal, ...]
-    missing: tuple[str, ...]
-    accepted: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    summed: Summed | None = None
-
-    @property
-    def dropped_steps(self) -> int:
-        """Steps that the accepted clients dropped."""
-        if self.summed is not None:
-            return self.summed.dropped_steps
-        return sum(contribution.dropped_steps for contribution in self.contributions)
-
-
-class Checkpoint(Protocol):
-    """Everything that a run needs to go on, beside its settings; `fedkseed.Ledger` is one."""
-
-    @property
-    def round(self) -> int:
-        """How many rounds have gone in."""
-        ...
-
-    @property
-    def made_with(self) -> Mapping[str, Any] | None:
-        """What it says of the settings and records that it was made with, if anything."""
-        ...
-
-    def stamped(self, made_with: Mapping[str, Any] | None) -> Self:
-        """The same with what it was made with."""
-        ...
-
-    def digest(self) -> str:
-        """Equal digests mean equal checkpoints, whatever they were made with."""
-        ...
-
-    def save(self, path: str | Path) -> None:
-        """Write the file, atomically."""
-        ...
 
 
 RequestT = TypeVar("RequestT", bound=Request)
@@ -491,52 +390,3 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         by_examples = self.config.weighting == "examples"
         sizes = {name: num_examples[name] if by_examples else 1 for name in sorted(num_examples)}
         return shares(sizes, self.config.largest_share(len(sizes)))
-
-
-def draw_cohort(config: FederationConfig, asked: Sequence[str], size: int, server_round: int, attempt: int) -> list[str]:
-    """So many of the clients that may be asked, or all, sorted; a function of the run's seed, the round and the attempt."""
-    draw = generator(config.seed, server_round, attempt, "cohort")
-    return sorted(draw.choice(list(asked), min(size, len(asked)), replace=False).tolist())
-
-
-def shares(sizes: Mapping[str, int], limit: float) -> dict[str, float]:
-    """What each of some weighs, in proportion to its size and no more than a limit; together 1.
-
-    What the largest would have beyond their share goes to the others in proportion.
-
-    Args:
-        sizes: positive, by name.
-        limit: at least an equal share; see `FederationConfig.largest_share`.
-    """
-    held, free, rest = set(), 1.0, sum(sizes.values())
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        if free * sizes[name] / rest <= limit:
-            break
-        held.add(name)
-        free, rest = free - limit, rest - sizes[name]
-    return {name: limit if name in held else free * size / rest for name, size in sizes.items()}
-
-
-def count_steps(config: FederationConfig, num_examples: int | None, client: str) -> int:
-    """How many steps a client does in a round.
-
-    Args:
-        config: the settings.
-        num_examples: the client's records, as far as they are known; only epochs need them.
-        client: its name, for messages.
-
-    Raises:
-        RunError: they are not known, or the client's epochs are too many steps for a request.
-    """
-    if config.local_unit == "steps":
-        return config.local_steps
-    if num_examples is None:
-        raise RunError(f"local_unit is epochs and client {client!r} has not said how many records it has; use steps")
-    steps = config.local_steps * -(-num_examples // config.batch_size)
-    most = MAX_STEPS // config.directions
-    if not 1 <= steps <= most:
-        raise RunError(
-            f"{config.local_steps} epochs of client {client!r} are {steps} steps; expected 1 to {most}, "
-            "so lower --local-steps or raise --batch-size"
-        )
-    return steps

@@ -14,8 +14,9 @@ from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
 from fedkseed.federation.exact_sum import ExactSum
+from fedkseed.federation.outcome import CHANGE_NORM, COUNTED, Outcome, Refusal, Summed
 from fedkseed.federation.parts import Closing, Question, Treated, check_sum
-from fedkseed.federation.rounds import CHANGE_NORM, COUNTED, Heard, Outcome, Refusal, Summed
+from fedkseed.federation.rounds import Heard
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.federation.streams import Requests
 from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, Patch

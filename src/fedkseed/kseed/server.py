@@ -13,8 +13,8 @@ from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
 from fedkseed.federation.exact_sum import LIMBS, ExactSum, OrderedSum, check_limbs, nearly
+from fedkseed.federation.outcome import CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS
 from fedkseed.federation.parts import ROUNDING, Closing, Lengths, Question, Treated, answered, check_sum
-from fedkseed.federation.rounds import CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS
 from fedkseed.federation.streams import Requests
 from fedkseed.kseed.distance import pulled_back
 from fedkseed.kseed.importance import seed_probabilities

@@ -5,6 +5,9 @@ threads at multiples of `QUANTUM` elements, so that hundreds of small tensors co
 threads cannot change a bit. Threads are plain Python threads around kernels without the interpreter lock: numba's own
 thread pools do not survive a fork, or abort when two threads enter them.
 
+All that is compiled stands in this one file: numba keeps machine code by the file of a kernel, and would not notice that
+something it inlines from another file has changed.
+
 Nothing here lets the compiler fuse a multiplication with an addition: numba's default has no `contract` flag, and the
 tests compare every bit with the NumPy reference.
 

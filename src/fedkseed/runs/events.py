@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.federation.rounds import CHANGE_NORM, CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS, Contribution, Outcome
+from fedkseed.federation.outcome import CHANGE_NORM, CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS, Contribution, Outcome
 
 if TYPE_CHECKING:  # torch comes with it, and who shows events need not wait for that
     from fedkseed.evaluation import EvalLoss

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from fedkseed.errors import ConfigError
 from fedkseed.federation import Checkpoint, Outcome
-from fedkseed.federation.rounds import draw_cohort
+from fedkseed.federation.cohort import draw_cohort
 from fedkseed.kseed.private_steps import sampling_rate
 from fedkseed.privacy import DELTA, Privacy
 from fedkseed.privacy.accountant import (
