@@ -186,6 +186,25 @@ def test_what_no_loss_depends_on_is_left_alone_and_said(tiny: Path, tmp_path: Pa
     assert run.train().base.frozen == ("vision.bias", "vision.weight")
 
 
+# --- The end of a text ---
+
+
+def test_a_tokenizer_that_ends_a_text_otherwise_than_the_model_is_warned_of(tiny: Path, tmp_path: Path) -> None:
+    """As of a folder that was converted by a library that took the wrong special token."""
+    tokenizer = load_tokenizer(str(tiny / "model"))
+    own, other = tokenizer.eos_token_id, next(i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id)
+    folder = changed(tiny, tmp_path / "model", "config.json", eos_token_id=other)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": other}))
+    watcher = Watcher()
+    load_learner(build(tiny_settings(tiny, model=str(folder))), watcher)
+    (note,) = watcher.notes
+    assert note.startswith(f"warning: {folder}: its tokenizer ends a text with {tokenizer.eos_token!r} ({own}), its config")
+    assert f"({other})" in note
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, own]}))  # as chat models have it
+    load_learner(build(tiny_settings(tiny, model=str(folder))), watcher)
+    assert watcher.notes == [note]
+
+
 # --- The run's day ---
 
 

@@ -124,11 +124,17 @@ def generate(
     return Decoder(model, tokenizer, stop_ids, context).answers(prompts, batch_size, max_new_tokens, on_progress)
 
 
-def _stops(model: Any, tokenizer: PreTrainedTokenizerBase, more: Sequence[int]) -> set[int]:
+def end_ids(model: Any) -> set[int]:
+    """The tokens that end a text by the model's configuration and its generation's, of which there may be none."""
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    named = [getattr(part, "eos_token_id", None) for part in (tokenizer, model.config, text, model.generation_config)]
+    named = [getattr(part, "eos_token_id", None) for part in (model.config, text, getattr(model, "generation_config", None))]
     lists = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in named]
-    return {int(i) for ids in (*lists, more) for i in ids if i is not None}
+    return {int(i) for ids in lists for i in ids if i is not None}
+
+
+def _stops(model: Any, tokenizer: PreTrainedTokenizerBase, more: Sequence[int]) -> set[int]:
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return end_ids(model) | {int(i) for i in (*own, *more)}
 
 
 @contextmanager

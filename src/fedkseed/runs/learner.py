@@ -14,13 +14,14 @@ import torch
 from fedkseed.baselines import require_peft
 from fedkseed.data import EncodedExample, pad_token_id
 from fedkseed.errors import ConfigError, ModelError
+from fedkseed.evaluation.generation import end_ids
 from fedkseed.models.loading import Dtype, load_model, load_tokenizer, require_device
 from fedkseed.models.parameters import is_quantised, named_parameters
 from fedkseed.models.probing import TOKENS, Traits, probe
 from fedkseed.models.selection import frozen_names
 from fedkseed.noise import get_backend
 from fedkseed.runs.inputs import Inputs
-from fedkseed.runs.observer import Nobody, Observer
+from fedkseed.runs.observer import WARNING, Nobody, Observer
 from fedkseed.runs.settings import RunConfig, patterns
 
 if TYPE_CHECKING:
@@ -149,9 +150,24 @@ def learner_of(
     idle = [e.name for e in entries if e.name in traits.idle and not is_quantised(e.parameter)]  # of those `bind` tells
     if idle:
         watch.note(f"left alone: {len(idle)} tensors on which no loss on text depends, such as {idle[0]}")
+    if (other := _other_ends(tokenizer, model)) is not None:
+        watch.note(f"{WARNING}{source}: {other}")
     if not traits.pads:
         watch.note("padding would change this model's losses: records of one length share a pass")
     return Learner(source, model, tokenizer, traits)
+
+
+def _other_ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
+    """Where the tokenizer ends a text with another token than the model's configuration says: in what they differ."""
+    own, named = tokenizer.eos_token_id, sorted(end_ids(model))
+    if own is None or not named or own in named:
+        return None
+    known = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in named[:3] if i < len(tokenizer))
+    return (
+        f"its tokenizer ends a text with {tokenizer.eos_token!r} ({own}), its config with {known or 'an id beyond it'} "
+        f"({', '.join(map(str, named[:3]))}): responses are taught the tokenizer's; if that is wrong, mend eos_token in "
+        "tokenizer_config.json"
+    )
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
