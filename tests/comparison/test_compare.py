@@ -314,11 +314,11 @@ def test_the_numbers_are_those_of_the_runs(finished: Finished) -> None:
     assert len({len(line) for line in table}) == 1
     base_rouge = np.mean([score["base"]["overall"]["rouge_l"] for score in scores.values()])
     assert table[2][:3] == ["base model", "\N{EN DASH}", f"{np.mean(base):.4f}"]
-    assert table[2][6] == f"{100 * base_rouge:.2f}"
+    assert table[2][7] == f"{100 * base_rouge:.2f}"
     for method, line, name in zip(found["methods"], table[3:], NAMES, strict=True):
         at_examples = [last_within(run.curve, examples) for run in runs[name]]
         at_passes = [last_within([(s * PASSES[name], loss) for s, loss in run.curve], passes) for run in runs[name]]
-        of_control = [last_within(run.curve, examples) for run in controls[name]]
+        final, of_control = ([run.curve[-1][1] for run in these] for these in (runs[name], controls[name]))
         rouge = [scores[name, seed]["tuned"]["overall"]["rouge_l"] for seed in SEEDS]
         row = next(row for row in finished.rows if row.entry.name == name)
         assert method["method"] == name
@@ -334,11 +334,12 @@ def test_the_numbers_are_those_of_the_runs(finished: Finished) -> None:
         assert method["seconds"] == pytest.approx([run.seconds for run in runs[name]])
         assert line[0] == name
         assert line[1] == f"{row.lr:g}"
-        minus = [a - b for a, b in zip(at_examples, of_control, strict=True)]
+        minus = [a - b for a, b in zip(final, of_control, strict=True)]
+        assert method["final"] == final
         assert method["minus_control"] == minus
-        numbers = [at_examples, of_control, minus, at_passes]
-        assert line[2:7] == [*map(spread, numbers), spread([100 * x for x in rouge], 2)]
-        assert at_examples != of_control
+        numbers = [final, of_control, minus, at_examples, at_passes]
+        assert line[2:8] == [*map(spread, numbers), spread([100 * x for x in rouge], 2)]
+        assert final != of_control
     grid = {NAMES[0]: {"0.1": 0, "1e+30": None}, NAMES[1]: {"1e-07": 0, "0.002": 0}}
     for method in found["methods"]:
         assert method["grid"].keys() == grid[method["method"]].keys()
@@ -516,7 +517,7 @@ def test_failed_runs_are_told_and_left_out(finished: Finished, copied: Path) -> 
     assert method["failed"] == 1
     assert method["at_equal_examples"] == [last_within(left.curve, 32)]
     (line,) = [line for line in table.splitlines() if line.startswith("| FedAvg")]
-    assert line.startswith(f"| FedAvg (1 of 2 failed) | 0.1 | {last_within(left.curve, 32):.4f} |")  # no deviation of one
+    assert line.startswith(f"| FedAvg (1 of 2 failed) | 0.1 | {left.curve[-1][1]:.4f} |")  # no deviation of one
 
 
 def test_a_method_whose_runs_all_failed_has_no_numbers(finished: Finished, copied: Path) -> None:

@@ -25,9 +25,10 @@ TABLE, NUMBERS = "table.md", "comparison.json"
 HEADER = (
     "method",
     "lr",
-    "loss at equal examples",
+    "loss at its end",
     "control",
     "minus control",
+    "loss at equal examples",
     "loss at equal passes",
     "Rouge-L",
     "bytes a client and round",
@@ -58,6 +59,11 @@ class Measured:
     bytes_per_round: float
     peak_bytes: int
     seconds: float
+
+    @property
+    def final(self) -> float:
+        """The loss after all rounds."""
+        return self.points[-1].loss
 
 
 def measure(trial: Trial) -> Measured:
@@ -138,9 +144,10 @@ class Result:
         """How many runs ended without a loss."""
         return len(self.row.runs) - len(self.runs)
 
-    def minus_control(self, equal: Equal) -> list[float]:
-        """How far the losses at equal examples lie above those of the controls with the same seed."""
-        return [run - control for run, control in (equal.examples_of(pair) for pair in self.controls)]
+    @property
+    def minus_control(self) -> list[float]:
+        """How far the final losses lie above those of the controls with the same seed, which are as long."""
+        return [run.final - control.final for run, control in self.controls]
 
     @property
     def rouge_l(self) -> list[float]:
@@ -157,9 +164,10 @@ class Result:
         return (
             name,
             lr,
+            spread([m.final for m in self.runs]),
+            spread([control.final for _, control in self.controls]),
+            spread(self.minus_control),
             spread(equal.examples_of(self.runs)),
-            spread(equal.examples_of([control for _, control in self.controls])),
-            spread(self.minus_control(equal)),
             spread(equal.passes_of(self.runs)),
             spread([100 * x for x in self.rouge_l], 2),
             units.amount(round(mean(m.bytes_per_round for m in self.runs))),
@@ -174,10 +182,11 @@ class Result:
             "method": self.row.entry.name,
             "lr": self.row.lr,
             "grid": {f"{lr:g}": _json(t.final_loss()) for lr, t in zip(self.row.entry.lr, self.row.grid, strict=False)},
+            "final": [_json(m.final) for m in self.runs],
             "at_equal_examples": [_json(x) for x in equal.examples_of(self.runs)],
             "at_equal_passes": [_json(x) for x in equal.passes_of(self.runs)],
-            "control": [_json(x) for x in equal.examples_of([control for _, control in self.controls])],
-            "minus_control": [_json(x) for x in self.minus_control(equal)],
+            "control": [_json(control.final) for _, control in self.controls],
+            "minus_control": [_json(x) for x in self.minus_control],
             "rouge_l": self.rouge_l,
             "failed": self.failed,
             "bytes_per_round": [m.bytes_per_round for m in self.runs],
@@ -220,7 +229,7 @@ def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> R
     if not every:
         raise RunError(f"no run in {output} has a held-out loss at its end; see the logs in {output / 'runs'}")
     equal = Equal(min(m.points[-1].examples for m in every), min(m.points[-1].passes for m in every))
-    base = _mean([m.base_loss for m in every if m.base_loss is not None])
+    base = _mean([m.base_loss for m in every if m.base_loss is not None] or [m.points[0].loss for m in every])
     base_rouge = _mean([m.base_rouge_l for m in every if m.base_rouge_l is not None])
     report = _report(comparison, results, (base, base_rouge), equal)
     numbers = [result.numbers(equal) for result in results]
@@ -270,18 +279,19 @@ def _report(comparison: Comparison, results: Sequence[Result], base: tuple[float
     nothing = units.NONE
     loss = spread([base[0]]) if math.isfinite(base[0]) else nothing
     rouge = f"{100 * base[1]:.2f}" if math.isfinite(base[1]) else nothing
-    first = ("base model", nothing, loss, nothing, nothing, nothing, rouge, *[nothing] * 4)
+    first = ("base model", nothing, loss, nothing, nothing, nothing, nothing, rouge, *[nothing] * 4)
     table = (first, *(result.cells(equal) for result in results))
     seeds = ", ".join(map(str, comparison.seeds))
     notes = [
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
+        "Losses at equal budgets are the last that were measured within them; a method of longer runs has not come to its end.",
         f"Equal examples: {equal.examples:,} in all (steps times batch size); equal passes: {equal.passes:,} forward "
         "passes of a record (a step costs 2 without backpropagation, of n directions n + 1, and 3 with it).",
     ]
     if comparison.control:
         notes.append(
-            "Control: the loss at equal examples of runs whose training responses were shuffled within each category; minus "
-            "control: a run's loss less that of the control with its seed."
+            "Control: the final loss of runs whose training responses were shuffled within each category; minus control: a "
+            "run's final loss less that of the control with its seed."
         )
     if len(comparison.methods[0].lr) > 1:
         notes.append(
