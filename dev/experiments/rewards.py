@@ -66,6 +66,7 @@ class Task:
         passes = 2 * DIRECTIONS * self.steps  # of a record
         scored = {"objective": "exact-match", "local_steps": self.steps, "directions": DIRECTIONS}
         reward = {**scored, **self.scored, "lr": self.rates["z-scores"]}
+        few = {"train": "*.v_proj.*"}
         adam = {"algorithm": "fedkseed-grad", "local_optimizer": "adam", "lr": 2e-3}
         return {
             "reward": reward,
@@ -76,6 +77,13 @@ class Task:
             "reward, ranks": {**reward, "scaling": "ranks", "lr": self.rates["ranks"]},
             "reward, raw slopes": {**reward, "scaling": "none", "lr": self.rates["none"]},
             "reward, drawn": {**reward, "temperature": 0.5},
+            "reward, values' projections": {**reward, **few},
+            "loss, values' projections": {
+                "directions": DIRECTIONS,
+                "local_steps": passes // (DIRECTIONS + 1),
+                "lr": 2.4e-3,
+                **few,
+            },
         }
 
     @property
