@@ -22,13 +22,6 @@ ROWS: dict[str, dict[str, Any]] = {
 BYTES = ("bytes_down", "bytes_up", "edges", "edge_bytes_down", "edge_bytes_up", "seconds", "seconds_by", "peak_bytes")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
 def settings_of(tiny: Path, **changes: Any) -> dict[str, Any]:
     return tiny_settings(tiny, **{"fraction_train": 1.0, "eval_every": 3, **changes})
 

@@ -43,13 +43,6 @@ ROWS: dict[str, dict[str, Any]] = {
 rows = pytest.mark.parametrize("changes", ROWS.values(), ids=ROWS)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_settings(folder)
-    return folder
-
-
 def settings_of(tiny: Path, **changes: Any) -> dict[str, Any]:
     return tiny_settings(tiny, **{"fraction_train": 1.0, "secure_sums": "on", "eval_every": 3, **changes})
 
