@@ -335,9 +335,11 @@ def log_of(folder: Path, way: str) -> bytes:
     log = AuditLog(folder, a_server)
     for _ in range(3):
         requests = [(request, request.encode()) for request in a_server.plan()]
-        log.planned(requests)
+        log.planned()
+        for request, data in requests:
+            log.sent(request, data)
         replies = [(request.client, honest(request)) for request, _ in requests] + [("bob", b"junk")]
-        log.absorbed(a_server.absorb(replies), 0, replies, {"eve": "no bytes"})
+        log.absorbed(a_server.absorb(replies), replies, {"eve": "no bytes"})
     a_server.ledger.save(folder / "ledger.safetensors")
     return (folder / "audit.jsonl").read_bytes()
 

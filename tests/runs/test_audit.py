@@ -121,7 +121,7 @@ def test_messages_are_in_it_byte_for_byte_and_what_they_share_once(
         return requests
 
     def absorbed(rounds: Any, replies: Any) -> Any:
-        came.append(dict(replies))
+        came.append(dict(replies := list(replies)))
         return absorb(rounds, replies)
 
     monkeypatch.setattr(Rounds, "plan", planned)

@@ -13,7 +13,7 @@ from tests.support.drivers import DRIVERS, Driver, drivers, in_simulation, on_ev
 from tests.support.flower_grid import as_in_a_task
 from tests.support.flower_sites import make_sites
 from tests.support.natural_instructions import in_words, task, write_folder
-from tests.support.runs import Watcher, read_metrics
+from tests.support.runs import Watcher, read_metrics, trained
 from tests.support.tiny import tiny_settings
 
 from fedkseed.data import EncodedExample
@@ -21,6 +21,7 @@ from fedkseed.errors import TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.messages import TrainRequest
 from fedkseed.runs.driver import Driver as Rounds
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import build
@@ -237,6 +238,25 @@ def test_an_evaluation_that_is_written_down_is_not_repeated(run: RunFolder) -> N
         server = Counting(2, 2)
         Rounds(run, server, Watcher()).drive(lambda: True, lambda done=done: done.append(2))  # type: ignore[arg-type,misc]
         assert done == expected
+
+
+def test_a_simulated_round_holds_one_request_at_a_time(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    encode, answer = TrainRequest.encode, Client.answer
+
+    def encoded(request: TrainRequest) -> bytes:
+        done.append(f"asked {request.client}")
+        return encode(request)
+
+    def answered(client: Client, data: bytes, *others: Any) -> bytes:
+        done.append(f"heard {TrainRequest.decode(data).client}")
+        return answer(client, data, *others)
+
+    monkeypatch.setattr(TrainRequest, "encode", encoded)
+    monkeypatch.setattr(Client, "answer", answered)
+    _, metrics = trained(tmp_path / "run", tiny_settings(tiny, num_rounds=1, fraction_train=1.0))
+    assert len(names := sorted(metrics[1]["clients"])) > 2
+    assert done == [what for name in names for what in (f"asked {name}", f"heard {name}")]
 
 
 def test_too_few_replies_three_times_are_an_error_with_what_is_safe(

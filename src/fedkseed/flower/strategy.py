@@ -215,7 +215,7 @@ class FedKSeed(Strategy):
         from fedkseed.runs.sums import conversation
 
         self._asked_again = set()
-        self._sum = conversation(self.config, self._server, self._driver.plan())
+        self._sum = conversation(self.config, self._server, list(self._driver.plan()))
         talk = self._sum
 
         def deliver(messages: Mapping[str, bytes]) -> tuple[list[tuple[str, bytes]], dict[str, str]]:

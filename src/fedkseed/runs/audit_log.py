@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,10 +134,13 @@ def own_fields(first: bytes, message: bytes) -> bytes:
     return packed
 
 
-def asked(requests: Sequence[tuple[Request, bytes]]) -> dict[str, Any]:
+def asked(requests: Iterable[tuple[Request, bytes]]) -> dict[str, Any]:
     """The requests of a round as an attempt has them: what they have in common once."""
-    first = requests[0][1]
-    return {"request": first, "own": {request.client: own_fields(first, data) for request, data in requests}}
+    first, own = b"", {}
+    for request, data in requests:
+        first = first or data
+        own[request.client] = own_fields(first, data)
+    return {"request": first, "own": own}
 
 
 def line_digest(line: bytes) -> str:
@@ -161,7 +164,7 @@ class AuditLog:
         self._number, self._before = 0, BEFORE_THE_FIRST
         self._session: dict[str, Any] | None = None
         self._roster: dict[str, Any] | None = None
-        self._asked: dict[str, Any] = {}
+        self._sent: list[tuple[Request, bytes]] = []
         self._again: list[str] = []
 
     def cut(self) -> str | None:
@@ -193,22 +196,25 @@ class AuditLog:
             wrong = f"rounds {last + 1} to {server_round} are not in it"
         return wrong and f"{self._path}: {wrong}; the run goes on from its checkpoint, and fedkseed audit will say so too"
 
-    def planned(self, requests: Sequence[tuple[Request, bytes]]) -> None:
+    def planned(self) -> None:
         """Requests are about to be sent."""
         if self._roster is None:
             self._session = _session(self._server, self._number == 0)
-        self._asked, self._again = asked(requests), []
+        self._sent, self._again = [], []
+
+    def sent(self, request: Request, data: bytes) -> None:
+        """A planned request, and its bytes."""
+        self._sent.append((request, data))
 
     def repeated(self, client: str) -> None:
         """A client was sent the whole request."""
         self._again.append(client)
 
-    def absorbed(self, outcome: Outcome, attempt: int, replies: Sequence[tuple[str, bytes]], others: Mapping[str, str]) -> None:
+    def absorbed(self, outcome: Outcome, replies: Sequence[tuple[str, bytes]], others: Mapping[str, str]) -> None:
         """Write down what came of them; on the disk when this returns.
 
         Args:
             outcome: the server's.
-            attempt: the number that the requests had.
             replies: all (sender, bytes), as the server got them.
             others: why what came from others is not even bytes, by sender.
         """
@@ -216,10 +222,10 @@ class AuditLog:
         closed = outcome.status == "closed"
         entry = {
             "server_round": outcome.server_round,
-            "attempt": attempt,
+            "attempt": self._sent[0][0].attempt,
             "status": outcome.status,
             "roster": None if roster == self._roster else roster,
-            **self._asked,
+            **asked(self._sent),
             "again": self._again,
             "replies": dict(outcome.accepted),
             "refused": [*_refused(outcome, replies), *({"client": c, "reason": r, "sha256": None} for c, r in others.items())],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedkseed.errors import ModelError, TooFewRepliesError
@@ -65,9 +65,8 @@ class Driver:
         self._called, self._log = called, log
         self._track: Callable[[dict[str, Any]], None] = lambda event: None
         self.outcome: Outcome | None = None
-        self._requests: list[tuple[Request, bytes]] = []
         self._asked: list[str] = []
-        self._repeated = 0
+        self._sent = self._repeated = 0
         self._audit: AuditLog | None = None
         self._bounded = False
         self._begin, self._lr = time.perf_counter(), math.nan
@@ -124,15 +123,27 @@ class Driver:
             self.observer.note(f"{why}: the run ends after round {self.round} of {self.config.num_rounds}")
         return why is not None
 
-    def plan(self) -> list[tuple[Request, bytes]]:
-        """The requests of the next attempt at a round, and their bytes."""
+    @property
+    def asked(self) -> Sequence[str]:
+        """Whom the planned requests are for, sorted."""
+        return self._asked
+
+    def plan(self) -> Iterator[tuple[Request, bytes]]:
+        """The requests of the next attempt at a round, and their bytes; one at a time, so that a cohort's need no room."""
         self._start()
-        self._requests = [(request, request.encode()) for request in self.server.plan()]
-        self._asked = [request.client for request, _ in self._requests]
-        self._repeated = 0
+        requests = self.server.plan()
+        self._asked, self._sent, self._repeated = list(self.server.asked), 0, 0
         if self._audit is not None:
-            self._audit.planned(self._requests)
-        return self._requests
+            self._audit.planned()
+        return self._encoded(requests)
+
+    def _encoded(self, requests: Iterable[Request]) -> Iterator[tuple[Request, bytes]]:
+        for request in requests:
+            data = request.encode()
+            self._sent += len(data)
+            if self._audit is not None:
+                self._audit.sent(request, data)
+            yield request, data
 
     def plan_edges(self, behind: Mapping[str, Sequence[str]]) -> EdgeRound:
         """The next attempt at a round, through edges, by the clients behind each."""
@@ -159,14 +170,14 @@ class Driver:
 
     def close(
         self,
-        replies: Sequence[tuple[str, bytes]],
+        replies: Iterable[tuple[str, bytes]],
         unreadable: Mapping[str, str] | None = None,
         measured: Callable[[], Mapping[str, Any]] = dict,
     ) -> dict[str, Any] | None:
         """Absorb what came of a planned round, and write down what that led to.
 
         Args:
-            replies: (sender, bytes) in any order.
+            replies: (sender, bytes) in any order; gone through once, and none is held, but for an audit log.
             unreadable: why what came from others is not even bytes, by sender.
             measured: what the driver adds to the event, asked when all replies are absorbed.
 
@@ -177,13 +188,22 @@ class Driver:
             TooFewRepliesError: it was the last attempt at this round.
             RunError: a file cannot be written.
         """
-        outcome = self.server.absorb(replies)
+        lengths: list[int] = []
+        kept: list[tuple[str, bytes]] = []
+
+        def passing() -> Iterator[tuple[str, bytes]]:
+            for sender, data in replies:
+                lengths.append(len(data))
+                if self._audit is not None:
+                    kept.append((sender, data))
+                yield sender, data
+
+        outcome = self.server.absorb(passing())
         if self._audit is not None:
-            self._audit.absorbed(outcome, self._requests[0][0].attempt, replies, unreadable or {})
-        sent = sum(len(data) for _, data in self._requests) + self._repeated
-        sizes = {"bytes_down": sent / len(self._requests)}
-        if replies:
-            sizes["bytes_up"] = sum(len(data) for _, data in replies) / len(replies)
+            self._audit.absorbed(outcome, kept, unreadable or {})
+        sizes = {"bytes_down": (self._sent + self._repeated) / len(self._asked)}
+        if lengths:
+            sizes["bytes_up"] = sum(lengths) / len(lengths)
         return self._record(outcome, unreadable or {}, sizes, measured)
 
     def close_sum(
@@ -209,7 +229,7 @@ class Driver:
             unreadable |= broken
             conversation.hear(replies)
         outcome = self.server.absorb_sum(conversation.summed, conversation.refusals, conversation.missing)
-        asked = len(self._requests)
+        asked = len(self._asked)
         return self._record(
             outcome, unreadable, {"bytes_down": (sent + self._repeated) / asked, "bytes_up": received / asked}, measured
         )

@@ -126,11 +126,12 @@ class Simulation:
             return self._attempt_edges()
         requests = self._driver.plan()
         if self.config.secure_sums == "on":
-            return self._attempt_sum(requests)
-        replies = [
-            (request.client, self.clients[request.client].answer(data, self._hear(request, place, len(requests))))
+            return self._attempt_sum(list(requests))
+        cohort = len(self._driver.asked)
+        replies = (  # one client after the other, as the server takes their replies
+            (request.client, self.clients[request.client].answer(data, self._hear(request, place, cohort)))
             for place, (request, data) in enumerate(requests, start=1)
-        ]
+        )
         return self._driver.close(replies, measured=self._measured) is not None
 
     def _attempt_edges(self) -> bool:
