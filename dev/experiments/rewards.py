@@ -77,11 +77,12 @@ class Task:
             "reward, ranks": {**reward, "scaling": "ranks", "lr": self.rates["ranks"]},
             "reward, raw slopes": {**reward, "scaling": "none", "lr": self.rates["none"]},
             "reward, drawn": {**reward, "temperature": 0.5},
-            "reward, values' projections": {**reward, **few},
+            "reward, values' projections": {**reward, **few, "lr": 1.6e-2},
+            "reward, values' projections, control": {**reward, **few, "lr": 1.6e-2, "responses": "shuffled"},
             "loss, values' projections": {
                 "directions": DIRECTIONS,
                 "local_steps": passes // (DIRECTIONS + 1),
-                "lr": 2.4e-3,
+                "lr": 4.8e-3,
                 **few,
             },
         }

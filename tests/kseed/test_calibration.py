@@ -59,10 +59,36 @@ def test_what_batches_do_not_share_lowers_the_rate() -> None:
     assert noisy.lr < clean.lr
 
 
+def test_where_clients_steps_are_averaged_the_rate_is_so_many_times_larger() -> None:
+    """An average of n clients' steps has the slope of one and an nth of its curvature; more than four are taken for four."""
+    problem = Quadratic(1.0, noise=2.0)
+    one, four, many = (calibrate(problem.bound, problem.loss, np.random.default_rng(3), n) for n in (1, 4, 100))
+    assert 0.1 < one.shared < 0.25
+    assert four.best_first_step == pytest.approx(4 * one.best_first_step)
+    assert many == four
+    same = Quadratic(1.0)
+    alike = calibrate(same.bound, same.loss, np.random.default_rng(3), 4)  # a client's own steps bound it
+    assert alike.best_first_step <= 1 / alike.curvature
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+def test_a_trial_averages_the_steps_of_its_clients(clients: int) -> None:
+    """72 steps of n clients move a parameter by 72 (lr g / n)^2 in the mean square; added up they would by 72 (lr g)^2."""
+    problem, away = Quadratic(1.0, noise=2.0), list[float]()
+    start = problem.module.weight.detach().clone()
+
+    def watched(batch: int) -> float:
+        away.append(float((problem.module.weight.detach() - start).square().mean()))
+        return problem.loss(batch)
+
+    found = calibrate(problem.bound, watched, np.random.default_rng(3), clients)
+    assert away[-1] == pytest.approx(72 * (found.lr * found.slope / clients) ** 2, rel=0.6)
+
+
 def test_a_walk_that_raises_the_loss_halves_the_rate() -> None:
     """Beyond a wall around the base the loss is high: the first rate walks into it, a lower one does not.
 
-    40 steps move a parameter by 40 (lr g)^2 in the mean square; the wall is at a tenth of that.
+    72 steps move a parameter by 72 (lr g)^2 in the mean square; the wall is at an eighteenth of that.
     """
     problem = Quadratic(1.0)
     start = problem.module.weight.detach().clone()
@@ -114,7 +140,7 @@ def test_tune_shows_what_it_tried_and_simulate_takes_it(
     assert shown.code == 0, shown
     last = shown.stdout.splitlines()[-1].split()
     assert last[:2] == ["take:", "--lr"]
-    assert "after 40 steps" in shown.stdout
+    assert "after 72 steps" in shown.stdout
     run = fedkseed("simulate", *flags(without), "--lr", "auto", "--run", tmp_path / "run")
     assert run.code == 0, run
     config = (tmp_path / "run" / "config.toml").read_text()

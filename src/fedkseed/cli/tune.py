@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedkseed.cli.console import say, show_table
-from fedkseed.kseed.calibration import Calibration
+from fedkseed.kseed.calibration import TRIAL_STEPS, Calibration
 from fedkseed.runs.rates import Rate
 
 
@@ -37,9 +37,10 @@ def _show_calibration(found: Calibration) -> None:
         f"slope along a direction: {found.slope:.3g}, of which other batches share {100 * found.shared:.0f} %; "
         f"curvature: {found.curvature:.3g}"
     )
-    say(f"so the best first step is at {found.best_first_step:.2g} (share / curvature); a quarter of it was tried:")
+    times = f"{found.clients} clients x " if found.clients > 1 else ""
+    say(f"so the best first step is at {found.best_first_step:.2g} ({times}share / curvature); a quarter of it was tried:")
     say()
     trials = [(f"{trial.lr:.3g}", f"{trial.before:.4f}", f"{trial.after:.4f}") for trial in found.trials]
-    show_table(("lr", "loss of 8 batches before", "after 40 steps"), trials)
+    show_table(("lr", "loss of 8 batches before", f"after {TRIAL_STEPS} steps"), trials)
     say()
     say(f"{found.num_forward_passes} forward passes")

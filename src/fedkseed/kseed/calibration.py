@@ -6,9 +6,11 @@ first step has
 
     lr* = E[g g'] / (E[g^2] E[c]).
 
-With small batches the share E[g g'] / E[g^2] is too small to be measured so cheaply; a tenth is taken for less. The curvature
-grows on the way, and steps at lr* itself were seen to diverge, so a quarter of it is proposed, and tried: while a short walk at
-that rate raises the loss by more than chance does, the rate is halved.
+With small batches the share E[g g'] / E[g^2] is too small to be measured so cheaply; a tenth is taken for less. Where n
+clients' steps are averaged the curvature counts for an nth of that, so lr* is n times as large, as long as a client's own steps
+do not diverge: at most 1 / E[c]. The curvature grows on the way, and steps at lr* itself were seen to diverge, so a quarter of
+it is proposed, and tried: while a short round at that rate, of some clients' steps averaged, raises the loss, the rate is
+halved.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ GOOD = 0.01
 """A disagreement at which no further eps is looked for."""
 SAFETY = 4.0
 MIN_SHARE = 0.1
-EPS_DIRECTIONS, DIRECTIONS, TRIAL_STEPS, MAX_TRIALS = 6, 24, 40, 4
+EPS_DIRECTIONS, DIRECTIONS, TRIAL_STEPS, MAX_TRIALS = 6, 24, 72, 5
+MAX_CLIENTS = 4
+"""Of more clients a trial has no more, and a rate makes no more of them."""
 TRIAL_BATCHES, OTHERS = 8, 2
 
 
@@ -45,11 +49,16 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Trial:
-    """A short walk at one rate: the mean loss of some batches before and after it."""
+    """A short round at one rate: the mean loss of some batches before and after it."""
 
     lr: float
     before: float
     after: float
+
+    @property
+    def raised(self) -> bool:
+        """Whether the loss rose, or is no number any more."""
+        return not self.after < self.before
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,9 @@ class Calibration:
         slope: root of E[g^2].
         shared: E[g g'] / E[g^2]: which part of a batch's slope other batches share; at least MIN_SHARE, at most 1.
         curvature: E[c].
+        clients: how many clients' steps a trial averages.
         best_first_step: lr*, see above.
-        trials: the walks, the last of them at `lr`.
+        trials: the rounds, the last of them at `lr`.
         num_forward_passes: what it took.
     """
 
@@ -74,13 +84,18 @@ class Calibration:
     slope: float
     shared: float
     curvature: float
+    clients: int
     best_first_step: float
     trials: tuple[Trial, ...]
     num_forward_passes: int
 
 
 def calibrate(
-    model: Model, loss: Callable[[int], float], rng: np.random.Generator, heard: Callable[[int, int], None] | None = None
+    model: Model,
+    loss: Callable[[int], float],
+    rng: np.random.Generator,
+    clients: int = 1,
+    heard: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Find a learning rate and a probe distance; the model is at its base weights before and afterwards.
 
@@ -89,19 +104,22 @@ def calibrate(
         loss: the mean loss at the current weights on the b-th of as many batches as are asked for, drawn from the training
             records; the same b must give the same batch.
         rng: draws the directions.
+        clients: how many clients' steps a round averages.
         heard: hears how many of the forward passes are done, and how many it will probably take.
 
     Raises:
-        InvalidValueError: losses are not finite, or do not change along any direction, or every walk raised them.
+        InvalidValueError: losses are not finite, or do not change along any direction, or every trial raised them.
     """
     base = np.zeros(model.pool.size, np.float32)
     try:
-        return _calibrated(model, _Counted(loss, heard or (lambda done, total: None)), rng, base)
+        return _calibrated(model, _Counted(loss, heard or (lambda done, total: None)), rng, min(clients, MAX_CLIENTS), base)
     finally:  # also after an error or Ctrl-C
         model.rebuild(base)
 
 
-def _calibrated(model: Model, counted: _Counted, rng: np.random.Generator, base: NDArray[np.float32]) -> Calibration:
+def _calibrated(
+    model: Model, counted: _Counted, rng: np.random.Generator, clients: int, base: NDArray[np.float32]
+) -> Calibration:
     num_seeds = model.pool.size
     directions: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
     counted.expect(len(directions) * (3 + 2 * OTHERS) + 2 * (TRIAL_BATCHES + TRIAL_STEPS))
@@ -113,22 +131,22 @@ def _calibrated(model: Model, counted: _Counted, rng: np.random.Generator, base:
             f"the loss has a slope of {slope:g} and a curvature of {curvature:g}; expected both above 0, "
             "so give more records or a larger --batch-size, or choose --lr by hand"
         )
-    best = shared / curvature
+    best = min(clients * shared, 1.0) / curvature
     trials: list[Trial] = []
     lr = float(f"{best / SAFETY:.2g}")
-    while len(trials) < MAX_TRIALS and (not trials or _raised(trials[-1], slope)):
+    while len(trials) < MAX_TRIALS and (not trials or trials[-1].raised):
         if trials:
             lr /= 2
             counted.expect(2 * (TRIAL_BATCHES + TRIAL_STEPS))
         model.rebuild(base)
-        steps: list[int] = rng.choice(num_seeds, TRIAL_STEPS).tolist()
-        trials.append(_walk(model, steps, lr, eps, counted))
-    if _raised(trials[-1], slope):
+        steps = rng.choice(num_seeds, (clients, TRIAL_STEPS // clients))
+        trials.append(_round(model, steps, lr, eps, counted))
+    if trials[-1].raised:
         raise InvalidValueError(
             f"{TRIAL_STEPS} steps raised the loss at every rate from {trials[0].lr:g} down to {trials[-1].lr:g}; "
             "give a larger --batch-size, or choose --lr by hand"
         )
-    return Calibration(trials[-1].lr, eps, agreements, slope, shared, curvature, best, tuple(trials), counted.calls)
+    return Calibration(trials[-1].lr, eps, agreements, slope, shared, curvature, clients, best, tuple(trials), counted.calls)
 
 
 class _Counted:
@@ -216,13 +234,17 @@ def _measure(model: Model, directions: Sequence[int], eps: float, loss: Callable
     return math.sqrt(mean_square), min(max(shared, MIN_SHARE), 1.0), float(np.mean(curvatures))
 
 
-def _raised(trial: Trial, slope: float) -> bool:
-    """Whether the loss rose by more than 3 times what steps of random signs would do."""
-    return not trial.after - trial.before < 3 * math.sqrt(TRIAL_STEPS) * trial.lr * slope**2
-
-
-def _walk(model: Model, indices: Sequence[int], lr: float, eps: float, loss: Callable[[int], float]) -> Trial:
-    """Local steps on batches that the outcome is not measured on."""
+def _round(model: Model, indices: NDArray[np.int64], lr: float, eps: float, loss: Callable[[int], float]) -> Trial:
+    """The local steps of some clients, int[clients, steps], averaged; on batches that the outcome is not measured on."""
     before = float(np.mean([loss(b) for b in range(TRIAL_BATCHES)]))
-    local_steps(model, indices, lambda t: loss(TRIAL_BATCHES + t), StepSettings(lr, eps))
+    mean = np.zeros(model.pool.size)
+    for client, own in enumerate(indices.tolist()):
+
+        def own_loss(step: int, first: int = TRIAL_BATCHES + client * len(own)) -> float:
+            return loss(first + step)
+
+        model.rebuild(np.zeros(model.pool.size, np.float32))
+        steps = local_steps(model, own, own_loss, StepSettings(lr, eps))
+        np.add.at(mean, own, -lr / len(indices) * steps.projected_grads.astype(np.float64))
+    model.rebuild(mean.astype(np.float32))
     return Trial(lr, before, float(np.mean([loss(b) for b in range(TRIAL_BATCHES)])))

@@ -78,7 +78,8 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
 
     try:
         heard = partial(observer.progress, "calibrating: forward passes")
-        found = calibrate(bound, loss, generator(config.seed, "calibration directions"), heard)
+        cohort = config.cohort_size(len(records.clients))
+        found = calibrate(bound, loss, generator(config.seed, "calibration directions"), cohort, heard)
         if warning := eps_warning(model, found.eps):
             observer.note(warning)
         return found
