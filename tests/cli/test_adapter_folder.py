@@ -40,6 +40,36 @@ def changed(adapter: Path, to: Path, **changes: Any) -> Path:
     return copy
 
 
+def test_the_command_makes_the_adapter_that_the_key_gives(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        made = fedkseed("lora", tiny / "model", folder, "--rank", 4, "--key", 7)
+        assert made.code == 0, made.stderr
+    assert "fedkseed simulate --model" in made.stdout
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(tiny / "model", "float32"), config)
+    fk.seed_lora(model, key=7)
+    expected = {name: tensor for name, tensor in peft.get_peft_model_state_dict(model).items() if "lora_" in name}
+    for folder in (one, other):
+        found = load_file(folder / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    base, adapted = load_model(tiny / "model"), load_model(one)
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(base(input_ids=ids).logits, adapted(input_ids=ids).logits)  # it changes nothing yet
+    again = fedkseed("simulate", *flags(tiny_settings(tiny, model=str(one), algorithm="fedkseed-grad", num_seeds=128, lr=0.02)))
+    assert again.code == 0, again.stderr
+
+
+def test_what_no_adapter_can_be_made_of_is_one_line(fedkseed: CommandLine, tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_one_line(fedkseed("lora", adapter, out), 2, "is an adapter already")
+    assert_one_line(fedkseed("lora", tmp_path / "none", out), 2, "no such model folder")
+    assert_one_line(fedkseed("lora", tiny / "model", tmp_path), 2, "exists; give an output that does not")
+    assert_one_line(fedkseed("lora", tiny / "model", out, "--key", 2**64), 2, "key is 18446744073709551616")
+    assert not out.exists()
+
+
 def test_a_run_moves_its_matrices_alone_and_the_export_is_an_adapter_of_peft(
     fedkseed: CommandLine, tiny: Path, adapter: Path, tmp_path: Path
 ) -> None:

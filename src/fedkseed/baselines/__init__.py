@@ -5,7 +5,7 @@ FedAvg (McMahan et al., 2017) over all parameters; FedIT (Zhang et al., 2024) ov
 (Shu et al., 2025) over all parameters, of which coordinates are sent.
 """
 
-from fedkseed.baselines.attach import adapter, attach, require_peft, restore
+from fedkseed.baselines.attach import adapter, attach, fresh_lora, require_peft, restore
 from fedkseed.baselines.checkpoint import TunedTensors
 from fedkseed.baselines.client import TensorClient
 from fedkseed.baselines.parameters import Parameters, fingerprint
@@ -20,6 +20,7 @@ __all__ = [
     "adapter",
     "attach",
     "fingerprint",
+    "fresh_lora",
     "parameters_of",
     "require_peft",
     "restore",

@@ -113,6 +113,31 @@ def adapter(model: Any, config: FederationConfig, tuned: TunedTensors, base: str
     return attached
 
 
+def fresh_lora(model: Any, rank: int, base: str) -> Any:
+    """A model wrapped by PEFT with a new LoRA adapter over all linear layers, alpha twice the rank.
+
+    Args:
+        model: the base model.
+        rank: of the adapter.
+        base: what the saved configuration calls the base model.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ConfigError(f"a LoRA adapter needs an extra; install it with: {installing('baselines')}")
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=base
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # as in `attach`
+        attached = peft.get_peft_model(model, config)
+    attached.peft_config["default"].base_model_name_or_path = base
+    return attached
+
+
 def _check(model: Any, config: FederationConfig, tuned: TunedTensors) -> None:
     if tuned.algorithm != config.algorithm or tuned.base != fingerprint(model):
         raise RunError(f"the tensors are of {tuned.algorithm} on another base model; load the one that the run started from")

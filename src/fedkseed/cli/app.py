@@ -98,6 +98,23 @@ def demo(
         show(run, seed)
 
 
+@app.command(rich_help_panel=TRAIN)
+def lora(
+    model: Annotated[str, typer.Argument(help="The base model: a folder or hub id.", metavar="MODEL", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUTPUT", show_default=False)],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of its matrices; alpha is twice that.")] = 8,
+    key: Annotated[int, typer.Option(min=0, help="What its random factors are drawn from, the same bits everywhere.")] = 0,
+) -> None:
+    """Write a LoRA adapter to start from: as --model of a run, its matrices are what K numbers move."""
+    with interruptible(f"{output} is whole or not there"):
+        from fedkseed.cli.display import LOADING, Lines, waiting
+
+        with waiting(Lines().note, LOADING):
+            from fedkseed.cli.lora import lora as write
+
+        write(model, output, rank, key)
+
+
 @app.command(rich_help_panel=USE)
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A run's folder or a ledger file.", metavar="RUN|LEDGER")] = None,

@@ -1,0 +1,59 @@
+"""`fedkseed lora`: an adapter's folder to start from, the same bits wherever it is made (docs/adapter.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedkseed.baselines import fresh_lora
+from fedkseed.cli.console import say, say_command
+from fedkseed.cli.display import Lines, waiting
+from fedkseed.cli.export import public_name
+from fedkseed.errors import ConfigError, RunFolderError
+from fedkseed.models.adapter_folder import is_adapter
+from fedkseed.models.loading import load_model, load_tokenizer, save_model
+from fedkseed.models.lora import seed_lora
+
+CARD = """# A LoRA adapter to start from
+
+Rank {rank}, alpha {alpha}, all linear layers of {base}. Its random factors are drawn from key {key} (`fedkseed lora`), the
+others are zero: it changes nothing yet.
+"""
+LEAST, MOST, EACH = 8, 14, 128
+"""The proposed number of seeds: exponents of two that it lies between, and how many of an adapter's numbers each moves."""
+
+
+def lora(model: str, output: Path, rank: int, key: int) -> None:
+    """Write a folder with a LoRA adapter over all linear layers, alpha twice the rank, that changes nothing yet.
+
+    Args:
+        model: the base model.
+        output: the folder to make.
+        rank: of the adapter.
+        key: what its random factors are drawn from.
+
+    Raises:
+        ConfigError: peft is not installed, or the model is an adapter already.
+        RunFolderError: the output exists.
+        FedKSeedError: the model cannot be loaded, or the folder cannot be written.
+    """
+    if output.exists():
+        raise RunFolderError(f"{output} exists; give an output that does not")
+    folder = Path(model).expanduser()
+    if is_adapter(folder):
+        raise ConfigError(f"{model} is an adapter already, so it can be --model as it is; give its base model for a new one")
+    with waiting(Lines().note, f"loading {model}"):
+        base, tokenizer = load_model(model), load_tokenizer(model)
+    adapted = fresh_lora(base, rank, str(folder.resolve()) if folder.is_dir() else model)
+    seed_lora(adapted, key)
+    card = CARD.format(rank=rank, alpha=2 * rank, base=public_name(model), key=key)
+    save_model(adapted, tokenizer, output, card, save_embedding_layers=False)
+    numbers = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    say(f"{output}: an adapter of {numbers:,} numbers for {model}, rank {rank}, factors from key {key}")
+    say("Its matrices are what K numbers move:")
+    size = 1 << min(max((numbers // EACH).bit_length() - 1, LEAST), MOST)
+    say_command(
+        (
+            *("fedkseed", "simulate", "--model", output, "--data", "YOUR.jsonl", "--algorithm", "fedkseed-grad"),
+            *("--local-optimizer", "adam", "--lr", "auto", "--num-seeds", size),
+        )
+    )
