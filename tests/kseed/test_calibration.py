@@ -73,7 +73,7 @@ def test_where_clients_steps_are_averaged_the_rate_is_so_many_times_larger() -> 
 
 @pytest.mark.parametrize("clients", [1, 4])
 def test_a_trial_averages_the_steps_of_its_clients(clients: int) -> None:
-    """72 steps of n clients move a parameter by 72 (lr g / n)^2 in the mean square; added up they would by 72 (lr g)^2."""
+    """60 steps of n clients move a parameter by 60 (lr g / n)^2 in the mean square; added up they would by 60 (lr g)^2."""
     problem, away = Quadratic(1.0, noise=2.0), list[float]()
     start = problem.module.weight.detach().clone()
 
@@ -82,13 +82,13 @@ def test_a_trial_averages_the_steps_of_its_clients(clients: int) -> None:
         return problem.loss(batch)
 
     found = calibrate(problem.bound, watched, np.random.default_rng(3), clients)
-    assert away[-1] == pytest.approx(72 * (found.lr * found.slope / clients) ** 2, rel=0.6)
+    assert away[-1] == pytest.approx(60 * (found.lr * found.slope / clients) ** 2, rel=0.6)
 
 
 def test_a_walk_that_raises_the_loss_halves_the_rate() -> None:
     """Beyond a wall around the base the loss is high: the first rate walks into it, a lower one does not.
 
-    72 steps move a parameter by 72 (lr g)^2 in the mean square; the wall is at an eighteenth of that.
+    60 steps move a parameter by 60 (lr g)^2 in the mean square; the wall is at a fifteenth of that.
     """
     problem = Quadratic(1.0)
     start = problem.module.weight.detach().clone()
@@ -140,7 +140,7 @@ def test_tune_shows_what_it_tried_and_simulate_takes_it(
     assert shown.code == 0, shown
     last = shown.stdout.splitlines()[-1].split()
     assert last[:2] == ["take:", "--lr"]
-    assert "after 72 steps" in shown.stdout
+    assert "after 60 steps" in shown.stdout
     run = fedkseed("simulate", *flags(without), "--lr", "auto", "--run", tmp_path / "run")
     assert run.code == 0, run
     config = (tmp_path / "run" / "config.toml").read_text()

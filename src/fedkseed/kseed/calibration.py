@@ -33,7 +33,7 @@ GOOD = 0.01
 """A disagreement at which no further eps is looked for."""
 SAFETY = 4.0
 MIN_SHARE = 0.1
-EPS_DIRECTIONS, DIRECTIONS, TRIAL_STEPS, MAX_TRIALS = 6, 24, 72, 5
+EPS_DIRECTIONS, DIRECTIONS, TRIAL_STEPS, MAX_TRIALS = 6, 20, 60, 5
 MAX_CLIENTS = 4
 """Of more clients a trial has no more, and a rate makes no more of them."""
 TRIAL_BATCHES, OTHERS = 8, 2
@@ -71,7 +71,7 @@ class Calibration:
         agreements: what was measured for eps.
         slope: root of E[g^2].
         shared: E[g g'] / E[g^2]: which part of a batch's slope other batches share; at least MIN_SHARE, at most 1.
-        curvature: E[c].
+        curvature: E[c], one standard error more.
         clients: how many clients' steps a trial averages.
         best_first_step: lr*, see above.
         trials: the rounds, the last of them at `lr`.
@@ -122,7 +122,7 @@ def _calibrated(
 ) -> Calibration:
     num_seeds = model.pool.size
     directions: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
-    counted.expect(len(directions) * (3 + 2 * OTHERS) + 2 * (TRIAL_BATCHES + TRIAL_STEPS))
+    counted.expect(len(directions) * 3 * (1 + OTHERS) + 2 * (TRIAL_BATCHES + TRIAL_STEPS))
     agreements = _agreements(model, directions[:EPS_DIRECTIONS], counted)
     eps = min(agreements, key=lambda a: a.disagreement).eps
     slope, shared, curvature = _measure(model, directions, eps, counted)
@@ -219,19 +219,20 @@ def _probes(
 
 
 def _measure(model: Model, directions: Sequence[int], eps: float, loss: Callable[[int], float]) -> tuple[float, float, float]:
-    """Root of E[g^2], E[g g'] / E[g^2], and E[c]."""
+    """Root of E[g^2], E[g g'] / E[g^2], and E[c], of which a standard error more: too small a one lets a run diverge."""
     squares, products, curvatures = [], [], []
-    for place, index in enumerate(directions):
-        own, *others = ((place + i) % TRIAL_BATCHES for i in range(1 + OTHERS))
-        here = loss(own)
-        plus, minus = _probes(model, index, eps, (own, *others), loss)
+    for place, index in enumerate(directions):  # batches of its own: few small ones say little of the curvature
+        batches = [place * (1 + OTHERS) + i for i in range(1 + OTHERS)]
+        here = [loss(batch) for batch in batches]
+        plus, minus = _probes(model, index, eps, batches, loss)
         grad, *elsewhere = (projected_grad(p, m, eps) for p, m in zip(plus, minus, strict=True))
         squares.append(grad * grad)
         products.append(grad * float(np.mean(elsewhere)))
-        curvatures.append((plus[0] + minus[0] - 2 * here) / eps**2)
+        curvatures.append(np.mean([(p + m - 2 * h) / eps**2 for p, m, h in zip(plus, minus, here, strict=True)]))
     mean_square = float(np.mean(squares))
     shared = float(np.mean(products)) / mean_square if mean_square else 0.0
-    return math.sqrt(mean_square), min(max(shared, MIN_SHARE), 1.0), float(np.mean(curvatures))
+    curvature = float(np.mean(curvatures) + np.std(curvatures) / math.sqrt(len(curvatures)))
+    return math.sqrt(mean_square), min(max(shared, MIN_SHARE), 1.0), curvature
 
 
 def _round(model: Model, indices: NDArray[np.int64], lr: float, eps: float, loss: Callable[[int], float]) -> Trial:
