@@ -64,8 +64,8 @@ def cut_tasks(source: Path, out: Path) -> None:
 
 
 def cut_demo(out: Path) -> None:
-    held = [replace(example, client=name) for name, own in demo.clients(0).items() for example in own]
-    write(out / "demo-train.jsonl", held)
+    train = [replace(example, client=name) for name, own in demo.clients(0).items() for example in own]
+    write(out / "demo-train.jsonl", train)
     write(out / "demo-held-out.jsonl", demo.held_out(0))
 
 
@@ -116,17 +116,18 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help="begin with the runs of results/runs")
     args = parser.parse_args()
     data = args.work / "data"
-    if not (data / "tasks-test.jsonl").exists():
+    if not (data / DEMO).exists():
         data.mkdir(parents=True, exist_ok=True)
         cut_dolly(args.data / "databricks-dolly-15k.jsonl", data)
         cut_tasks(args.data / "natural-instructions-2.8", data)
         cut_demo(data)
         for model in MODELS:
             (data / model).symlink_to((args.models / model).resolve())
-        make_lora(args.models / "smollm2", data / LORA)
         (data / DEMO).symlink_to(demo.model_folder())
     for name in args.names or sorted(path.stem for path in PLANS.glob("*.toml")):
         folder, kept = (args.work / name).resolve(), ROOT / "results" / "runs" / name
+        if LORA in (PLANS / f"{name}.toml").read_text(encoding="utf-8") and not (data / LORA).exists():
+            make_lora(args.models / "smollm2", data / LORA)
         if args.kept and not folder.exists() and (kept / RAW).exists():
             take(kept, folder, data)
         command = [sys.executable, "-m", "fedkseed", "compare", PLANS / f"{name}.toml", "--output", folder, "--jobs", args.jobs]

@@ -66,7 +66,6 @@ class Task:
         passes = 2 * DIRECTIONS * self.steps  # of a record
         scored = {"objective": "exact-match", "local_steps": self.steps, "directions": DIRECTIONS}
         reward = {**scored, **self.scored, "lr": self.rates["z-scores"]}
-        few = {"train": "*.v_proj.*"}
         adam = {"algorithm": "fedkseed-grad", "local_optimizer": "adam", "lr": 2e-3}
         return {
             "reward": reward,
@@ -77,8 +76,16 @@ class Task:
             "reward, ranks": {**reward, "scaling": "ranks", "lr": self.rates["ranks"]},
             "reward, raw slopes": {**reward, "scaling": "none", "lr": self.rates["none"]},
             "reward, drawn": {**reward, "temperature": 0.5},
-            "reward, values' projections": {**reward, **few, "lr": 1.6e-2},
-            "reward, values' projections, control": {**reward, **few, "lr": 1.6e-2, "responses": "shuffled"},
+            **self._rows_of_few(reward, passes),
+        }
+
+    def _rows_of_few(self, reward: dict[str, Any], passes: int) -> dict[str, Any]:
+        """Those that move the values' projections alone, at rates of the demo's tasks."""
+        few = {"train": "*.v_proj.*"}
+        scored = {**reward, **few, "lr": 1.6e-2, "eps": 1e-1}
+        return {
+            "reward, values' projections": scored,
+            "reward, values' projections, control": {**scored, "responses": "shuffled"},
             "loss, values' projections": {
                 "directions": DIRECTIONS,
                 "local_steps": passes // (DIRECTIONS + 1),

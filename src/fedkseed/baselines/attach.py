@@ -26,8 +26,13 @@ def require_peft(algorithm: Algorithm) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if algorithm.needs_peft and find_spec("peft") is None:
-        raise ConfigError(f"--algorithm {algorithm.name} needs an extra; install it with: {installing('baselines')}")
+    if algorithm.needs_peft:
+        _require_peft(f"--algorithm {algorithm.name}")
+
+
+def _require_peft(what: str) -> None:
+    if find_spec("peft") is None:
+        raise ConfigError(f"{what} needs an extra; install it with: {installing('baselines')}")
 
 
 def attach(model: Any, config: FederationConfig) -> Any:
@@ -98,19 +103,13 @@ def adapter(model: Any, config: FederationConfig, tuned: TunedTensors, base: str
         RunError, FedKSeedError: see `restore`.
     """
     require_peft(config.facts)
-    import peft
-
     if config.facts.attaches == "lora":
         _check(model, config, tuned)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # as in `attach`
-            attached = peft.get_peft_model(model, _lora(config)).eval()
+        attached = _wrapped(model, _lora(config)).eval()
         parameters_of(attached.base_model.model, config).write(tuned.tensors)
     else:
         attached = restore(model, config, tuned)
-    for saved in attached.peft_config.values():
-        saved.base_model_name_or_path = base
-    return attached
+    return _named(attached, base)
 
 
 def fresh_lora(model: Any, rank: int, base: str) -> Any:
@@ -124,17 +123,25 @@ def fresh_lora(model: Any, rank: int, base: str) -> Any:
     Raises:
         ConfigError: peft is not installed.
     """
-    if find_spec("peft") is None:
-        raise ConfigError(f"a LoRA adapter needs an extra; install it with: {installing('baselines')}")
+    _require_peft("a LoRA adapter")
     import peft
 
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", base_model_name_or_path=base
-    )
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return _named(_wrapped(model, config), base)
+
+
+def _wrapped(model: Any, config: Any) -> Any:
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # as in `attach`
-        attached = peft.get_peft_model(model, config)
-    attached.peft_config["default"].base_model_name_or_path = base
+        return peft.get_peft_model(model, config)
+
+
+def _named(attached: Any, base: str) -> Any:
+    """With what the saved configuration calls the base model."""
+    for saved in attached.peft_config.values():
+        saved.base_model_name_or_path = base
     return attached
 
 

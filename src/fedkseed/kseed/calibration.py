@@ -132,15 +132,16 @@ def _calibrated(
             "so give more records or a larger --batch-size, or choose --lr by hand"
         )
     best = min(clients * shared, 1.0) / curvature
+    model.rebuild(base)
+    before = _mean_loss(counted)
     trials: list[Trial] = []
     lr = float(f"{best / SAFETY:.2g}")
     while len(trials) < MAX_TRIALS and (not trials or trials[-1].raised):
         if trials:
             lr /= 2
-            counted.expect(2 * (TRIAL_BATCHES + TRIAL_STEPS))
-        model.rebuild(base)
+            counted.expect(TRIAL_BATCHES + 2 * TRIAL_STEPS)
         steps = rng.choice(num_seeds, (clients, TRIAL_STEPS // clients))
-        trials.append(_round(model, steps, lr, eps, counted))
+        trials.append(Trial(lr, before, _after_round(model, base, steps, StepSettings(lr, eps), counted)))
     if trials[-1].raised:
         raise InvalidValueError(
             f"{TRIAL_STEPS} steps raised the loss at every rate from {trials[0].lr:g} down to {trials[-1].lr:g}; "
@@ -235,17 +236,23 @@ def _measure(model: Model, directions: Sequence[int], eps: float, loss: Callable
     return math.sqrt(mean_square), min(max(shared, MIN_SHARE), 1.0), curvature
 
 
-def _round(model: Model, indices: NDArray[np.int64], lr: float, eps: float, loss: Callable[[int], float]) -> Trial:
-    """The local steps of some clients, int[clients, steps], averaged; on batches that the outcome is not measured on."""
-    before = float(np.mean([loss(b) for b in range(TRIAL_BATCHES)]))
+def _mean_loss(loss: Callable[[int], float]) -> float:
+    """Of the batches that trials are measured on."""
+    return float(np.mean([loss(batch) for batch in range(TRIAL_BATCHES)]))
+
+
+def _after_round(
+    model: Model, base: NDArray[np.float32], indices: NDArray[np.int64], settings: StepSettings, loss: Callable[[int], float]
+) -> float:
+    """The loss after the local steps of some clients, int[clients, steps], averaged; these take other batches."""
     mean = np.zeros(model.pool.size)
     for client, own in enumerate(indices.tolist()):
 
         def own_loss(step: int, first: int = TRIAL_BATCHES + client * len(own)) -> float:
             return loss(first + step)
 
-        model.rebuild(np.zeros(model.pool.size, np.float32))
-        steps = local_steps(model, own, own_loss, StepSettings(lr, eps))
-        np.add.at(mean, own, -lr / len(indices) * steps.projected_grads.astype(np.float64))
+        model.rebuild(base)
+        steps = local_steps(model, own, own_loss, settings)
+        np.add.at(mean, own, -settings.lr / len(indices) * steps.projected_grads.astype(np.float64))
     model.rebuild(mean.astype(np.float32))
-    return Trial(lr, before, float(np.mean([loss(b) for b in range(TRIAL_BATCHES)])))
+    return _mean_loss(loss)
