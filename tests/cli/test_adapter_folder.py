@@ -13,6 +13,7 @@ from tests.support.runs import read_metrics
 from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
+from fedkseed.baselines import fresh_lora
 from fedkseed.errors import ModelError
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.models.selection import frozen_names
@@ -68,6 +69,13 @@ def test_what_no_adapter_can_be_made_of_is_one_line(fedkseed: CommandLine, tiny:
     assert_one_line(fedkseed("lora", tiny / "model", tmp_path), 2, "exists; give an output that does not")
     assert_one_line(fedkseed("lora", tiny / "model", out, "--key", 2**64), 2, "key is 18446744073709551616")
     assert not out.exists()
+
+
+def test_a_model_that_peft_cannot_wrap_is_named() -> None:
+    with pytest.raises(
+        ModelError, match=r"^odd: peft can put no adapter over all its linear layers \(.+\); give another model$"
+    ):
+        fresh_lora(torch.nn.Linear(2, 2), 4, "odd")
 
 
 def test_a_run_moves_its_matrices_alone_and_the_export_is_an_adapter_of_peft(

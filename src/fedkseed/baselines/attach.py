@@ -122,12 +122,19 @@ def fresh_lora(model: Any, rank: int, base: str) -> Any:
 
     Raises:
         ConfigError: peft is not installed.
+        ModelError: peft cannot wrap this architecture.
     """
     _require_peft("a LoRA adapter")
     import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return _named(_wrapped(model, config), base)
+    try:
+        return _named(_wrapped(model, config), base)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{base}: peft can put no adapter over all its linear layers ({' '.join(str(error).split())[:160]}); "
+            "give another model"
+        ) from error
 
 
 def _wrapped(model: Any, config: Any) -> Any:
