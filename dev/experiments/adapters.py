@@ -36,10 +36,12 @@ import peft
 import torch
 
 import fedkseed as fk
+from fedkseed.baselines import fresh_lora
 from fedkseed.data import EncodedExample, collate, encode, pad_token_id, read_examples, shuffle_responses
 from fedkseed.errors import FedKSeedError
 from fedkseed.evaluation import evaluate_loss, mean_loss
 from fedkseed.models.loading import load_model, load_tokenizer
+from fedkseed.models.lora import seed_lora
 from fedkseed.randomness import generator
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3))
@@ -62,6 +64,7 @@ class Method:
     movement: Any = "absolute"
     config: Callable[[], Any] | None = None
     has_control: bool = False
+    rank: int = 0  # of the LoRA adapter, as `fedkseed lora` makes it, whose matrices the K numbers move; 0: all weights
 
 
 def numbers(size: int, control: bool = False) -> Method:
@@ -70,6 +73,10 @@ def numbers(size: int, control: bool = False) -> Method:
 
 def in_proportion(size: int) -> Method:
     return Method(f"K = {size:,}, proportional", 1e-2, size, "proportional")
+
+
+def of_lora(size: int) -> Method:
+    return Method(f"K = {size:,}, LoRA's matrices", 1e-2, size, rank=8)
 
 
 METHODS = {  # in the order in which they are begun
@@ -94,6 +101,8 @@ METHODS = {  # in the order in which they are begun
     "k-1024-proportional": in_proportion(1024),
     "k-16384-proportional": in_proportion(16384),
     "k-65536-proportional": in_proportion(65536),
+    "k-4096-lora": of_lora(4096),
+    "k-16384-lora": of_lora(16384),
 }
 
 
@@ -160,6 +169,9 @@ class Bench:
         torch.manual_seed(cell.seed)  # of PEFT's initial values
         model: Any = copy.deepcopy(self.base)
         if method.size:
+            if method.rank:
+                model = fresh_lora(model, method.rank, "the base model")
+                seed_lora(model, cell.seed)
             pool = fk.SeedPool(key=cell.seed, size=method.size)
             model, optimizer = fk.prepare(model, pool, lr=cell.lr, movement=method.movement)
         else:
