@@ -18,8 +18,8 @@ CARD = """# A LoRA adapter to start from
 Rank {rank}, alpha {alpha}, all linear layers of {base}. Its random factors are drawn from key {key} (`fedkseed lora`), the
 others are zero: it changes nothing yet.
 """
-LEAST, MOST, EACH = 8, 14, 128
-"""The proposed number of seeds: exponents of two that it lies between, and how many of an adapter's numbers each moves."""
+MOST = 14
+"""The proposed number of seeds is a power of two, no more than the adapter's numbers, with at most this exponent."""
 
 
 def lora(model: str, output: Path, rank: int, key: int) -> None:
@@ -50,10 +50,10 @@ def lora(model: str, output: Path, rank: int, key: int) -> None:
     numbers = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     say(f"{output}: an adapter of {numbers:,} numbers for {model}, rank {rank}, factors from key {key}")
     say("Its matrices are what K numbers move:")
-    size = 1 << min(max((numbers // EACH).bit_length() - 1, LEAST), MOST)
+    size = 1 << min(numbers.bit_length() - 1, MOST)
     say_command(
         (
             *("fedkseed", "simulate", "--model", output, "--data", "YOUR.jsonl", "--algorithm", "fedkseed-grad"),
-            *("--local-optimizer", "adam", "--lr", "auto", "--num-seeds", size),
+            *("--local-optimizer", "adam", "--lr", "auto", "--num-seeds", size, "--wire", "int4"),
         )
     )
