@@ -408,7 +408,7 @@ def test_two_tuners_on_one_model(prepared: Prepared) -> None:
         lambda: fk.bind(model, POOL),
         lambda: fk.apply(model, fk.ledger_of(model)),
     ):
-        refused(second, r"^this Net is being tuned \(fk.prepare\); call fk.release", BindingError)
+        refused(second, r"^this Net, or a part of it, is being tuned \(fk.prepare\); call fk.release", BindingError)
 
 
 def test_a_model_that_something_else_has_changed() -> None:

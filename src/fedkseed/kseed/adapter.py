@@ -7,22 +7,26 @@ the numbers *as their ledger holds them*. So at any time the model is the one th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
-from fedkseed.errors import InvalidValueError, LedgerError
+from fedkseed.errors import BindingError, InvalidValueError, LedgerError
 from fedkseed.kseed.coding import BITS, LARGEST, encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.optimizer import DECAY, SQUARE_DECAY, TINY
 from fedkseed.kseed.pages import Basis, Page
 from fedkseed.models.binding import Binding, bind
 from fedkseed.models.closed_page import Movement
-from fedkseed.models.parameters import NUMBERS
+from fedkseed.models.parameters import NUMBERS, TUNED, is_plain_float
 from fedkseed.models.projection import Projection
 from fedkseed.noise.families import block_size
 from fedkseed.noise.pool import SeedPool
@@ -31,6 +35,8 @@ Factory = Callable[..., torch.optim.Optimizer]
 """Makes an optimiser as torch's classes do: `factory([tensor], lr=lr)`."""
 ADAM: Factory = partial(torch.optim.Adam, betas=(DECAY, SQUARE_DECAY), eps=TINY)
 """The clients' Adam (docs/gradients.md), as torch has it."""
+UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)
+"""Optimisers of torch that need more than a dense gradient a step."""
 
 
 class KNumbers(torch.nn.Module):
@@ -51,7 +57,6 @@ class KNumbers(torch.nn.Module):
         self.num_steps = 0
         self.page = Page(pool, basis, bound.movement)
         self._bound, self._wire = bound, wire
-        self._before: torch.Tensor | None = None  # the numbers before the step that is being taken
         self._loading: dict[str, Any] = {}
         self._folds: dict[int, Projection] = {}  # by backward pass
 
@@ -59,16 +64,27 @@ class KNumbers(torch.nn.Module):
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimiser over the numbers tune the model from now on."""
-        self._weights = list(bound_parameters(self._bound.model))
-        self._versions = [x._version for x in self._weights]
+        parameters = list(self._bound.model.parameters())
+        self._weights = [x for x in parameters if x.requires_grad]
+        self._frozen = [x for x in parameters if not x.requires_grad and is_plain_float(x)]
+        self._dtypes = [x.dtype for x in self._weights]
+        self._remember()
+        for x in self._weights:
+            setattr(x, TUNED, True)
+        self._optimizer = weakref.ref(optimizer)
         self._handles: list[Any] = [
             *self._bound.fold_into(self._fold),
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._add_state),
             optimizer.register_load_state_dict_pre_hook(self._check_state),
             optimizer.register_load_state_dict_post_hook(self._take_state),
         ]
-        optimizer.register_step_pre_hook(self._before_step)  # stays, to say that the model was released
+
+    def _remember(self) -> None:
+        """The weights and the numbers belong together as they are now."""
+        self._held = self.numbers.detach().clone()  # a fused optimiser moves them without their version's knowledge
+        self._versions, self._frozen_versions = _versions(self._weights), _versions(self._frozen)
 
     def _fold(self) -> Projection:
         """What the running backward pass folds into; a pass within it (reentrant checkpointing) has its own."""
@@ -83,6 +99,7 @@ class KNumbers(torch.nn.Module):
                     f"{torch.distributed.get_world_size()} processes train this model together, which a prepared model cannot; "
                     "start one process (a federation of several: docs/deploy.md)"
                 )
+            self._check_numbers()
             self._folds[task] = self._bound.projection()
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
         return self._folds[task]
@@ -112,30 +129,47 @@ class KNumbers(torch.nn.Module):
                 f"the gradient of step {self.num_steps + 1} is not finite; call zero_grad() and take another batch, a lower "
                 "rate, or a GradScaler, which leaves such steps out"
             )
-        self._before = self.numbers.detach().clone()
 
     def _check_whole(self) -> None:
-        """Refuse a model that was released, or whose weights something else has changed."""
-        if not self._handles:
-            raise InvalidValueError("the model was released; call fk.prepare for a new optimizer")
+        """Refuse a model that is not as it was after the last step."""
+        self._check_numbers()
+        if (name := self._bound.replaced()) is not None:
+            raise InvalidValueError(
+                f"{name} is another parameter than the one that was prepared; change the model first, and prepare it then"
+            )
         frozen = sum(not x.requires_grad for x in self._weights)
         if frozen:
             raise InvalidValueError(
                 f"{frozen} of the tensors that are tuned require no gradient any more; call requires_grad_(True)"
             )
-        if self._versions != [x._version for x in self._weights]:
+        for x, dtype in zip((self.numbers, *self._weights), (torch.float32, *self._dtypes), strict=True):
+            if x.dtype != dtype:
+                raise InvalidValueError(
+                    f"the model was cast to {x.dtype} after it was prepared; load it in the type that is meant, then prepare it"
+                )
+        if self._versions != _versions(self._weights) or self._frozen_versions != _versions(self._frozen):
             raise InvalidValueError(
                 "the weights were changed by something else since the last step; load the optimizer's state_dict of that "
                 "moment too, or prepare a model anew"
             )
 
+    def _moved_by_another(self) -> bool:
+        return not torch.equal(self._held.to(self.numbers), self.numbers.detach())
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers that another optimiser has moved: the weights have not followed."""
+        if self._moved_by_another():
+            raise InvalidValueError(
+                "the numbers were moved by another optimizer than the one that fk.prepare gave, so the weights have not "
+                "followed; prepare the base model anew and use that one (a Trainer takes it as optimizers=(optimizer, None))"
+            )
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before, self._before = cast(torch.Tensor, self._before), None
         try:
             self._rebuild()
         except InvalidValueError:
             with torch.no_grad():
-                self.numbers.copy_(before)
+                self.numbers.copy_(self._held)
             raise
         self.num_steps += 1
 
@@ -145,7 +179,7 @@ class KNumbers(torch.nn.Module):
         page = Page(self.page.pool, self.page.basis, self.page.movement, (encode(values, self._wire),))
         self._bound.rebuild(page.coefficients())
         self.page = page
-        self._versions = [x._version for x in self._weights]
+        self._remember()
 
     # --- State: what an optimiser's checkpoint needs beside the optimiser's own ---
 
@@ -178,11 +212,15 @@ class KNumbers(torch.nn.Module):
         self._loading = ours
 
     def _take_state(self, optimizer: torch.optim.Optimizer) -> None:
-        with torch.no_grad():
-            self.numbers.copy_(self._loading["numbers"])
+        loaded, self._loading = self._loading, {}
         self.numbers.grad = None
-        self.num_steps = self._loading["num_steps"]
-        self._loading = {}
+        if not (self.num_steps or loaded["num_steps"] or self._versions == _versions(self._weights)):
+            # accelerate loads what it has just been given, over weights of a checkpoint: the next step refuses them, unless
+            # the state of that checkpoint comes too
+            return
+        with torch.no_grad():
+            self.numbers.copy_(loaded["numbers"])
+        self.num_steps = loaded["num_steps"]
         self._rebuild()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -191,10 +229,36 @@ class KNumbers(torch.nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is expected."""
 
+    # --- As a module ---
+
+    def forward(self, x: Any) -> Any:
+        """Nothing: so that a `Sequential` that has it as its last module runs."""
+        return x
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise BindingError(
+            "a prepared model cannot be copied or pickled, since its hooks would not be; copy it after fk.release(model), or "
+            "apply fk.ledger_of(model) to another copy of the base model"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__(None)
+
     # --- What comes out ---
 
     def ledger(self) -> Ledger:
         """See `ledger_of`."""
+        if (name := self._bound.replaced()) is not None:
+            raise LedgerError(f"{name} is another parameter than the one that was prepared, so no ledger gives this model")
+        if self._moved_by_another():
+            raise LedgerError(
+                "another optimizer than the one that fk.prepare gave has moved the numbers, and the weights have not followed; "
+                "prepare the base model anew and use that one (a Trainer takes it as optimizers=(optimizer, None))"
+            )
+        if self._frozen_versions != _versions(self._frozen):
+            raise LedgerError(
+                "a tensor that is not tuned was changed since the model was prepared; no ledger over its base gives this model"
+            )
         changed = self._bound.moved_from(self.page.coefficients())
         if changed is not None:
             raise LedgerError(
@@ -205,15 +269,22 @@ class KNumbers(torch.nn.Module):
         return replace(ledger, base_model=getattr(self._bound.model, "name_or_path", None) or None)
 
     def detach(self) -> None:
-        """Remove all hooks but one, which says so."""
+        """Remove all hooks; a further step of the optimiser is refused."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for x in self._weights:
+            delattr(x, TUNED)
+        if (optimizer := self._optimizer()) is not None:
+            optimizer.register_step_pre_hook(_refuse_released)
 
 
-def bound_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters of a model that require a gradient."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _versions(parameters: Sequence[torch.Tensor]) -> list[int]:
+    """How often each was changed in place."""
+    return [x._version for x in parameters]
+
+
+def _refuse_released(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    raise InvalidValueError("the model was released; call fk.prepare for a new optimizer")
 
 
 def prepare(
@@ -237,9 +308,10 @@ def prepare(
     `fedkseed.apply` the same bits from them anywhere. The optimiser's `state_dict` has the numbers before that rounding.
 
     Args:
-        model: a bare module with the base weights, on its device. The parameters that require a gradient are tuned.
+        model: a bare module with the base weights, on its device. The parameters that require a gradient are tuned. Buffers,
+            such as the running means of a batch norm, are no part of a ledger.
         pool: the perturbations; all K cost what one costs where they are `hadamard`, and gaussian ones K times as much.
-        lr: the rate. With the default optimiser on K = 2^n hadamard seeds a weight moves by about so much in a step
+        lr: the rate, above 0. With the default optimiser on K = 2^n hadamard seeds a weight moves by about so much in a step
             (`proportional`: times the weight).
         optimizer: a class of torch's optimisers, or anything that makes one by `optimizer([numbers], lr=lr)`.
         wire: how the ledger holds a number: `float32`, `float16`, `int8`, `int4`, `int2` or `sign`.
@@ -250,16 +322,38 @@ def prepare(
         The same model, and the optimiser.
 
     Raises:
-        InvalidValueError: an unknown wire or movement, or an optimiser over anything but the numbers it was given.
-        BindingError: the model cannot be tuned, or is being tuned already; see `fedkseed.bind`.
+        InvalidValueError: an unknown wire or movement, no model, pool or rate, or an optimiser that cannot be made, takes more
+            than a gradient a step, or is over anything but the numbers it was given.
+        BindingError: the model cannot be tuned, or it or a part of it is being tuned already, or it is not what `base` holds;
+            see `fedkseed.bind`.
         BackendError: see `fedkseed.bind`.
     """
-    if wire not in BITS:
+    if not isinstance(model, torch.nn.Module) or not isinstance(pool, SeedPool):
+        raise InvalidValueError(
+            f"prepare was given a {type(model).__name__} and a {type(pool).__name__}; expected a torch module and a fk.SeedPool"
+        )
+    if not isinstance(lr, Real) or not math.isfinite(lr) or lr <= 0:
+        raise InvalidValueError(f"lr is {lr!r:.40}; expected a finite number above 0")
+    if not isinstance(wire, str) or wire not in BITS:
         raise InvalidValueError(f"wire is {wire!r:.40}; expected one of {', '.join(BITS)}")
     bound = bind(model, pool, base, backend)
+    if base is not None and (name := bound.moved_from(np.zeros(pool.size, np.float32))) is not None:
+        raise BindingError(
+            f"{name} is not what {base} holds; give the folder that this model was loaded from as base, or leave it out"
+        )
     bound.open_page(pool, movement=movement)
     child = KNumbers(bound, wire)
-    made = optimizer([child.numbers], lr=lr)
+    try:
+        made = optimizer([child.numbers], lr=lr)
+    except Exception as error:  # whatever somebody's optimiser raises
+        raise InvalidValueError(
+            f"optimizer {optimizer!r:.80} made none ({' '.join(str(error).split()):.120}); expected a class such as "
+            "torch.optim.AdamW, or functools.partial of one"
+        ) from error
+    if isinstance(made, UNFIT):
+        raise InvalidValueError(
+            f"optimizer is {type(made).__name__}, which needs more than a gradient a step; take torch.optim.AdamW or the like"
+        )
     held = [x for group in getattr(made, "param_groups", [{"params": []}]) for x in group["params"]]
     if len(held) != 1 or held[0] is not child.numbers:
         raise InvalidValueError(
@@ -291,6 +385,8 @@ def release(model: torch.nn.Module) -> Ledger:
 
 
 def _child(model: torch.nn.Module) -> KNumbers:
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidValueError(f"model is {model!r:.80}; expected the module that fk.prepare gave")
     found = [module for module in model.modules() if isinstance(module, KNumbers)]
     if not found:
         raise InvalidValueError(f"this {type(model).__name__} is not being tuned; call fk.prepare first")

@@ -22,6 +22,7 @@ from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.pages import ClosedPages
 from fedkseed.models.parameters import (
+    NUMBERS,
     NamedParameter,
     fit_again,
     is_quantised,
@@ -302,6 +303,14 @@ class Binding:
             if not torch.equal(there[entry.name], entry.parameter.detach()):
                 return entry.name
         return None
+
+    def replaced(self) -> str | None:
+        """The first name under which the model has another parameter than it had when it was bound; None if there is none."""
+        now = {
+            name: id(x) for name, x in self.model.named_parameters(remove_duplicate=False) if not name.startswith(f"{NUMBERS}.")
+        }
+        bound = {alias: id(entry.parameter) for entry in self._entries for alias in entry.aliases}
+        return min((name for name in now.keys() | bound.keys() if now.get(name) != bound.get(name)), default=None)
 
     def digest(self) -> str:
         """SHA-256 (hex) of the model's current parameters, tunable or not: names, shapes, dtypes and bytes."""

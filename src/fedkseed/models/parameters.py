@@ -17,6 +17,8 @@ from fedkseed.errors import BindingError
 
 NUMBERS = "fedkseed"
 """The child module that holds a prepared model's K numbers (`fedkseed.prepare`)."""
+TUNED = "_fedkseed_tuned"
+"""The attribute that marks a weight of a prepared model."""
 WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -35,10 +37,10 @@ def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
     Raises:
         BindingError: the model is wrapped, being tuned, has no parameters, or one is on the meta device or sparse.
     """
-    if NUMBERS in dict(model.named_children()):
-        tuned = type(model).__name__
+    if any(hasattr(parameter, TUNED) for parameter in model.parameters()):
         raise BindingError(
-            f"this {tuned} is being tuned (fk.prepare); call fk.release(model) first, or load its base model anew"
+            f"this {type(model).__name__}, or a part of it, is being tuned (fk.prepare); call fk.release(model) first, or load "
+            "its base model anew"
         )
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, torch.nn.Parameter] = {}
