@@ -118,3 +118,25 @@ def test_quiet_and_verbose(fedkseed: CommandLine, tiny: Path, tmp_path: Path) ->
     loud = fedkseed(*command, "--run", tmp_path / "loud", "-v")
     assert "client-" in loud.stdout
     assert "seconds: " in loud.stdout
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory:\nyou tried"), MemoryError()])
+def test_want_of_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is met; another error of torch's is a fault, and not hidden."""
+    from fedkseed.cli import app
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(app, "app", fail)
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    assert end.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("fedkseed: no memory for what was to be done (")
+    assert printed.count("\n") <= 2  # the width of a captured terminal
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        app.main()

@@ -225,6 +225,13 @@ def test_a_finished_run_is_told_so_before_anything_is_loaded(fedkseed: CommandLi
         assert (copied / "metrics.jsonl").read_bytes().count(b"\n") == len(lines)
 
 
+def test_fewer_rounds_than_are_done_change_nothing(fedkseed: CommandLine, copied: Path) -> None:
+    before = contents(copied)
+    result = fedkseed("simulate", "--resume", copied, "--num-rounds", 2)
+    assert_one_line(result, 2, f"--num-rounds is 2 and {copied} has 3 rounds already; give as many or more")
+    assert contents(copied) == before
+
+
 def test_a_disk_that_is_full_from_the_start_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--run", tmp_path / "run", largest_file=10)
     assert_one_line(result, 1, "cannot write the run folder")

@@ -283,18 +283,26 @@ def test_a_step_whose_loss_is_not_finite_is_dropped(bad: float, optimizer: str) 
     assert not all_dropped.numbers.decode(K).any()
 
 
-class NanGradient(torch.autograd.Function):
+class BadGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bad: float) -> torch.Tensor:
+        ctx.bad = bad
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0] * float("nan")
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * ctx.bad, None
 
 
-def test_a_step_whose_gradient_is_not_finite_is_dropped() -> None:
-    reply, _ = stepped(lambda count, loss: NanGradient.apply(loss) if count in (0, 3) else loss)  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_whose_gradient_is_not_finite_is_dropped(bad: float, optimizer: str) -> None:
+    """Also where the optimiser would make a finite step of it, as `sign` does of infinity."""
+
+    def how(count: int, loss: torch.Tensor) -> torch.Tensor:
+        return BadGradient.apply(loss, bad) if count in (0, 3) else loss  # type: ignore[no-any-return, no-untyped-call]
+
+    reply, _ = stepped(how, local_optimizer=optimizer)
     assert reply.dropped == (0, 3)
     assert np.isfinite(reply.numbers.decode(K)).all()
 
@@ -388,16 +396,23 @@ def test_other_errors_are_not_hidden(error: Exception, caplog: pytest.LogCapture
     assert not caplog.records
 
 
+ON_A_CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_want_of_memory_is_said_with_what_helps(where: str) -> None:
-    error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError(ON_A_CPU), MemoryError()],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_want_of_memory_is_said_with_what_helps(where: str, error: Exception) -> None:
 
     def how(count: int, loss: torch.Tensor) -> torch.Tensor:
         if where == "forward":
             raise error
         return Broken.apply(loss, error)  # type: ignore[no-any-return, no-untyped-call]
 
-    with pytest.raises(ModelError, match=r"^a: no memory for a gradient \(CUDA out of memory\); --checkpointing on needs less"):
+    with pytest.raises(ModelError, match=r"^a: no memory for a gradient \(.*\); --checkpointing on needs less"):
         stepped(how)
 
 

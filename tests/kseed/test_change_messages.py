@@ -23,6 +23,7 @@ from fedkseed.kseed.change_messages import (
     MAX_BYTES,
     MAX_PAGES,
     MAX_PARTS,
+    MAX_REPLY_BYTES,
     MOVEMENTS,
     SCALARS,
     WIRES,
@@ -519,7 +520,22 @@ def test_deep_nesting_is_refused(cls: type[Message], depth: int) -> None:
 
 @classes
 def test_more_bytes_than_the_cap_are_refused(cls: type[Message]) -> None:
-    assert f"message has {MAX_BYTES + 1} bytes; at most {MAX_BYTES} are accepted" in refusal(cls, bytes(MAX_BYTES + 1))
+    most = MAX_BYTES if cls is ChangeRequest else MAX_REPLY_BYTES
+    assert f"message has {most + 1} bytes; at most {most} are accepted" in refusal(cls, bytes(most + 1))
+
+
+def test_the_largest_reply_is_below_the_cap() -> None:
+    largest = replace(reply("float32", 65536, "n" * 64, steps=65535), dropped=tuple(range(65535)))
+    assert len(largest.encode()) < MAX_REPLY_BYTES
+    assert ChangeReply.decode(largest.encode()) == largest
+
+
+def test_pages_that_would_fill_the_memory_are_refused() -> None:
+    """An empty page is ten bytes of a message, and a quarter of a megabyte at a client."""
+    whole = request("sign", 65536, pages=(1,) * 252)
+    assert ChangeRequest.decode(whole.encode()) == whole  # with the four that the client has
+    with pytest.raises(ProtocolError, match=r"^257 pages hold 16,842,752 numbers; a ledger has at most 16,777,216$"):
+        request("sign", 65536, pages=(0,) * 253)
 
 
 @classes

@@ -296,7 +296,7 @@ def test_weights_are_shares_of_the_examples() -> None:
 
 def test_order_of_arrival_does_not_change_a_bit() -> None:
     names = [f"client-{i}" for i in range(7)]
-    begin = server(names, wire="sign", two_point_clients=0.4, local_steps=3, server_optimizer="adam")
+    begin = server(names, wire="sign", two_point_clients=0.4, local_steps=3, server_optimizer="adam", server_lr=1.0)
     requests = begin.plan()
     chosen = begin.two_point_clients()
     replies = [(r.client, (scalars_to(r) if r.client in chosen else reply_to(r)).encode()) for r in requests]
@@ -461,6 +461,19 @@ def test_a_round_without_enough_replies_is_asked_again_and_changes_nothing() -> 
     play(a_server)
 
 
+def test_a_client_whose_every_step_was_dropped_is_refused_and_halves_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """A change that says nothing would count as one that says to stay."""
+    a_server = server(["a", "b"], local_steps=2)
+    requests = {r.client: r for r in a_server.plan()}
+    change = np.full(K, 0.25)
+    nothing = reply_to(requests["b"], np.zeros(K), dropped=(0, 1), loss=None)
+    some = reply_to(requests["a"], change, dropped=(1,))
+    outcome = a_server.absorb([("a", some.encode()), ("b", nothing.encode())])
+    assert [refusal.client for refusal in outcome.refusals] == ["b"]
+    assert "all of its steps were dropped" in outcome.refusals[0].reason
+    np.testing.assert_array_equal(a_server.ledger.pages[0].numbers(), change)
+
+
 def test_numbers_that_no_message_can_carry_end_the_run_with_the_ledger_as_it_was() -> None:
     from fedkseed.errors import InvalidValueError
 
@@ -515,7 +528,11 @@ def test_ledgers_of_other_settings_are_refused() -> None:
     without = {name: values for name, values in (begin.ledger.state or {}).items() if name != "numbers"}
     cases: list[tuple[Ledger, dict[str, Any], str]] = [
         (begin.ledger, {"wire": "int2"}, "the ledger's wire is sign, the settings' int2"),
-        (begin.ledger, {"server_optimizer": "adam"}, "the ledger's state has mean, numbers; --server-optimizer adam has"),
+        (
+            begin.ledger,
+            {"server_optimizer": "adam", "server_lr": 1.0},
+            "the ledger's state has mean, numbers; --server-optimizer adam has",
+        ),
         (begin.ledger, {"server_optimizer": "sgd"}, "the ledger's state has mean, numbers; --server-optimizer sgd has numbers"),
         (
             begin.ledger,

@@ -39,6 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "algorithm": "fedkseed-grad",
         "aggregator": "clipped",
         "server_optimizer": "adam",
+        "server_lr": 1.0,
         "wire": "int4",
     },
 }

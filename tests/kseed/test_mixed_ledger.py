@@ -16,9 +16,10 @@ from tests.support.changes import BASE
 
 import fedkseed as fk
 from fedkseed.errors import LedgerError
+from fedkseed.federation.envelope import MAX_NUMBERS
 from fedkseed.kseed.coding import BITS, encode
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.pages import MAX_NUMBERS, Page
+from fedkseed.kseed.pages import Page
 
 SIZES = {"hadamard": (1, 7, 128), "gaussian": (5,)}
 

@@ -313,6 +313,15 @@ def test_damaged_content_is_refused(tmp_path: Path, at: str, value: Any) -> None
     assert "damaged" in refusal(path)
 
 
+def test_pages_without_parts_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    """Of a run's format too: sixty bytes of a file must not become a quarter of a megabyte each."""
+    metadata, tensors = plain()
+    metadata["pool"]["size"] = 65536
+    metadata["pages"] += [{"key": f"{i:016x}", "parts": 0} for i in range(256)]
+    (tmp_path / "l").write_bytes(write_by_hand(metadata, tensors))
+    assert "numbers; a ledger has at most 16,777,216" in refusal(tmp_path / "l")
+
+
 def test_counts_that_add_up_to_the_right_sum_are_damage_all_the_same(tmp_path: Path) -> None:
     metadata, tensors = plain()
     metadata["pages"][0]["parts"], metadata["pages"][1]["parts"] = -1, 4

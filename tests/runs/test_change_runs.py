@@ -228,7 +228,7 @@ OTHER_VALUES: dict[str, Any] = {
     "basis": "coefficients",
     "movement": "proportional",
     "local_optimizer": "adam",
-    "server_optimizer": "sign",
+    "server_optimizer": "momentum",
     "server_lr": 0.5,
     "two_point_clients": 0.5,
     "checkpointing": "on",
@@ -247,6 +247,27 @@ def test_other_algorithms_take_none_of_them(needed: dict[str, Any], algorithm: s
         for wire in ("int8", "int4", "int2", "sign"):
             with pytest.raises(ConfigError, match=f"--wire is '{wire}' and --algorithm {algorithm} sends float16 or float32"):
                 build({**needed, "algorithm": algorithm, "wire": wire})
+    else:
+        with pytest.raises(ConfigError, match=r"leave it out, or choose one of fedkseed-grad$"):
+            build({**needed, "algorithm": algorithm, "wire": "int4"})
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sign"])
+def test_a_bounded_optimizer_on_the_server_wants_its_rate(needed: dict[str, Any], optimizer: str) -> None:
+    """1, which sgd and momentum have, moves every number so far that any model is lost."""
+    grad = {**needed, "algorithm": "fedkseed-grad", "server_optimizer": optimizer}
+    with pytest.raises(ConfigError, match=f"--server-optimizer is {optimizer} and --server-lr is missing; it is how far"):
+        build(grad)
+    assert build({**grad, "server_lr": 1.0}).server_lr == 1.0
+
+
+def test_more_pages_than_a_ledger_holds(needed: dict[str, Any]) -> None:
+    pages = {**needed, "algorithm": "fedkseed-grad", "num_seeds": 65536, "rounds_per_page": 2}
+    assert build({**pages, "num_rounds": 512}).num_rounds == 512
+    with pytest.raises(
+        ConfigError, match="--rounds-per-page 2 in --num-rounds 513 are 257 pages of 65,536 numbers; a ledger has"
+    ):
+        build({**pages, "num_rounds": 513})
 
 
 @pytest.mark.parametrize("size", [128, 256, 4096, 65536])
@@ -254,4 +275,4 @@ def test_settings_that_are_taken(size: int) -> None:
     assert grad(num_seeds=size).basis == "table"
     for changes in ({"num_seeds": size - 1}, {"noise": "gaussian"}, {"num_seeds": 1}):
         assert grad(**{"num_seeds": size, "basis": "coefficients"} | changes).basis == "coefficients"
-    assert grad(two_point_clients=0.5, server_optimizer="adam").two_point_clients == 0.5
+    assert grad(two_point_clients=0.5, server_optimizer="adam", server_lr=1e-3).two_point_clients == 0.5

@@ -271,6 +271,6 @@ def test_too_few_replies_three_times_are_an_error_with_what_is_safe(
         texts.add(str(caught.value).replace(str(tmp_path / name), "RUN"))
         assert not (tmp_path / name / "ledger.safetensors").exists()
     assert texts == {
-        "round 1 ended three times with fewer than 2 accepted replies; round 0 is safe in RUN: lower --min-replies, or wait "
-        "longer, then go on"
+        "round 1 ended three times with fewer than 2 accepted replies, 3 of 3 refused (message is not msgpack (ExtraData); "
+        "expected the bytes of a reply); round 0 is safe in RUN: mend what they were refused for, then go on"
     }

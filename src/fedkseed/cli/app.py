@@ -14,7 +14,7 @@ from fedkseed.cli.interrupts import INTERRUPTED, Interrupted, interruptible
 from fedkseed.cli.simulate import simulate, tune
 from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.data import LongPrompts
-from fedkseed.errors import ConfigError, FedKSeedError
+from fedkseed.errors import ConfigError, FedKSeedError, is_want_of_memory
 
 TRAIN, USE, ARITHMETIC, MACHINE = "Train", "Look at a run, use its model", "Several tuned models", "This machine"
 """Groups of commands in the help."""
@@ -307,3 +307,11 @@ def main() -> None:
     except PermissionError as error:
         complain(f"{error.filename}: {error.strerror}; give files and folders that this user may use")
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_want_of_memory(error):
+            raise
+        complain(
+            f"no memory for what was to be done ({' '.join(str(error).split()):.80}); a smaller --batch-size or --max-length "
+            "needs less, so does --dtype bfloat16; a run goes on with --resume"
+        )
+        sys.exit(1)

@@ -143,6 +143,11 @@ def _resume(
     settings = _moved(folder, given)
     with interruptible(with_run(resume, again())), folder.held(), ExitStack() as stack:  # before anything is loaded
         checkpoint = folder.load_checkpoint()
+        if checkpoint and settings.num_rounds < checkpoint.round:
+            raise ConfigError(
+                f"--num-rounds is {settings.num_rounds} and {resume} has {checkpoint.round} rounds already; give as many or "
+                "more (evaluate and export take an earlier round's ledger with --round)"
+            )
         check_same(folder, checkpoint, settings, None, accept_changes)  # what takes no reading of records
         if checkpoint and settings == folder.simulation and not log and settings.audit_log == "off" and folder.is_complete():
             say(_all_done(settings))

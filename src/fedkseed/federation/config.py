@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fedkseed.errors import ConfigError
 from fedkseed.federation.aggregators import AGGREGATORS, Aggregator
 from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
-from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
+from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_NUMBERS, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
 from fedkseed.federation.exact_sum import LARGEST
 from fedkseed.federation.objectives import CODE, OBJECTIVES, OWN, Objective, Scaling, objective_named
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
@@ -22,6 +22,9 @@ else:
     AlgorithmName, FamilyName = Literal[tuple(ALGORITHMS)], Literal[tuple(FAMILIES)]
     AggregatorName = Literal[tuple(AGGREGATORS)]
 OptimizerName = Literal["sgd", "momentum", "adam", "sign"]
+BOUNDED = ("adam", "sign")
+"""Whose rate alone says how far a step goes, whatever the gradient's length."""
+FLOAT_WIRES = ("float16", "float32")
 Summation = Literal["ordered", "exact"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -150,13 +153,15 @@ class FederationConfig(BaseModel):
         "sgd", description="Of fedkseed-grad: the server's optimiser on the clients' mean change."
     )
     server_lr: Step = Field(
-        1.0, description="Of fedkseed-grad: the server's rate; with adam and sign it is how far a number moves."
+        1.0,
+        description="Of fedkseed-grad: the server's rate; with adam and sign it must be given, and is how far a number moves, "
+        "such as 1e-3.",
     )
     two_point_clients: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Of fedkseed-grad: share of the clients that cannot backpropagate and answer with scalars."
     )
     checkpointing: Literal["off", "on"] = Field(
-        "off", description="Recompute activations in the backward pass: less memory, more time."
+        "off", description="Of fedkseed-grad: recompute activations in the backward pass: less memory, more time."
     )
     compile: Literal["off", "on"] = Field(
         "off",
@@ -210,7 +215,7 @@ class FederationConfig(BaseModel):
             ):
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
-                    f"leave it out, or choose one of {', '.join(that_take(name))}"
+                    f"leave it out, or choose one of {', '.join(self._takers(name))}"
                 )
         self._check_objective()
         if self.local_steps * self.directions > MAX_STEPS:
@@ -226,7 +231,7 @@ class FederationConfig(BaseModel):
             )
         if self.facts.sends == "changes":
             self._check_changes()
-        elif self.wire not in ("float16", "float32"):
+        elif self.wire not in FLOAT_WIRES:
             raise ValueError(
                 f"--wire is {self.wire!r} and --algorithm {self.algorithm} sends float16 or float32; take one of them"
             )
@@ -287,6 +292,11 @@ class FederationConfig(BaseModel):
             )
         return self
 
+    def _takers(self, setting: str) -> list[str]:
+        """The algorithms that take a setting as it is here: of a coded wire those whose clients send changes."""
+        coded = setting == "wire" and self.wire not in FLOAT_WIRES
+        return [name for name in that_take(setting) if not coded or ALGORITHMS[name].sends == "changes"]
+
     def _check_objective(self) -> None:
         goal = self.goal
         if self.facts.measures == "gradient" and not goal.smooth:
@@ -311,6 +321,18 @@ class FederationConfig(BaseModel):
             )
 
     def _check_changes(self) -> None:
+        pages = -(-self.num_rounds // self.rounds_per_page) if self.rounds_per_page else 1
+        if pages * self.num_seeds > MAX_NUMBERS:
+            raise ValueError(
+                f"--rounds-per-page {self.rounds_per_page} in --num-rounds {self.num_rounds} are {pages:,} pages of "
+                f"{self.num_seeds:,} numbers; a ledger has at most {MAX_NUMBERS:,}, so raise --rounds-per-page, or lower "
+                "--num-seeds"
+            )
+        if self.server_optimizer in BOUNDED and "server_lr" not in self.model_fields_set:
+            raise ValueError(
+                f"--server-optimizer is {self.server_optimizer} and --server-lr is missing; it is how far a number moves in a "
+                "round, so give about what --local-optimizer adam would have as --lr, such as 1e-3"
+            )
         power_of_two = self.num_seeds >= MIN_BLOCK and self.num_seeds & (self.num_seeds - 1) == 0
         if self.basis == "table" and not (FAMILIES[self.noise].has_table and power_of_two):
             raise ValueError(

@@ -21,6 +21,9 @@ from fedkseed.errors import ProtocolError
 VERSION = 1
 MAX_FIELDS = 64
 MAX_STEPS = 65535
+MAX_NUMBERS = 2**24
+"""Most numbers of all pages of a ledger: 256 pages of the largest pools. A page without parts takes no room in a file, and
+4 K bytes in memory."""
 MAX_NAME_BYTES = 64
 ANYBODY = "-"
 """In place of a client's name."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkseed.errors import ModelError, NoBackwardError, ProtocolError
+from fedkseed.errors import ModelError, NoBackwardError, ProtocolError, is_want_of_memory
 from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest, seeds_of
 from fedkseed.kseed.coding import Coded, encode
@@ -72,10 +72,12 @@ class ChangeClient:
                 reply = self._by_gradient(request, page, heard)
             except NoBackwardError as error:
                 log.warning("%s cannot backpropagate (%s); it answers with two-point steps", self.name, f"{error!s:.160}")
-            except torch.cuda.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_want_of_memory(error):
+                    raise
                 raise ModelError(
-                    f"{self.name}: no memory for a gradient ({error!s:.80}); --checkpointing on needs less, so does a smaller "
-                    "--batch-size or --max-length"
+                    f"{self.name}: no memory for a gradient ({' '.join(str(error).split()):.80}); --checkpointing on needs "
+                    "less, so does a smaller --batch-size or --max-length"
                 ) from error
         return (reply or self._by_two_points(request, page, heard)).encode()
 

@@ -32,14 +32,15 @@ from fedkseed.federation.envelope import (
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes
 from fedkseed.kseed.messages import MAX_FLOAT16
 from fedkseed.kseed.optimizer import OPTIMIZERS
-from fedkseed.kseed.pages import Basis, Page, check_basis
+from fedkseed.kseed.pages import Basis, Page, check_basis, check_total
 from fedkseed.models.closed_page import Movement
 from fedkseed.noise.families import BY_CODE
 from fedkseed.noise.pool import MAX_SIZE, SeedPool
 from fedkseed.randomness import generator
 
 REQUEST, REPLY = "c?", "c!"
-MAX_BYTES = 1 << 27
+MAX_BYTES, MAX_REPLY_BYTES = 1 << 27, 1 << 20
+"""Of a request, which may hold all pages, and of a reply: 65,536 numbers of four bytes and what is said of them."""
 MAX_PAGES, MAX_PARTS = 65535, 65535
 WIRES, BASES, MOVEMENTS = tuple(BITS), get_args(Basis), get_args(Movement)
 """Messages hold places in these: what is new comes last."""
@@ -98,6 +99,7 @@ class ChangeRequest(Request):
         check_integer("number of parts", sum(len(patch.parts) for patch in self.patches), 0, MAX_PARTS)
         try:
             check_basis(self.size, self.family, self.basis)
+            check_total([self.size] * (self.have + len(self.patches)))
         except InvalidValueError as error:
             raise ProtocolError(str(error)) from error
         for patch in self.patches:
@@ -252,7 +254,7 @@ class ChangeReply(Reply):
         Raises:
             ProtocolError: they are not a reply of this version, or a field is out of its range.
         """
-        fields = unpack_fields(data, REPLY, "reply", 14, MAX_BYTES)
+        fields = unpack_fields(data, REPLY, "reply", 14, MAX_REPLY_BYTES)
         run_id, server_round, attempt, client, base, digest, num_examples, loss = fields[:8]
         kind, steps, wire, step, numbers, dropped = fields[8:]
         check_integer("wire", wire, 0, len(WIRES) - 1)

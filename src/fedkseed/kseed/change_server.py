@@ -177,21 +177,25 @@ class ChangeServer(DividedRounds[ChangeRequest, ChangeReply]):
             if reply.numbers.wire != request.wire:
                 raise ProtocolError(f"the change is on wire {reply.numbers.wire}; expected {request.wire}")
             reply.numbers.check("the change", request.size)
-            largest, limit = float(np.abs(reply.numbers.decode(request.size)).max()), self.config.max_value
+            if reply.num_dropped == reply.steps:
+                raise ProtocolError(
+                    "all of its steps were dropped, since no loss or gradient was finite; a lower --lr may help"
+                )
+            largest, limit, of = float(np.abs(reply.numbers.decode(request.size)).max()), self.config.max_value, "--max-value"
         elif request.optimizer != "sgd":
             raise ProtocolError(
-                f"scalars came, which --local-optimizer {request.optimizer} cannot weigh against changes; take sgd, "
-                "or leave out clients that cannot backpropagate"
+                f"scalars came of a client that cannot backpropagate; --local-optimizer {request.optimizer} cannot weigh them "
+                "against changes, so take sgd, or leave out such clients"
             )
         elif reply.numbers.wire != "float16":
             raise ProtocolError(f"the scalars are on wire {reply.numbers.wire}; expected float16")
         else:
             scalars = reply.numbers.decode(reply.steps)
-            largest, limit = float(np.abs(scalars).max()), largest_grad(self.config)
+            largest, limit, of = float(np.abs(scalars).max()), largest_grad(self.config), "--max-grad, --loss-clip"
             if np.any(scalars[list(reply.dropped)] != 0):
                 raise ProtocolError("a dropped step has a projected gradient; expected 0")
         if largest > limit:
-            raise ProtocolError(f"it holds {largest:g}; at most {limit:g} is accepted")
+            raise ProtocolError(f"it holds {largest:g}; at most {limit:g} is accepted ({of}), so lower --lr, or raise that")
 
     def _sizes(self, request: ChangeRequest, reply: ChangeReply) -> dict[str, float]:
         if reply.kind != CHANGE:

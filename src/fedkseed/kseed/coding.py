@@ -89,7 +89,9 @@ def encode(values: F64, wire: str) -> Coded:
     """
     if not (np.abs(values) <= LARGEST).all():
         wrong = values[~(np.abs(values) <= LARGEST)][0]
-        raise InvalidValueError(f"a number to be sent is {wrong}; all must be finite, at most {LARGEST:g}: lower the rate")
+        raise InvalidValueError(
+            f"a number to be sent is {wrong}; all must be finite, at most {LARGEST:g}: lower the rate (--lr, --server-lr)"
+        )
     if wire in DTYPES:
         packed = pack(values, wire)
         if packed.exponent < MIN_EXPONENT:

@@ -280,7 +280,7 @@ class Ledger:
             why = f" ({error!s:.100})" if isinstance(error, ValueError) else ""
             raise LedgerError(f"not a ledger, or damaged{why}; expected a file that fedkseed wrote") from error
         found = metadata.get("format") if isinstance(metadata, dict) else None
-        if found not in FORMATS:
+        if type(found) is not int or found not in FORMATS:
             raise LedgerError(
                 f"ledger format is {found!s:.40}; this version reads {FORMAT} to {FORMATS[-1]}: use the fedkseed that wrote it"
             )

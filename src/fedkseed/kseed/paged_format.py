@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes
-from fedkseed.kseed.pages import Basis, Page, check_pages
+from fedkseed.kseed.pages import Basis, Page, check_pages, check_total
 from fedkseed.models.closed_page import Movement
 from fedkseed.noise.pool import SeedPool
 
@@ -63,6 +63,7 @@ def read_pages(metadata: dict[str, Any], tensors: Tensors) -> tuple[list[Page], 
     if not counts or any(type(count) is not int or count < 0 for count in counts):
         raise ValueError(f"numbers of parts {counts!r:.80}")
     each = [_bytes_of(page) for page in listed]
+    check_total(page["size"] for page in listed)
     steps = iter(tensor_of(tensors, "steps", STEP, sum(counts)).astype(float).tolist())
     length = sum(count * size for count, size in zip(counts, each, strict=True))
     numbers = tensor_of(tensors, "numbers", BYTE, length).tobytes()

@@ -8,7 +8,7 @@ A run's pages have the scale 1; arithmetic of ledgers gives them others (docs/le
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import InvalidValueError
+from fedkseed.federation.envelope import MAX_NUMBERS
 from fedkseed.kseed.coding import BITS, Coded
 from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.noise.families import FAMILIES, block_size, transform
@@ -99,8 +100,15 @@ class Page:
         return ClosedPage(self.pool, self.coefficients(), self.movement)
 
 
-MAX_NUMBERS = 2**24
-"""Most numbers of all pages of a ledger: 256 pages of the largest pools. A page without parts takes no room in a file."""
+def check_total(sizes: Iterable[int]) -> None:
+    """Refuse pages of these pools, if they are too many for one ledger.
+
+    Raises:
+        InvalidValueError: they hold more than `MAX_NUMBERS`.
+    """
+    each = [*sizes]
+    if (total := sum(each)) > MAX_NUMBERS:
+        raise InvalidValueError(f"{len(each):,} pages hold {total:,} numbers; a ledger has at most {MAX_NUMBERS:,}")
 
 
 def check_pages(pages: Sequence[Page]) -> None:
@@ -109,13 +117,14 @@ def check_pages(pages: Sequence[Page]) -> None:
     Raises:
         InvalidValueError: a coefficient is beyond float32, or they hold more than `MAX_NUMBERS`.
     """
-    if (total := sum(page.pool.size for page in pages)) > MAX_NUMBERS:
-        raise InvalidValueError(f"{len(pages):,} pages hold {total:,} numbers; a ledger has at most {MAX_NUMBERS:,}")
+    check_total(page.pool.size for page in pages)
     for i, page in enumerate(pages):
         with np.errstate(over="ignore", invalid="ignore"):
             coefficients = page.coefficients() if page.parts else np.zeros(1, np.float32)
         if not np.isfinite(coefficients).all():
-            raise InvalidValueError(f"page {i + 1} of {len(pages)} times {page.scale:g} has a coefficient beyond float32")
+            raise InvalidValueError(
+                f"page {i + 1} of {len(pages)} times {page.scale:g} has a coefficient beyond float32; give smaller weights"
+            )
 
 
 def pages_digest(pages: Sequence[Page]) -> bytes:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedkseed.errors import ModelError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Checkpoint, Outcome, Rounds
+from fedkseed.federation.config import BOUNDED
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.edge_round import EdgeRound
 from fedkseed.federation.envelope import Request
@@ -291,8 +293,9 @@ class Driver:
             )
         if outcome.status == "failed":
             raise TooFewRepliesError(
-                f"round {outcome.server_round} ended three times with fewer than {self.config.min_replies} accepted replies; "
-                f"round {self.round} is safe in {self.run.path}: lower --min-replies, or wait longer, then go on"
+                f"round {outcome.server_round} ended three times with fewer than {self.config.min_replies} accepted replies"
+                f"{self._reasons(event['refused'])}; round {self.round} is safe in {self.run.path}: {self._remedy(event)}, "
+                "then go on"
             )
         if outcome.status == "repeat":
             return None
@@ -358,9 +361,26 @@ class Driver:
             return
         self.observer.note(
             f"{WARNING}round {self.round}: the held-out loss is {result.loss:.4f}, it was {best:.4f}: the run diverges. "
-            f"Start anew with a lower --lr than {self.config.lr:g}"
-            ", or with --lr auto; fedkseed tune explains it"
+            f"Start anew with a lower {self._rate()}"
         )
+
+    def _reasons(self, refused: Mapping[str, str]) -> str:
+        """Why most of the refused replies were refused."""
+        if not refused:
+            return ""
+        reason, count = Counter(refused.values()).most_common(1)[0]
+        return f", {count} of {len(self._asked)} refused ({reason:.200})"
+
+    def _remedy(self, event: Mapping[str, Any]) -> str:
+        if not event["missing"]:
+            return "mend what they were refused for"
+        return "wait longer" if self.config.min_replies == 1 else "lower --min-replies, or wait longer"
+
+    def _rate(self) -> str:
+        """The rate that says how far the model goes in a round."""
+        if self.config.server_optimizer in BOUNDED:  # the clients' is divided out
+            return f"--server-lr than {self.config.server_lr:g}"
+        return f"--lr than {self.config.lr:g}, or with --lr auto; fedkseed tune explains it"
 
     def _say_bounded(self, moved: float) -> None:
         """Say once that the model is as far from its base as it may go."""

@@ -18,6 +18,8 @@ import torch
 from fedkseed.data import collate
 from fedkseed.errors import InvalidValueError
 from fedkseed.evaluation import mean_loss
+from fedkseed.federation.algorithms import ALGORITHMS
+from fedkseed.federation.config import BOUNDED
 from fedkseed.models.loading import load_model
 from fedkseed.randomness import generator
 from fedkseed.runs.algorithms import Federation, kind_of
@@ -112,13 +114,14 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
 
     before = loss(_federate(short.model_copy(update={"lr": config.facts.usual_lr}), few, model))
     observer.note(f"base model: loss {before:.4f}")
-    attempts = _search(config.facts.usual_lr, attempt)
+    attempts = _search(usual_rate(config), attempt)
     best = min(attempts, key=lambda a: a.after)
     if not best.after < before:
         tried = ", ".join(f"{a.lr:.3g}" for a in attempts)
+        remedy = "another --server-lr" if config.server_optimizer in BOUNDED else "a larger --batch-size"
         raise InvalidValueError(
             f"no rate of {tried} lowers the loss of {before:.4f} in {TRIAL_ROUNDS} rounds; "
-            "give a larger --batch-size, or choose --lr by hand"
+            f"give {remedy}, or choose --lr by hand"
         )
     if best in (attempts[0], attempts[-1]):
         observer.note(
@@ -127,6 +130,13 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
         )
     steps = len(attempts) * TRIAL_ROUNDS * len(names) * short.local_steps
     return Rate(float(f"{best.lr * SAFETY:.2g}"), before, tuple(attempts), steps)
+
+
+def usual_rate(config: SimulationConfig) -> float:
+    """Where to begin. Of two-point clients alone at FedKSeed's rate, which on a table's K numbers is K times as large."""
+    if config.two_point_clients < 1:
+        return config.facts.usual_lr
+    return ALGORITHMS["fedkseed"].usual_lr * (config.num_seeds if config.basis == "table" else 1)
 
 
 def _search(usual: float, attempt: Callable[[float], Attempt]) -> list[Attempt]:
