@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
 from fedkseed.baselines import fresh_lora
-from fedkseed.errors import ModelError
+from fedkseed.errors import LedgerError, ModelError
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.models.selection import frozen_names
 
@@ -68,6 +68,7 @@ def test_what_no_adapter_can_be_made_of_is_one_line(fedkseed: CommandLine, tiny:
     assert_one_line(fedkseed("lora", tmp_path / "none", out), 2, "no such model folder")
     assert_one_line(fedkseed("lora", tiny / "model", tmp_path), 2, "exists; give an output that does not")
     assert_one_line(fedkseed("lora", tiny / "model", out, "--key", 2**64), 2, "key is 18446744073709551616")
+    assert_one_line(fedkseed("lora", tiny / "model", out, "--rank", 100000), 2, "--rank is 100000 and no matrix of", "above")
     assert not out.exists()
 
 
@@ -106,6 +107,32 @@ def test_a_run_moves_its_matrices_alone_and_the_export_is_an_adapter_of_peft(
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, tuned(input_ids=ids).logits)
     assert fedkseed("evaluate", run, "--model", out).code == 1  # it is another base than the one that the ledger is of
+
+
+def test_a_published_ledger_says_which_adapter_it_is_over(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    """Whoever has the folder alone can make the same adapter, and the tuned model."""
+    start, run, out = tmp_path / "start", tmp_path / "run", tmp_path / "out"
+    assert fedkseed("lora", tiny / "model", start, "--rank", 4, "--key", 7).code == 0
+    settings = tiny_settings(tiny, model=str(start), algorithm="fedkseed-grad", num_seeds=128, lr=0.02)
+    assert fedkseed("simulate", *flags(settings), "--run", run).code == 0
+    exported = fedkseed("export", run, out, "--ledger-only")
+    assert exported.code == 0, exported.stderr
+    card = (out / "README.md").read_text()
+    for text in (
+        'base_model: "model"',
+        "`fedkseed lora model start --rank 4 --key 7`",
+        "with a LoRA adapter that is tuned",
+        "fingerprint with the adapter `",
+        'fk.load(folder, base="START")',
+    ):
+        assert text in card
+    again = tmp_path / "again"
+    assert fedkseed("lora", tiny / "model", again, "--rank", 4, "--key", 7).code == 0
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(fk.load(out, base=again)(input_ids=ids).logits, fk.load(run, base=start)(input_ids=ids).logits)
+    with pytest.raises(LedgerError, match=r"^the ledger moves the matrices of a LoRA adapter, which this model has not; make"):
+        fk.load(out, base=tiny / "model")
 
 
 def test_it_is_its_base_model_with_the_adapter_in_place(tiny: Path, adapter: Path) -> None:

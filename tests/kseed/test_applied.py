@@ -1,5 +1,8 @@
 """Tuned models in turn over one base: the bits of `apply`, the base back to the bit, and nothing else held or changed."""
 
+import contextlib
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +155,11 @@ def test_mistakes_are_one_line_and_change_nothing(tmp_path: Path) -> None:
     refused(subject, BindingError, "no parameter", replace(a, base=replace(a.base, frozen=tuple(sorted(SHAPES)))))
     with fk.applied(subject, a):
         refused(
-            subject, InvalidValueError, "the model holds <Ledger, .*>, not <Ledger, .*>; give the ledger that it holds", b, a
+            subject,
+            InvalidValueError,
+            r"the model holds <.*> \(digest \w{16}\), not <.*> \(digest \w{16}\); give",
+            b,
+            a,
         )
         refused(subject, LedgerError, "the second is over the base model abab", a, other)
         refused(subject, LedgerError, "'block.norm'", a, ledger(1, frozen=FROZEN))
@@ -162,6 +169,33 @@ def test_mistakes_are_one_line_and_change_nothing(tmp_path: Path) -> None:
             fk.swap(subject, a, tmp_path / "none")
         fk.swap(subject, a, b)  # the control
     refused(subject, InvalidValueError, "is not inside", b, a)
+
+
+def test_threads_that_enter_at_once_leave_the_base() -> None:
+    """One of them enters, the others are told so: two would each keep what the other had written."""
+    subject, a = model(), ledger(1)
+    base, entered = laws.all_bits(subject), []
+
+    def enter() -> None:
+        start.wait()
+        with contextlib.suppress(InvalidValueError), fk.applied(subject, a):
+            entered.append(laws.all_bits(subject))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(50):
+            start = threading.Barrier(3)
+            threads = [threading.Thread(target=enter) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert laws.all_bits(subject) == base
+    finally:
+        sys.setswitchinterval(before)
+    assert len(entered) >= 50
+    assert set(map(str, entered)) == {str(bits_of(a))}
 
 
 def test_a_checkpoint_and_its_published_form_are_one_ledger() -> None:

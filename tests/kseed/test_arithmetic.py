@@ -284,6 +284,11 @@ def test_weights_that_are_no_numbers_are_refused(wrong: Any) -> None:
         fk.merge([a, a], [1, wrong])
 
 
+def test_ledgers_come_from_anything_that_can_be_gone_through() -> None:
+    a, b = scalars(POOLS[0], 1), scalars(POOLS[1], 2)
+    assert fk.merge(x for x in [a, b]).digest() == fk.merge([a, b]).digest()  # type: ignore[arg-type]
+
+
 def test_other_mistakes_are_one_line() -> None:
     a = scalars(POOLS[0], 1)
     for wrong, says in (
@@ -296,6 +301,11 @@ def test_other_mistakes_are_one_line() -> None:
         (lambda: 1e300 * (1e300 * a), "page's scale would be inf|has a coefficient beyond float32"),
         (lambda: 1e40 * a, "page 1 of 1 times 1e.40 has a coefficient beyond float32"),
         (lambda: float("nan") * a, "a weight is nan"),
+        (lambda: 10**400 * a, "a weight is 10+; expected a finite number"),
+        (lambda: fk.merge(3), "^ledgers are 3; expected a list"),  # type: ignore[arg-type]
+        (lambda: fk.merge([None]), r"^ledgers are \[None\]; expected a list"),  # type: ignore[list-item]
+        (lambda: fk.apply(quadratic_model(), None), "^ledgers are None; expected a list"),  # type: ignore[arg-type]
+        (lambda: fk.apply(quadratic_model(), b"a"), "^ledgers are b'a'; expected a list"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InvalidValueError, match=says) as caught:
             wrong()

@@ -67,7 +67,7 @@ def test_a_folder_is_the_published_ledger_and_a_card(ledger: fk.Ledger, tiny: Pa
     assert data["tags"] == ["fedkseed", "adapter"]
     assert data["library_name"] == "fedkseed"
     assert PROMPT in card
-    for text in (ledger.digest(), ledger.base.fingerprint, "K = 256, hadamard noise", "| training data | a "):
+    for text in (ledger.digest(), ledger.base.fingerprint, "K = 256, hadamard noise", "| training data | a \\| line |"):
         assert text in card
     assert str(tiny) not in card
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
@@ -98,6 +98,47 @@ def test_saving_again_replaces_a_ledger_but_never_a_runs(ledger: fk.Ledger, tmp_
     refused(lambda: ledger.save_pretrained(tmp_path / "run"), "run holds the checkpoint of a run, which this would replace")
     assert (tmp_path / "run" / "ledger.safetensors").read_bytes() == checkpoint.encode()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["ledger.safetensors"]
+
+
+def test_somebody_s_own_readme_is_left_alone(ledger: fk.Ledger, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    refused(lambda: ledger.save_pretrained(tmp_path), "holds a README.md of something else, which this would replace")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("README.md", "mine")]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"base_model": 5}, "^base_model is 5; expected a hub id or a folder"),
+        ({"prompt": 5}, "^prompt is 5; expected the text"),
+        ({"about": ["a"]}, r"^about is \['a'\]; expected a dict of rows"),
+    ],
+    ids=["base", "prompt", "about"],
+)
+def test_what_no_card_can_say(ledger: fk.Ledger, tmp_path: Path, given: Any, text: str) -> None:
+    refused(lambda: ledger.save_pretrained(tmp_path / "folder", **given), text, InvalidValueError)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_card_says_how_to_load_what_it_is_of(ledger: fk.Ledger, tmp_path: Path) -> None:
+    """All weights or some of them; a base that has an address, or one that lies in a folder."""
+    some = dataclasses.replace(ledger, base=dataclasses.replace(ledger.base, frozen=("model.norm.weight",)))
+    for one, base, how, load in (
+        (ledger, "owner/base", "all of whose weights are tuned", "model = fk.load(folder)  #"),
+        (some, "base", "of whose weights some are tuned", 'model = fk.load(folder, base="BASE")  #'),
+    ):
+        folder = one.save_pretrained(tmp_path / base, base, about={"a|b": "c|d"})
+        card = (folder / "README.md").read_text()
+        assert how in card
+        assert load in card
+        assert "| a\\|b | c\\|d |" in card
+
+
+def test_a_folder_that_is_missing_is_said(ledger: fk.Ledger, tmp_path: Path) -> None:
+    refused(lambda: ledger.save(tmp_path / "no" / "l"), "cannot save a ledger there: .*/no is no folder; make it first")
+    for name in ("", " ", "a\0b"):
+        refused(lambda name=name: fk.Ledger.from_pretrained(name), "^a ledger's name is '.*'; give its file")
+    refused(lambda: fk.load(ledger), "^source is a Ledger; expected", InvalidValueError)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_written_leaves_nothing(ledger: fk.Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

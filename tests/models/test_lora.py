@@ -80,11 +80,28 @@ def test_a_ledger_over_them_is_the_adapter(tiny: Path, tmp_path: Path) -> None:
         assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
+def test_an_embedding_s_factors_are_drawn_too(tiny: Path) -> None:
+    """Of these B is the random one, and A zero."""
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    models = [peft.get_peft_model(load_model(tiny / "model", "float32"), config) for _ in range(2)]
+    plain = [fk.bind(model, POOL).digest() for model in models]
+    for model in models:
+        fk.seed_lora(model, 7)
+    assert plain[0] != plain[1]  # the control: what PEFT draws
+    assert fk.bind(models[0], POOL).digest() == fk.bind(models[1], POOL).digest()
+    found = {name: x.detach() for name, x in models[0].named_parameters() if "lora_embedding" in name}
+    (drawn,), (zero,) = ([name for name in found if f"_{kind}." in name] for kind in "BA")
+    assert found[drawn].numpy().tobytes() == laws.gaussian_sum(7, drawn, found[drawn].numel(), np.ones(1, np.float32)).tobytes()
+    assert not found[zero].any()
+
+
 def test_mistakes_are_one_line_and_change_nothing(tiny: Path) -> None:
     model = load_model(tiny / "model", "float32")
     before = laws.all_bits(model)
     with pytest.raises(BindingError, match=r"LlamaForCausalLM has no LoRA factor \(lora_A\); give what peft.get_peft_model"):
         fk.seed_lora(model, 7)
+    with pytest.raises(BindingError, match=r"^model is None; expected what peft.get_peft_model"):
+        fk.seed_lora(None, 7)  # type: ignore[arg-type]
     with pytest.raises(InvalidValueError, match="key is -1"):
         fk.seed_lora(model, -1)
     assert laws.all_bits(model) == before

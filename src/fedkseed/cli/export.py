@@ -116,6 +116,7 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
     """A folder with the published ledger and its card; returns the ledger's file."""
     from fedkseed.kseed.card import licence_of
     from fedkseed.kseed.sharing import LEDGER, save_folder
+    from fedkseed.models.adapter_folder import base_of, is_adapter
     from fedkseed.models.loading import load_tokenizer
     from fedkseed.report.model_card import About, rows_of
 
@@ -125,8 +126,23 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
     except ModelError as error:
         complain(f"{error}; the card is without the prompt template")
         prompt = None
-    about = rows_of(published, About(config, losses, licence_of(model)))
-    return save_folder(published, output, public_name(model), prompt, about) / LEDGER
+    about, named = rows_of(published, About(config, losses, licence_of(model))), public_name(model)
+    if is_adapter(folder := Path(model).expanduser()):
+        about, named = {**_adapter_row(folder), **about}, public_name(base_of(folder))
+    return save_folder(published, output, named, prompt, about) / LEDGER
+
+
+def _adapter_row(folder: Path) -> dict[str, str]:
+    """What is known of how to make an adapter again."""
+    from fedkseed.kseed.card import ADAPTER_FIELD, fields_of
+
+    try:
+        made_by = fields_of((folder / "README.md").read_text(encoding="utf-8")).get(ADAPTER_FIELD)
+    except (OSError, ValueError):
+        made_by = None
+    return {
+        "adapter": f"`{made_by}`" if isinstance(made_by, str) else f"`{folder.resolve().name}`, which goes with these numbers"
+    }
 
 
 def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, dtype: Dtype) -> Any:

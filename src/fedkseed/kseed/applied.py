@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.apply import base_reader, one_ledger, parameters_of, write_tuned
 from fedkseed.kseed.arithmetic import check_same_base
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.models.parameters import NamedParameter
 from fedkseed.models.sweeps import Backends, Tensors, backends_for
 
 Source = Ledger | str | Path | Sequence[Ledger | str | Path]
@@ -49,8 +51,9 @@ class _Tuned:
         self.ledger = ledger
 
 
-_TUNED: WeakKeyDictionary[torch.nn.Module, _Tuned] = WeakKeyDictionary()
-"""Models that are inside `applied` now."""
+_TUNED: WeakKeyDictionary[torch.nn.Module, _Tuned | None] = WeakKeyDictionary()
+"""Models that are inside `applied` now; None while what they were is being kept."""
+_ENTERING = threading.Lock()
 
 
 @contextmanager
@@ -70,26 +73,31 @@ def applied(model: torch.nn.Module, ledger: Source, backend: str = "auto") -> It
         InvalidValueError: the model is inside `applied` already.
         FedKSeedError: see `fedkseed.apply`. Nothing has changed in any of these cases.
     """
-    if model in _TUNED:
-        raise InvalidValueError(f"this {type(model).__name__} is inside `fedkseed.applied` already; use `fedkseed.swap` there")
     ledger = one_ledger(ledger)
-    entries, tuned = parameters_of(model, ledger)
-    backends = backends_for(tuned, backend)
-    read = base_reader(model, entries, ledger)
-    changed = tuned if read is None else entries
-    before = {entry.name: entry.parameter.detach().clone() for entry in changed}
-    base = before if read is None else {entry.name: read(entry) for entry in tuned}
+    with _ENTERING:  # two threads would each keep what the other had written
+        if model in _TUNED:
+            raise InvalidValueError(
+                f"this {type(model).__name__} is inside `fedkseed.applied` already; use `fedkseed.swap` there"
+            )
+        _TUNED[model] = None
+    changed: list[NamedParameter] = []
     try:
+        entries, tuned = parameters_of(model, ledger)
+        backends = backends_for(tuned, backend)
+        read = base_reader(model, entries, ledger)
+        before = {entry.name: entry.parameter.detach().clone() for entry in (tuned if read is None else entries)}
+        base = before if read is None else {entry.name: read(entry) for entry in tuned}
+        changed = tuned if read is None else entries
         for entry in changed:
             if read is not None and entry.name in ledger.base.frozen:  # rounded as the run had it
                 entry.parameter.detach().copy_(read(entry))
-        _TUNED[model] = _Tuned({entry.name: entry.parameter.detach() for entry in tuned}, base, backends)
-        _TUNED[model].write(ledger)
+        kept = _TUNED[model] = _Tuned({entry.name: entry.parameter.detach() for entry in tuned}, base, backends)
+        kept.write(ledger)
         yield ledger
     finally:
-        _TUNED.pop(model, None)
         for entry in changed:
             entry.parameter.detach().copy_(before[entry.name])
+        _TUNED.pop(model, None)
 
 
 def swap(model: torch.nn.Module, ledger: Source, other: Source) -> Ledger:
@@ -108,14 +116,16 @@ def swap(model: torch.nn.Module, ledger: Source, other: Source) -> Ledger:
         LedgerError: a ledger cannot be read, or the other one is of another base model.
             Nothing has changed in any of these cases.
     """
-    if model not in _TUNED:
+    tuned = _TUNED.get(model)
+    if tuned is None:
         raise InvalidValueError(
             f"this {type(model).__name__} is not inside `with fedkseed.applied(model, ledger)`, which keeps the base weights; "
             "swap there"
         )
-    tuned, ledger, other = _TUNED[model], one_ledger(ledger), one_ledger(other)
+    ledger, other = one_ledger(ledger), one_ledger(other)
     if tuned.ledger is not None and ledger.published().digest() != tuned.ledger.published().digest():
-        raise InvalidValueError(f"the model holds {tuned.ledger!r}, not {ledger!r}; give the ledger that it holds first")
+        held, given = (f"{one!r} (digest {one.published().digest()[:16]})" for one in (tuned.ledger, ledger))
+        raise InvalidValueError(f"the model holds {held}, not {given}; give the ledger that it holds first")
     check_same_base(ledger, other, "the first ledger", "the second")
     tuned.write(other)
     return other

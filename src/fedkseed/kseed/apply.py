@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedkseed.errors import LedgerError
-from fedkseed.kseed.arithmetic import merge
+from fedkseed.kseed.arithmetic import listed, merge
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.base import MemoryBase
 from fedkseed.models.binding import check_apart, check_tunable
@@ -64,7 +64,10 @@ def one_ledger(ledger: Ledger | str | Path | Sequence[Ledger | str | Path]) -> L
     """A ledger, that of a file, folder or hub, or the sum of several; see `apply`."""
     if isinstance(ledger, (str, Path)):
         return Ledger.from_pretrained(ledger)
-    return ledger if isinstance(ledger, Ledger) else merge(ledger, [1.0] * len(ledger))
+    if isinstance(ledger, Ledger):
+        return ledger
+    several = listed(ledger)
+    return merge(several, [1.0] * len(several))
 
 
 def parameters_of(model: torch.nn.Module, ledger: Ledger) -> tuple[list[NamedParameter], list[NamedParameter]]:
@@ -91,6 +94,11 @@ def base_reader(model: torch.nn.Module, entries: Sequence[NamedParameter], ledge
         return None
     if (read := _read_elsewhere(model, entries, ledger)) is not None:
         return read
+    if ledger.base.has_adapter and not any("base_layer" in entry.name.split(".") for entry in entries):
+        raise LedgerError(
+            "the ledger moves the matrices of a LoRA adapter, which this model has not; make the adapter first, as its "
+            "card says (fedkseed lora, or peft and fk.seed_lora), and give that model, or its folder as base"
+        )
     in_float32 = "" if all(e.parameter.dtype == torch.float32 for e in entries) else ", in float32"
     base = ledger.base_model or "the base model that the run started from"
     raise LedgerError(f"this model is not the ledger's base: {difference}; load {base}{in_float32}")

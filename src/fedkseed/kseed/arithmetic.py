@@ -8,7 +8,7 @@ moves each weight by the base's times its sum. A later one multiplies what the p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -43,8 +43,7 @@ def merge(ledgers: Sequence[Ledger | str | Path], weights: Sequence[float] | Non
         LedgerError: a ledger cannot be read, is of another base model or tunes other tensors than the first, or has pages in
             proportion that do not add up.
     """
-    if isinstance(ledgers, (Ledger, str, Path)) or not ledgers:
-        raise InvalidValueError(f"ledgers are {ledgers!r:.80}; expected a list of at least one")
+    ledgers = listed(ledgers)
     found = [ledger if isinstance(ledger, Ledger) else Ledger.from_pretrained(ledger) for ledger in ledgers]
     names = [f"ledger {i + 1}" if isinstance(x, Ledger) else str(x) for i, x in enumerate(ledgers)]
     factors = _checked([1 / len(found)] * len(found) if weights is None else weights, len(found))
@@ -64,6 +63,18 @@ def merge(ledgers: Sequence[Ledger | str | Path], weights: Sequence[float] | Non
     check_pages(pages)
     merged = Ledger.of_pages(found[0].base, max(x.round for x in found), pages, common_wire(pages), None)
     return replace(merged, base_model=next((x.base_model for x in found if x.base_model), None))
+
+
+def listed(ledgers: object) -> list[Ledger | str | Path]:
+    """Ledgers, or where they are, as a list.
+
+    Raises:
+        InvalidValueError: it is none, or an empty one, or holds something else.
+    """
+    given = list(ledgers) if isinstance(ledgers, Iterable) and not isinstance(ledgers, (str, bytes)) else []
+    if not given or not all(isinstance(one, (Ledger, str, Path)) for one in given):
+        raise InvalidValueError(f"ledgers are {ledgers!r:.80}; expected a list of at least one ledger, file, folder or name")
+    return given
 
 
 def pages_of(ledger: Ledger) -> tuple[Page, ...]:
@@ -100,10 +111,16 @@ def _checked(weights: Sequence[float], count: int) -> list[float]:
         raise InvalidValueError(f"weights are {weights!r:.80}; expected a number for each ledger") from None
     if len(given) != count:
         raise InvalidValueError(f"{len(given)} weights came with {count} ledgers; expected one for each")
-    for weight in given:
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
-            raise InvalidValueError(f"a weight is {weight!r:.80}; expected a finite number")
-    return [float(weight) for weight in given]
+    return [_finite(weight) for weight in given]
+
+
+def _finite(weight: object) -> float:
+    try:
+        if isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight):
+            return float(weight)
+    except OverflowError:  # an integer beyond float64
+        pass
+    raise InvalidValueError(f"a weight is {weight!r:.80}; expected a finite number")
 
 
 def _pages_that_add_up(ledger: Ledger, name: str) -> tuple[Page, ...]:

@@ -15,15 +15,22 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.text import visible
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
+ADAPTER_FIELD = "made_by"
+"""What the card of an adapter to start from (`fedkseed lora`) says of the command that makes the same one."""
 LICENCE_FIELDS = ("license", "license_name", "license_link")
-HOW = """K numbers over a base model. Together they are a causal language model all of whose weights are tuned: each number
+HOW = """K numbers over a base model. Together they are a causal language model {tuned}: each number
 says how far they go along a random direction that a seed stands for."""
+ALL, SOME, ADAPTER = "all of whose weights are tuned", "of whose weights some are tuned", "with a LoRA adapter that is tuned"
 LOADING = """\
 import fedkseed as fk
 
 folder = "."  # where this file lies, or its name on a hub
-model = fk.load(folder)  # the base model that is named above, and these numbers
+model = {load}
 """
+NAMED = "fk.load(folder)  # the base model that is named above, and these numbers"
+BY_FOLDER = 'fk.load(folder, base="BASE")  # where the base model that is named above lies, and these numbers'
+OVER_ADAPTER = """\
+fk.load(folder, base="START")  # a folder with the adapter that these numbers move, as it was before; see the table"""
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,12 @@ def published_text(ledger: Ledger) -> str:
 
 def table_of(rows: Mapping[str, str]) -> str:
     """A table of two columns without a heading."""
-    lines = "\n".join(f"| {visible(name)} | {visible(value)} |" for name, value in rows.items())
+    lines = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
     return f"| | |\n| --- | --- |\n{lines}"
+
+
+def _cell(text: str) -> str:
+    return visible(text).replace("|", "\\|")
 
 
 def fenced(text: str, language: str) -> str:
@@ -118,13 +129,16 @@ def ledger_card(
         **(licence or {"license": "unknown"}),
         "tags": ["fedkseed", "adapter"],
     }
+    of = " with the adapter" if ledger.base.has_adapter else ""
     rows = {
-        "base model": f"`{base}`, fingerprint `{ledger.base.fingerprint}`",
+        "base model": f"`{base}`, fingerprint{of} `{ledger.base.fingerprint}`",
         "candidate seeds": pool_text(ledger),
         "rounds": f"{ledger.round}",
         **(about or {}),
         "digest of the published ledger": published_text(ledger),
     }
+    how = HOW.format(tuned=ADAPTER if ledger.base.has_adapter else SOME if ledger.base.frozen else ALL)
+    load = OVER_ADAPTER if ledger.base.has_adapter else NAMED if "/" in base else BY_FOLDER
     asked = "" if prompt is None else f"\n## How it is asked\n\n{prompt_text(prompt)}\n"
     return f"""\
 ---
@@ -133,11 +147,11 @@ def ledger_card(
 
 # {base}, tuned with fedkseed: {ledger.pool.size:,} numbers
 
-{HOW}
+{how}
 
 {table_of(rows)}
 
 To load it:
 
-{fenced(LOADING, "python")}
+{fenced(LOADING.format(load=load), "python")}
 {asked}"""

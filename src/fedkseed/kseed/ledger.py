@@ -219,6 +219,10 @@ class Ledger:
         try:
             write_atomically(Path(path), self.encode())
         except OSError as error:
+            if not Path(path).parent.is_dir():
+                raise LedgerError(
+                    f"{path}: cannot save a ledger there: {Path(path).parent} is no folder; make it first"
+                ) from error
             raise LedgerError(
                 f"{path}: cannot save the ledger of round {self.round} ({error.strerror}); "
                 "the ledger that lies there is whole: make room or choose another place, then resume"

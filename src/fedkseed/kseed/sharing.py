@@ -48,13 +48,15 @@ def save_folder(
 
     Raises:
         InvalidValueError: no base model is known.
-        LedgerError: it cannot be written, or the folder is a run's.
+        LedgerError: it cannot be written, or the folder is a run's, or has somebody's own README.md.
     """
     folder, published = Path(folder), ledger.published()
     card = _card(published, base_model or ledger.base_model, prompt, about)
     try:
         if (folder / LEDGER).exists() and Ledger.load(folder / LEDGER).is_checkpoint:
             raise LedgerError(f"{folder} holds the checkpoint of a run, which this would replace; give another folder")
+        if (folder / CARD).exists() and not (folder / LEDGER).exists():
+            raise LedgerError(f"{folder} holds a {CARD} of something else, which this would replace; give another folder")
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -70,10 +72,17 @@ def save_folder(
 
 
 def _card(ledger: Ledger, base: str | None, prompt: Prompt | str | None, about: Mapping[str, str] | None) -> str:
+    if base is not None and not isinstance(base, (str, Path)):
+        raise InvalidValueError(f"base_model is {base!r:.80}; expected a hub id or a folder")
+    if prompt is not None and not isinstance(prompt, (Prompt, str)):
+        raise InvalidValueError(f"prompt is {prompt!r:.80}; expected the text of the template")
+    if about is not None and not isinstance(about, Mapping):
+        raise InvalidValueError(f"about is {about!r:.80}; expected a dict of rows, such as {{'training data': '...'}}")
     if not base:
         raise InvalidValueError("base_model is not known; give the hub id or the folder of the model that was tuned")
     if isinstance(prompt, str):
         prompt = Prompt("of its training", prompt, "jinja" if "{%" in prompt or "{{" in prompt else "text")
+    about = None if about is None else {str(name): str(value) for name, value in about.items()}
     folder = Path(base).expanduser()
     return ledger_card(folder.resolve().name if folder.is_dir() else base, ledger, licence_of(base), prompt, about)
 
@@ -121,6 +130,8 @@ def push(
 def find(source: str | Path) -> Ledger:
     """See `Ledger.from_pretrained`."""
     path, name = Path(source).expanduser(), str(source)
+    if not name.strip() or "\0" in name:
+        raise LedgerError(f"a ledger's name is {name!r:.80}; give its file, its folder, or owner/name on a hub")
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:
@@ -177,6 +188,8 @@ def load(
     from fedkseed.kseed.apply import apply
     from fedkseed.models.loading import load_model
 
+    if not isinstance(source, (str, Path)):
+        raise InvalidValueError(f"source is a {type(source).__name__}; expected a ledger's file, folder or name (see fk.apply)")
     ledger = find(source)
     if base is None and ledger.base_model is None:
         raise LedgerError(f"{source}: no card says which base model it is over; give base=, a folder or a hub id")

@@ -24,6 +24,11 @@ class BaseIdentity:
     digests: NDArray[np.uint32] = field(compare=False)
     frozen: tuple[str, ...] = ()
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it is a base model with a LoRA adapter, which is tuned: PEFT calls what that is added to `base_layer`."""
+        return any("base_layer" in name.split(".") for name in self.frozen)
+
     @classmethod
     def of(cls, digests: Mapping[str, bytes], frozen: Sequence[str] = ()) -> BaseIdentity:
         """The identity of a model from the digest of each parameter's base values, by canonical name."""
