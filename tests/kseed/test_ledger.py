@@ -419,7 +419,7 @@ DAMAGE: list[tuple[bool, str, Any]] = [
     ],
     *[(True, key, None) for key in ("pool.key", "pool.size", "pool.family", "base.fingerprint", "base.frozen")],
     *[(False, key, None) for key in ("accumulators", "grad_sums", "grad_counts", "base_digests")],
-    *[(True, "format", value) for value in (0, 4, "1", [1])],
+    *[(True, "format", value) for value in (0, 5, "1", 1.0, [1])],
     *[(True, "pool.key", value) for value in ("", "xyz", "-1", "1" + 16 * "0", 255, [])],
     *[(True, "pool.size", value) for value in (0, 3, 65537, "2", 2.0, True)],
     *[(True, "pool.family", value) for value in ("fourier", "", 1, ["hadamard"])],
@@ -467,10 +467,10 @@ def test_damaged_content_is_refused(tmp_path: Path, published: bool, at: str, va
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "l").write_bytes(damaged(True, "format", 4))
+    (tmp_path / "l").write_bytes(damaged(True, "format", 5))
     reason = refusal(tmp_path / "l")
-    assert "format is 4" in reason
-    assert "reads 1 to 3" in reason
+    assert "format is 5" in reason
+    assert "reads 1 to 4" in reason
 
 
 DEEP = b'{"__metadata__":' + b"[" * 100_000
@@ -644,8 +644,11 @@ def test_a_failed_step_leaves_the_old_file(
 
 
 def test_saving_where_nothing_can_be_saved(tmp_path: Path) -> None:
-    for path in (tmp_path / "none" / "l", tmp_path):
-        with pytest.raises(LedgerError, match="cannot save the ledger of round 1"):
+    for path, text in (
+        (tmp_path / "none" / "l", "none is no folder; make it first"),
+        (tmp_path, "cannot save the ledger of round 1"),
+    ):
+        with pytest.raises(LedgerError, match=text):
             some_ledger().save(path)
     assert list(tmp_path.iterdir()) == []
 

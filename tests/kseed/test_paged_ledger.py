@@ -331,8 +331,8 @@ def test_counts_that_add_up_to_the_right_sum_are_damage_all_the_same(tmp_path: P
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     metadata, tensors = plain()
-    (tmp_path / "l").write_bytes(write_by_hand(metadata | {"format": 4}, tensors))
-    assert "ledger format is 4; this version reads 1 to 3" in refusal(tmp_path / "l")
+    (tmp_path / "l").write_bytes(write_by_hand(metadata | {"format": 5}, tensors))
+    assert "ledger format is 5; this version reads 1 to 4" in refusal(tmp_path / "l")
 
 
 def test_every_truncation_and_flipped_bit_of_the_header(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A ledger file is a safetensors file with one metadata entry of canonical JSON. The checkpoint of a run holds the float64
 accumulators and what FedKSeed-Pro remembers; the published form holds the rounded coefficients alone. Format 1 is a page of
-scalars, formats 2 and 3 are lists of pages (`fedkseed.kseed.paged_format`).
+scalars, formats 2 and 3 are lists of pages (`fedkseed.kseed.paged_format`), format 4 is any of these with folded names
+(`fedkseed.kseed.folded_names`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.numpy import save as save_tensors
 
 from fedkseed.errors import FedKSeedError, InvalidValueError, LedgerError
 from fedkseed.files import safetensors_entry, safetensors_header, write_atomically
+from fedkseed.kseed.folded_names import folded, unfolded
 from fedkseed.kseed.paged_format import MIXED_FORMAT, PAGED_FORMAT, paged_content, read_pages, read_state, tensor_of
 from fedkseed.kseed.pages import Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
@@ -32,7 +34,10 @@ from fedkseed.noise.pool import SeedPool
 from fedkseed.text import counted
 
 FORMAT = 1
-FORMATS = (FORMAT, PAGED_FORMAT, MIXED_FORMAT)
+FOLDED_FORMAT = 4
+FORMATS = (FORMAT, PAGED_FORMAT, MIXED_FORMAT, FOLDED_FORMAT)
+WORTH_FOLDING = 256
+"""Bytes that folded names must save: else the file is one that older versions read."""
 METADATA = "fedkseed"
 MAX_COLUMNS = 64
 """Most tensors in a ledger's file, many times what any has: each one more costs time before it is refused."""
@@ -205,6 +210,7 @@ class Ledger:
     def encode(self) -> bytes:
         """The bytes of the ledger's file; the same for equal ledgers."""
         metadata, tensors = self._content()
+        metadata = _folded(metadata)
         if self.made_with is not None:
             metadata["made_with"] = dict(self.made_with)
         data: bytes = save_tensors(tensors, metadata={METADATA: _canonical(metadata)})
@@ -289,6 +295,7 @@ class Ledger:
                 f"ledger format is {found!s:.40}; this version reads {FORMAT} to {FORMATS[-1]}: use the fedkseed that wrote it"
             )
         try:
+            metadata, found = _unfolded(metadata, len(tensors["base_digests"]))
             ledger = cls._from_content(metadata, tensors) if found == FORMAT else cls._from_pages(metadata, tensors)
             if not isinstance(made_with := metadata.get("made_with"), dict | None):
                 raise ValueError("made_with is no table")
@@ -369,6 +376,27 @@ def published(made_with: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _canonical(metadata: dict[str, Any]) -> str:
     return json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+
+
+def _folded(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of a ledger, with the names of frozen tensors folded where that is worth it."""
+    frozen = metadata["base"]["frozen"]
+    patterns = folded(frozen)
+    if patterns is None or len(_canonical({"": frozen})) - len(_canonical({"": patterns})) < WORTH_FOLDING:
+        return metadata
+    return {**metadata, "format": FOLDED_FORMAT, "of": metadata["format"], "base": {**metadata["base"], "frozen": patterns}}
+
+
+def _unfolded(metadata: dict[str, Any], num_tensors: int) -> tuple[dict[str, Any], int]:
+    """The same as it is in an older format, and which."""
+    found = metadata["format"]
+    if found != FOLDED_FORMAT:
+        return metadata, found
+    of = metadata["of"]
+    if type(of) is not int or of not in FORMATS or of == FOLDED_FORMAT:
+        raise ValueError(f"it is of format {of!r:.40}")
+    frozen = unfolded(metadata["base"]["frozen"], num_tensors)
+    return {**metadata, "format": of, "base": {**metadata["base"], "frozen": frozen}}, of
 
 
 def _base(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> BaseIdentity:
