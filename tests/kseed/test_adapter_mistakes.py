@@ -205,6 +205,21 @@ def test_what_cannot_be_prepared_with(given: dict[str, Any], text: str) -> None:
     assert list(model.state_dict()) == list(Net().state_dict())
 
 
+def test_a_state_whose_columns_have_another_length() -> None:
+    model, optimizer = fk.prepare(Net(), POOL, lr=1e-2)
+    train(model, optimizer, range(1))
+    before = digest_of(model)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["exp_avg"] = torch.zeros(64)
+    refused(lambda: optimizer.load_state_dict(state), "^the state_dict's optimizer state is not of 128 numbers; it is damaged")
+    assert digest_of(model) == before
+    train(model, optimizer, range(1))
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    return fk.ledger_of(model).digest()
+
+
 def test_what_is_no_prepared_model() -> None:
     refused(lambda: fk.ledger_of(None), "^model is None; expected the module that fk.prepare gave")  # type: ignore[arg-type]
     refused(lambda: fk.release(Net()), "^this Net is not being tuned; call fk.prepare first")

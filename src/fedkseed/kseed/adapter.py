@@ -209,6 +209,11 @@ class KNumbers(torch.nn.Module):
             )
         if not (numbers.abs() <= LARGEST).all():
             raise InvalidValueError("a number of the state_dict is not finite or too large; it is damaged")
+        columns = [
+            x for one in state.get("state", {}).values() for x in one.values() if isinstance(x, torch.Tensor) and x.dim()
+        ]
+        if any(x.numel() not in (1, len(self.numbers)) for x in columns):
+            raise InvalidValueError(f"the state_dict's optimizer state is not of {len(self.numbers)} numbers; it is damaged")
         self._loading = ours
 
     def _take_state(self, optimizer: torch.optim.Optimizer) -> None:
