@@ -15,13 +15,6 @@ class FedKSeedError(Exception):
     private = False
 
 
-def is_want_of_memory(error: BaseException) -> bool:
-    """Whether this is torch's, on any device, or Python's way to say that memory did not suffice."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error))
-    )
-
-
 class InvalidValueError(FedKSeedError, ValueError):
     """An argument outside its documented range, or of the wrong type, dtype or length."""
 
@@ -95,3 +88,10 @@ class RunFolderError(RunError):
 def installing(extra: str) -> str:
     """The command that brings an optional part, for messages: fedkseed is on no package index yet."""
     return f"pip install -e '.[{extra}]' in fedkseed's clone"
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether this is torch's, on any device, or Python's way to say that memory did not suffice."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error))
+    )

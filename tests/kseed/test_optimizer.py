@@ -68,10 +68,11 @@ def test_signs_of_a_momentum_by_hand() -> None:
 def test_the_names_are_those_of_the_settings() -> None:
     from typing import get_args
 
-    from fedkseed.federation.config import OptimizerName
+    from fedkseed.federation.config import BOUNDED, OptimizerName
 
     assert tuple(OPTIMIZERS) == get_args(OptimizerName)  # a message holds a name's place: the order is frozen
     assert [OPTIMIZERS[name].name for name in OPTIMIZERS] == list(OPTIMIZERS)
+    assert [name for name in OPTIMIZERS if OPTIMIZERS[name].bounded] == list(BOUNDED)
 
 
 @names
