@@ -71,6 +71,10 @@ def test_a_ledger_over_them_is_the_adapter(tiny: Path, tmp_path: Path) -> None:
     fk.Ledger.of(bound, a.astype(np.float32)).save(tmp_path / "ledger")
     assert (tmp_path / "ledger").stat().st_size < 2000
 
+    card = (fk.Ledger.load(tmp_path / "ledger").save_pretrained(tmp_path / "folder", "owner/base") / "README.md").read_text()
+    assert "model = adapted()  #" in card
+    assert "fk.apply(model, folder)" in card
+    assert "with a LoRA adapter that is tuned" in card
     elsewhere = adapted(folder, 2)
     fk.apply(elsewhere, tmp_path / "ledger")
     assert fk.bind(elsewhere, POOL).digest() == bound.digest()

@@ -239,7 +239,7 @@ def export(
     model: Annotated[str | None, typer.Option(help="The base model (default: the run's own).")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the exported weights: auto, float32, float16 or bfloat16.")] = "auto",
     ledger_only: Annotated[
-        bool, typer.Option("--ledger-only", help="Write the published ledger, 8 to 16 KB; as a folder with its card.")
+        bool, typer.Option("--ledger-only", help="Write the published ledger, kilobytes; as a folder with its card.")
     ] = False,
     bits: Annotated[
         int | None, typer.Option(help="With --ledger-only: bits of each number, 8, 4, 2 or 1; what that costs is measured.")

@@ -31,6 +31,9 @@ NAMED = "fk.load(folder)  # the base model that is named above, and these number
 BY_FOLDER = 'fk.load(folder, base="BASE")  # where the base model that is named above lies, and these numbers'
 OVER_ADAPTER = """\
 fk.load(folder, base="START")  # a folder with the adapter that these numbers move, as it was before; see the table"""
+OVER_WRAPPED = """\
+adapted()  # what get_peft_model gave and fk.seed_lora drew before it was tuned: base, rank, places and key of its maker
+fk.apply(model, folder)"""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,9 @@ def ledger_card(
         "digest of the published ledger": published_text(ledger),
     }
     how = HOW.format(tuned=ADAPTER if ledger.base.has_adapter else SOME if ledger.base.frozen else ALL)
-    load = OVER_ADAPTER if ledger.base.has_adapter else NAMED if "/" in base else BY_FOLDER
+    load = NAMED if "/" in base else BY_FOLDER
+    if ledger.base.has_adapter:  # peft's own wrapping has other names than a model that transformers loads with an adapter
+        load = OVER_WRAPPED if all(name.startswith("base_model.model.") for name in ledger.base.frozen) else OVER_ADAPTER
     asked = "" if prompt is None else f"\n## How it is asked\n\n{prompt_text(prompt)}\n"
     return f"""\
 ---

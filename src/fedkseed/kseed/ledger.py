@@ -178,7 +178,7 @@ class Ledger:
         return replace(self, round=self.round + 1, coefficients=coefficients, history=history)
 
     def published(self) -> Ledger:
-        """The same model without what only the run needs: 8 to 16 KB for K = 4096."""
+        """The same model without what only the run needs: 9 to 17 KB for K = 4096."""
         return replace(self, history=None, state=None, made_with=published(self.made_with))
 
     def stamped(self, made_with: Mapping[str, Any] | None) -> Ledger:
