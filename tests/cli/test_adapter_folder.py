@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tests.support import hub as hubs
 from tests.support.command_line import CommandLine, assert_one_line, flags
 from tests.support.runs import read_metrics
 from tests.support.tiny import tiny_settings
@@ -169,3 +171,25 @@ def test_what_cannot_be_loaded_is_named(fedkseed: CommandLine, tiny: Path, adapt
         del settings[name]
     refused = fedkseed("simulate", *flags(settings), "--run", tmp_path / "run")
     assert_one_line(refused, 2, "--algorithm fedit attaches something of its own, and the model has an adapter")
+
+
+def test_a_hub_s_adapter_is_one_too(tiny: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over HTTP the first time, from the cache without a hub afterwards; a model of a hub is still a model."""
+    with hubs.running(tmp_path / "cache", monkeypatch) as hub:
+        for name, folder in (("owner/lora", adapter), ("owner/model", tiny / "model")):
+            hub.commits[name] = []
+            hub.commit(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+        first = load_model("owner/lora", "float32")
+        assert first.name_or_path == "owner/lora"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        asked = len(hub.asked)
+        again = load_model("owner/lora", "float32")
+        assert load_tokenizer("owner/lora").get_vocab() == load_tokenizer(tiny / "model").get_vocab()
+        assert len(hub.asked) == asked
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        assert not frozen_names(load_model("owner/model", "float32"))
+    here = load_model(adapter, "float32")
+    assert frozen_names(first) == frozen_names(here) != ()
+    pool = fk.SeedPool(1, 128)
+    digests = {fk.bind(model, pool).digest() for model in (first, again, here)}
+    assert len(digests) == 1

@@ -10,7 +10,7 @@ from fedkseed.cli.display import Lines, waiting
 from fedkseed.cli.export import public_name
 from fedkseed.errors import ConfigError, RunFolderError
 from fedkseed.kseed.card import ADAPTER_FIELD, head_of
-from fedkseed.models.adapter_folder import is_adapter
+from fedkseed.models.adapter_folder import has_adapter
 from fedkseed.models.loading import load_model, load_tokenizer, save_model
 from fedkseed.models.lora import seed_lora
 
@@ -45,10 +45,10 @@ def lora(model: str, output: Path, rank: int, key: int) -> None:
     if output.exists():
         raise RunFolderError(f"{output} exists; give an output that does not")
     folder = Path(model).expanduser()
-    if is_adapter(folder):
-        raise ConfigError(f"{model} is an adapter already, so it can be --model as it is; give its base model for a new one")
     with waiting(Lines().note, f"loading {model}"):
         base, tokenizer = load_model(model), load_tokenizer(model)
+    if has_adapter(base):  # as a hub's name may have one
+        raise ConfigError(f"{model} is an adapter already, so it can be --model as it is; give its base model for a new one")
     widest = max((min(p.shape) for p in base.parameters() if p.dim() == 2), default=0)
     if rank > widest:
         raise ConfigError(f"--rank is {rank} and no matrix of {model} has a rank above {widest}; give at most that")

@@ -1,6 +1,6 @@
-"""A folder with a LoRA adapter as a model: its base model with the adapter in place, whose matrices are what is tuned.
+"""A LoRA adapter as a model, a folder's or a hub's: its base model with it in place, whose matrices are what is tuned.
 
-So everything that takes a model's folder moves an adapter in K numbers where it is given an adapter's (docs/adapter.md).
+So everything that takes a model moves an adapter in K numbers where it is given an adapter's name (docs/adapter.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from fedkseed.errors import ModelError, installing
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TOKENIZER = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
+"""What else an adapter's folder may have that is read."""
 MATRICES = ("*.lora_*",)
 """What an adapter's tensors are called in a model that has it."""
 
@@ -21,6 +23,32 @@ MATRICES = ("*.lora_*",)
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter without its base model."""
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def on_hub(hub_id: str) -> Path | None:
+    """The folder of a hub's adapter in the local cache, where it is put if it is not there.
+
+    Returns:
+        None if the hub has no adapter without a model of that name, or cannot be asked.
+    """
+    from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+            return None
+        found = try_to_load_from_cache(hub_id, CONFIG)
+    except HFValidationError:
+        return None
+    if isinstance(found, str) and (Path(found).parent / WEIGHTS).is_file():
+        return Path(found).parent
+    try:
+        files = {file.rfilename for file in model_info(hub_id, timeout=10).siblings or ()}
+        if CONFIG not in files or "config.json" in files:
+            return None
+        return Path(snapshot_download(hub_id, allow_patterns=[CONFIG, WEIGHTS, *TOKENIZER]))
+    except Exception:  # of whichever HTTP library, or the hub's own: what is missing is said where the model is loaded
+        return None
 
 
 def has_adapter(model: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
 from fedkseed.models.adapter_folder import CONFIG as ADAPTER
-from fedkseed.models.adapter_folder import base_of, has_adapter, is_adapter
+from fedkseed.models.adapter_folder import base_of, has_adapter, is_adapter, on_hub
 from fedkseed.models.base import FileBase, stored_dtypes
 from fedkseed.models.parameters import NamedParameter, is_plain_float, is_quantised, named_parameters
 
@@ -33,7 +33,7 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
 
     Args:
         source: a folder with config.json and weights; a folder with a LoRA adapter, whose base model is loaded with the adapter
-            in place; or a hub id: taken from the local cache, else downloaded.
+            in place; or a hub id of either: taken from the local cache, else downloaded.
         dtype: of the weights; "auto" is what the checkpoint says.
         device: where torch shall put it.
 
@@ -75,7 +75,7 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
 
     model = _load(source, folder, "causal language model", load)
     if alone:
-        model.name_or_path = str(folder)  # transformers names the base model
+        model.name_or_path = str(folder if Path(source).expanduser().is_dir() else source)  # transformers names the base model
     else:
         _refuse_adapter(source, has_adapter(model))  # as a hub id may have one
     return model
@@ -247,7 +247,7 @@ def _configured_dtype(source: str | Path) -> torch.dtype | None:
 
 
 def _folder(source: str | Path) -> Path | None:
-    """The local folder that is meant, or None for a hub id."""
+    """The local folder that is meant, of a hub's adapter that in the cache; None for another hub id."""
     name, path = str(source), Path(source).expanduser()
     if not name.strip():
         raise ModelError("the model's name is empty; give a model folder, or a hub id such as 'owner/name'")
@@ -263,7 +263,7 @@ def _folder(source: str | Path) -> Path | None:
         raise ModelError(f"{name}: not a folder; give the folder that holds config.json and the weights")
     if isinstance(source, Path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(f"{name}: no such model folder; check the path, or give a hub id such as 'owner/name'")
-    return None
+    return on_hub(name)
 
 
 def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
