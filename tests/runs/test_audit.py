@@ -471,7 +471,7 @@ def test_the_command_is_one_line_and_a_code_for_what_is_wrong(fedkseed: CommandL
         ([logged, "--without", "x"], 2, "expected a client that replied: site-a"),
         ([logged, "--to", tmp_path / "x"], 2, "give --without CLIENT too"),
         ([logged, "--without", "site-a", "--to", tmp_path / "here"], 2, "exists; give a file that does not"),
-        ([logged, "--without", "site-a", "--to", tmp_path / "no" / "x"], 1, "cannot save the ledger"),
+        ([logged, "--without", "site-a", "--to", tmp_path / "no" / "x"], 1, "cannot save a ledger there"),
     ):
         assert_one_line(fedkseed("audit", *words), code, wanted)
     for entries, wanted in ((read(logged)[:3], "is not what the log leads to"), (read(logged)[1:], "entry 0 does not fit")):
