@@ -59,6 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "coefficients, sign, pages": {
         "algorithm": "fedkseed-grad", "num_seeds": 16, "wire": "sign", "basis": "coefficients", "rounds_per_page": 1,
         "server_optimizer": "adam",
+        "server_lr": 1.0,
     },
     "float32, a client of scalars": {
         "algorithm": "fedkseed-grad", "num_seeds": 16, "wire": "float32", "basis": "coefficients", "two_point_clients": 0.5,
