@@ -6,7 +6,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkseed.text import JOINERS, VisibleFormatter, counted, visible
+from fedkseed.text import JOINERS, VisibleFormatter, counted, one_line, visible
 
 MOVES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
@@ -38,3 +38,10 @@ def test_a_log_line_cannot_be_forged() -> None:
 def test_one_is_not_several() -> None:
     assert [counted(n, "round") for n in (0, 1, 2, 1200)] == ["0 rounds", "1 round", "2 rounds", "1,200 rounds"]
     assert [counted(n, "reply", "replies") for n in (1, 2)] == ["1 reply", "2 replies"]
+
+
+def test_an_error_is_one_line_of_some_length() -> None:
+    assert one_line(ValueError("a\n  b\tc")) == "a b c"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert one_line(ValueError("x" * 161)) == "x" * 157 + "..."
+    assert one_line(ValueError("x" * 80), 80) == "x" * 80

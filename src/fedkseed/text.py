@@ -29,6 +29,12 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def one_line(error: BaseException, most: int = 160) -> str:
+    """What an error says on one line, cut to so many characters; its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def counted(number: int, one: str, more: str | None = None) -> str:
     """A number of things, such as `1 round` and `1,200 rounds`; `more` where that is not `one` with an s."""
     return f"{number:,} {one if number == 1 else more or one + 's'}"

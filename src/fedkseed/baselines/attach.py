@@ -16,6 +16,7 @@ from fedkseed.federation import FederationConfig
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.models.adapter_folder import has_adapter
 from fedkseed.randomness import derive
+from fedkseed.text import one_line
 
 ENCODER_HIDDEN_SIZE = 128
 
@@ -132,8 +133,7 @@ def fresh_lora(model: Any, rank: int, base: str) -> Any:
         return _named(_wrapped(model, config), base)
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{base}: peft can put no adapter over all its linear layers ({' '.join(str(error).split())[:160]}); "
-            "give another model"
+            f"{base}: peft can put no adapter over all its linear layers ({one_line(error)}); give another model"
         ) from error
 
 

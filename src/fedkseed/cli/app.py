@@ -15,6 +15,7 @@ from fedkseed.cli.simulate import simulate, tune
 from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.data import LongPrompts
 from fedkseed.errors import ConfigError, FedKSeedError, is_want_of_memory
+from fedkseed.text import one_line
 
 TRAIN, USE, ARITHMETIC, MACHINE = "Train", "Look at a run, use its model", "Several tuned models", "This machine"
 """Groups of commands in the help."""
@@ -311,7 +312,7 @@ def main() -> None:
         if not is_want_of_memory(error):
             raise
         complain(
-            f"no memory for what was to be done ({' '.join(str(error).split()):.80}); a smaller --batch-size or --max-length "
+            f"no memory for what was to be done ({one_line(error, 80)}); a smaller --batch-size or --max-length "
             "needs less, so does --dtype bfloat16; a run goes on with --resume"
         )
         sys.exit(1)

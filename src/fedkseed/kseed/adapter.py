@@ -30,6 +30,7 @@ from fedkseed.models.parameters import NUMBERS, TUNED, is_plain_float
 from fedkseed.models.projection import Projection
 from fedkseed.noise.families import block_size
 from fedkseed.noise.pool import SeedPool
+from fedkseed.text import one_line
 
 Factory = Callable[..., torch.optim.Optimizer]
 """Makes an optimiser as torch's classes do: `factory([tensor], lr=lr)`."""
@@ -37,6 +38,10 @@ ADAM: Factory = partial(torch.optim.Adam, betas=(DECAY, SQUARE_DECAY), eps=TINY)
 """The clients' Adam (docs/gradients.md), as torch has it."""
 UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)
 """Optimisers of torch that need more than a dense gradient a step."""
+MOVED = (
+    "the numbers were moved by another optimizer than the one that fk.prepare gave, so the weights have not followed; prepare "
+    "the base model anew and use that one (a Trainer takes it as optimizers=(optimizer, None))"
+)
 
 
 class KNumbers(torch.nn.Module):
@@ -159,10 +164,7 @@ class KNumbers(torch.nn.Module):
     def _check_numbers(self) -> None:
         """Refuse numbers that another optimiser has moved: the weights have not followed."""
         if self._moved_by_another():
-            raise InvalidValueError(
-                "the numbers were moved by another optimizer than the one that fk.prepare gave, so the weights have not "
-                "followed; prepare the base model anew and use that one (a Trainer takes it as optimizers=(optimizer, None))"
-            )
+            raise InvalidValueError(MOVED)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
@@ -256,10 +258,7 @@ class KNumbers(torch.nn.Module):
         if (name := self._bound.replaced()) is not None:
             raise LedgerError(f"{name} is another parameter than the one that was prepared, so no ledger gives this model")
         if self._moved_by_another():
-            raise LedgerError(
-                "another optimizer than the one that fk.prepare gave has moved the numbers, and the weights have not followed; "
-                "prepare the base model anew and use that one (a Trainer takes it as optimizers=(optimizer, None))"
-            )
+            raise LedgerError(MOVED)
         if self._frozen_versions != _versions(self._frozen):
             raise LedgerError(
                 "a tensor that is not tuned was changed since the model was prepared; no ledger over its base gives this model"
@@ -352,7 +351,7 @@ def prepare(
         made = optimizer([child.numbers], lr=lr)
     except Exception as error:  # whatever somebody's optimiser raises
         raise InvalidValueError(
-            f"optimizer {optimizer!r:.80} made none ({' '.join(str(error).split()):.120}); expected a class such as "
+            f"optimizer {optimizer!r:.80} made none ({one_line(error, 120)}); expected a class such as "
             "torch.optim.AdamW, or functools.partial of one"
         ) from error
     if isinstance(made, UNFIT):

@@ -24,6 +24,7 @@ from fedkseed.kseed.steps import GRAD_EXPONENT, LocalSteps, StepSettings, local_
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.privacy import WITHHELD, Mechanism, Privacy
 from fedkseed.randomness import generator
+from fedkseed.text import one_line
 
 log = logging.getLogger(__name__)
 F64 = NDArray[np.float64]
@@ -76,7 +77,7 @@ class ChangeClient:
                 if not is_want_of_memory(error):
                     raise
                 raise ModelError(
-                    f"{self.name}: no memory for a gradient ({' '.join(str(error).split()):.80}); --checkpointing on needs "
+                    f"{self.name}: no memory for a gradient ({one_line(error, 80)}); --checkpointing on needs "
                     "less, so does a smaller --batch-size or --max-length"
                 ) from error
         return (reply or self._by_two_points(request, page, heard)).encode()

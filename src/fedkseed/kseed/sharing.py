@@ -15,6 +15,7 @@ from fedkseed.errors import InvalidValueError, LedgerError
 from fedkseed.files import write_atomically
 from fedkseed.kseed.card import Prompt, fields_of, ledger_card, licence_of
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,9 @@ def push(
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Ledger of round {ledger.round}")
         except Exception as error:  # of whichever HTTP library, or the hub's own
-            raise LedgerError(f"{repo_id}: cannot push ({_line(error)}); check the name, the token and the network") from error
+            raise LedgerError(
+                f"{repo_id}: cannot push ({one_line(error)}); check the name, the token and the network"
+            ) from error
     return str(url)
 
 
@@ -160,7 +163,7 @@ def _fetch(name: str, repo_id: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[LEDGER, CARD]))
     except Exception as error:  # of whichever HTTP library, or the hub's own
         raise LedgerError(
-            f"{name}: no such file or folder here, and no hub gives it ({_line(error)}); check the name, the revision and "
+            f"{name}: no such file or folder here, and no hub gives it ({one_line(error)}); check the name, the revision and "
             "the network"
         ) from error
     if not (folder / LEDGER).is_file():
@@ -213,8 +216,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if not were:
             utils.enable_progress_bars()
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

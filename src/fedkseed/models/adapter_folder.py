@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.errors import ModelError, installing
+from fedkseed.text import one_line
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,6 +31,9 @@ def on_hub(hub_id: str) -> Path | None:
 
     Returns:
         None if the hub has no adapter without a model of that name, or cannot be asked.
+
+    Raises:
+        ModelError: the hub has one and does not give it.
     """
     from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -44,11 +48,14 @@ def on_hub(hub_id: str) -> Path | None:
         return Path(found).parent
     try:
         files = {file.rfilename for file in model_info(hub_id, timeout=10).siblings or ()}
-        if CONFIG not in files or "config.json" in files:
-            return None
-        return Path(snapshot_download(hub_id, allow_patterns=[CONFIG, WEIGHTS, *TOKENIZER]))
-    except Exception:  # of whichever HTTP library, or the hub's own: what is missing is said where the model is loaded
+    except Exception:  # of whichever HTTP library, or the hub's own: it is said where the model is loaded
         return None
+    if CONFIG not in files or "config.json" in files:
+        return None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[CONFIG, WEIGHTS, *TOKENIZER]))
+    except Exception as error:
+        raise ModelError(f"{hub_id}: the hub does not give its adapter ({one_line(error)}); check the network") from error
 
 
 def has_adapter(model: Any) -> bool:

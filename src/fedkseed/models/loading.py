@@ -18,6 +18,7 @@ from fedkseed.models.adapter_folder import CONFIG as ADAPTER
 from fedkseed.models.adapter_folder import base_of, has_adapter, is_adapter, on_hub
 from fedkseed.models.base import FileBase, stored_dtypes
 from fedkseed.models.parameters import NamedParameter, is_plain_float, is_quantised, named_parameters
+from fedkseed.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def require_device(device: str | torch.device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidValueError(f"device {str(device)!r} cannot be used here ({_line(error)}); try 'cpu'") from None
+        raise InvalidValueError(f"device {str(device)!r} cannot be used here ({one_line(error)}); try 'cpu'") from None
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -150,7 +151,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         advice = "make room or choose another place"
         if any(is_quantised(parameter) for parameter in model.parameters()):
             advice = "not every quantised model can be saved again: publish the ledger, and apply it to the base"
-        raise RunError(f"{folder}: cannot write the model ({_line(error)}); {advice}") from error
+        raise RunError(f"{folder}: cannot write the model ({one_line(error)}); {advice}") from error
 
 
 def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:
@@ -236,14 +237,16 @@ def give_stored_dtypes(model: PreTrainedModel, source: str | Path) -> None:
 
 
 def _configured_dtype(source: str | Path) -> torch.dtype | None:
+    folder = _folder(source)
+
     def load(local_files_only: bool) -> torch.dtype | None:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(_folder(source) or source, local_files_only=local_files_only)
+        config = AutoConfig.from_pretrained(folder or source, local_files_only=local_files_only)
         dtype = getattr(config, "dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else None
 
-    return _load(source, _folder(source), "configuration", load)
+    return _load(source, folder, "configuration", load)
 
 
 def _folder(source: str | Path) -> Path | None:
@@ -299,7 +302,8 @@ def _call(source: str | Path, what: str, load: Callable[[bool], T], local_files_
         return load(local_files_only)
     except Exception as error:  # transformers and its parsers raise anything: OSError, ValueError, SafetensorError, KeyError
         raise ModelError(
-            f"{source}: no {what} could be loaded ({_line(error)}); check that the folder or hub id is whole and of a causal LM"
+            f"{source}: no {what} could be loaded ({one_line(error)}); check that the folder or hub id is whole and of "
+            "a causal LM"
         ) from error
 
 
@@ -310,7 +314,7 @@ def _is_cached(hub_id: str) -> bool:
     try:
         found = [try_to_load_from_cache(hub_id, name) for name in ("config.json", "tokenizer_config.json")]
     except HFValidationError as error:
-        raise ModelError(f"{hub_id!r}: neither a folder nor a hub id ({_line(error)}); give one of the two") from None
+        raise ModelError(f"{hub_id!r}: neither a folder nor a hub id ({one_line(error)}); give one of the two") from None
     return any(isinstance(path, str) for path in found)
 
 
@@ -323,7 +327,7 @@ def _require_reachable(hub_id: str, what: str) -> None:
     except Exception as error:  # of whichever HTTP library, or the hub's own
         raise ModelError(
             f"{hub_id}: no such folder here, no {what} of that id in the local cache, and the hub does not give it "
-            f"({_line(error)}); download the model and give its folder, or check the id and the network"
+            f"({one_line(error)}); download the model and give its folder, or check the id and the network"
         ) from error
 
 
@@ -343,9 +347,3 @@ def _quiet(bars: bool) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    """An exception's message on one line, cut to a readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
