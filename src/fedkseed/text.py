@@ -29,10 +29,15 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def one_line(error: BaseException, most: int = 160) -> str:
+def one_line(error: object, most: int = 160) -> str:
     """What an error says on one line, cut to so many characters; its kind where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def named_line(error: BaseException, most: int = 160) -> str:
+    """The same behind the error's kind, for what somebody else's program raised."""
+    return f"{type(error).__name__}: {one_line(error, most)}"
 
 
 def counted(number: int, one: str, more: str | None = None) -> str:

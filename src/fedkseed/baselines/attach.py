@@ -73,7 +73,7 @@ def attach(model: Any, config: FederationConfig) -> Any:
                 return _attach(model, config).eval()
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{config.algorithm} cannot be attached to {type(model).__name__} ({' '.join(str(error).split())[:160]}); "
+                f"{config.algorithm} cannot be attached to {type(model).__name__} ({one_line(error)}); "
                 "choose another --algorithm, such as fedavg"
             ) from error
 

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from fedkseed.baselines.parameters import Tensors
 from fedkseed.errors import RunError
 from fedkseed.files import safetensors_entry, safetensors_header, write_atomically
+from fedkseed.text import one_line
 
 FORMAT = 1
 METADATA = "fedkseed_baseline"
@@ -91,4 +92,6 @@ class TunedTensors:
         except OSError as error:
             raise RunError(f"{path}: cannot read the run's tensors ({error.strerror}); restore them from a copy") from error
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
-            raise RunError(f"{path}: not a baseline's tensors, or damaged ({error!s:.80}); restore them from a copy") from error
+            raise RunError(
+                f"{path}: not a baseline's tensors, or damaged ({one_line(error, 80)}); restore them from a copy"
+            ) from error

@@ -15,6 +15,7 @@ from fedkseed.baselines.parameters import Tensors
 from fedkseed.errors import ProtocolError
 from fedkseed.federation.envelope import MAX_STEPS, Reply, Request, check_integer, pack_fields, shown, unpack_fields
 from fedkseed.files import safetensors_header
+from fedkseed.text import one_line
 
 REQUEST, REPLY = "t?", "t!"
 ROOM = 4096
@@ -45,7 +46,7 @@ def unpack_tensors(data: Any) -> dict[str, torch.Tensor]:
         safetensors_header(io.BytesIO(data))
         tensors: dict[str, torch.Tensor] = load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ProtocolError(f"tensors are not a safetensors file ({error!s:.80})") from error
+        raise ProtocolError(f"tensors are not a safetensors file ({one_line(error, 80)})") from error
     return tensors
 
 

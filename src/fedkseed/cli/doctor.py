@@ -11,6 +11,7 @@ from fedkseed.errors import BackendError, RunError
 from fedkseed.noise import get_backend
 from fedkseed.noise.backend import MODULES
 from fedkseed.noise.pool import SeedPool
+from fedkseed.text import one_line
 
 EXPECTED = {
     "hadamard": "1eb09eb38c60b6dec7a10c8aa3dc0b2257e462b76f3518ebea9ff7bb886f2129",
@@ -48,7 +49,7 @@ def doctor() -> None:
         import torch
     except ImportError as error:
         raise RunError(
-            f"torch is not here, or does not load ({error}); nothing else runs without it: pip install torch"
+            f"torch is not here, or does not load ({one_line(error)}); nothing else runs without it: pip install torch"
         ) from error
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

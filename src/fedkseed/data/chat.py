@@ -14,7 +14,7 @@ from fedkseed.data.jinja import literal, presets
 from fedkseed.data.rendered import Rendered
 from fedkseed.data.special import control_tokens, leading_text
 from fedkseed.errors import InvalidValueError, ModelError
-from fedkseed.text import nearest
+from fedkseed.text import nearest, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,6 @@ CALENDAR = """\
 """Takes the place of transformers' function of this name, which reads the clock. Newer versions pass no functions to a
 template, so it is one in the template's own language, over a table of what each letter stands for."""
 LETTERS = "aAbBcdDeFGHIjmMpSTuUVwWxXyYZz"
-LONGEST_REASON = 160
 MARKS = range(0xF0000, 0xFFFFE)
 """Characters of a private plane, which stand for special tokens' names while a template works on a text."""
 
@@ -105,7 +104,7 @@ class Chat:
             template = str(tokenizer.get_chat_template())
         except ValueError as error:  # several templates, and none of them is the usual one
             raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path} has no usual chat template ({error}); use 'plain'"
+                f"the tokenizer of {tokenizer.name_or_path} has no usual chat template ({one_line(error)}); use 'plain'"
             ) from None
         for name in self.arguments:
             words = set(re.findall(r"[A-Za-z_]\w*", template))
@@ -119,8 +118,7 @@ class Chat:
         try:
             prompt = self._render(template, turns, tokenizer)
         except Exception as error:  # a template is a program of the model's author and may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return None, reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 3]}..."
+            return None, one_line(error)
         for i, turn in enumerate(turns):
             if _calls(turn) or (turn["role"] not in ("user", "assistant") and turn["content"].strip()):
                 # a template that passes over a turn says nothing; but then another one in its place changes nothing

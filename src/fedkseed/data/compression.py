@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedkseed.errors import DataError, installing
+from fedkseed.text import one_line
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
@@ -56,5 +57,4 @@ def read_bytes(path: Path) -> bytes:
             f"{path} is compressed by zstd, which needs an extra; install it with: {installing('datasets')}"
         ) from None
     except Exception as error:  # each of these libraries has its own, and zlib's are no OSError
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be decompressed ({reason}); the file is damaged, so fetch it again") from None
+        raise DataError(f"{path}: cannot be decompressed ({one_line(error)}); the file is damaged, so fetch it again") from None

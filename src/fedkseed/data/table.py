@@ -11,6 +11,7 @@ from typing import Any
 from fedkseed.data.compression import kind_of, read_bytes
 from fedkseed.data.record import Row
 from fedkseed.errors import DataError, installing
+from fedkseed.text import one_line
 
 LONGEST_FIELD = 2**31 - 1
 """In characters, of a CSV file: as many as the csv module can be told on every machine; by itself it takes 131,072."""
@@ -165,10 +166,8 @@ def _load(load: Callable[[], Any], source: str, expected: str) -> Any:
     except ImportError as error:
         raise DataError(f"{source} needs an extra; install it with: {installing('datasets')}") from error
     except Exception as error:  # of pyarrow, datasets, the hub's library or whichever HTTP library these use
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason if len(reason) <= 160 else reason[:157] + "..."
         raise DataError(
-            f"{source}: cannot be read ({reason}); expected {expected}, so check the name or give a jsonl file"
+            f"{source}: cannot be read ({one_line(error)}); expected {expected}, so check the name or give a jsonl file"
         ) from None
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from fedkseed.data import Example
 from fedkseed.errors import ConfigError, DataError
 from fedkseed.evaluation.rouge import rouge_l
+from fedkseed.text import named_line, one_line
 
 Score = Callable[[Example, str], Any]
 """Of a record and an answer to it, a number that is to rise."""
@@ -49,9 +50,8 @@ def find_score(name: str, where: str = "--objective") -> Score:
         for part in function.split("."):
             found = getattr(found, part)
     except Exception as error:  # a user's module raises anything
-        reason = " ".join(str(error).split())[:160]
         raise ConfigError(
-            f"{where} is {name!r}: {reason or type(error).__name__}; give PACKAGE:FUNCTION, with the module in this folder or "
+            f"{where} is {name!r}: {one_line(error)}; give PACKAGE:FUNCTION, with the module in this folder or "
             "installed beside fedkseed"
         ) from error
     if not callable(found):
@@ -79,7 +79,7 @@ def scored(score: Score, record: Example, answer: str) -> tuple[float, str]:
     try:
         value = score(record, answer)
     except Exception as error:  # a user's function raises anything; a step is worth less than the run
-        return math.nan, f"raised {type(error).__name__}: {' '.join(str(error).split()):.120}"
+        return math.nan, f"raised {named_line(error, 120)}"
     if not isinstance(value, (Real, np.bool_)):
         return math.nan, f"gave something of type {type(value).__name__}"
     number = float(value)

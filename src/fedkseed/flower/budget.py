@@ -11,6 +11,7 @@ from fedkseed.errors import PrivacyError
 from fedkseed.files import write_atomically
 from fedkseed.privacy import Privacy
 from fedkseed.privacy.accountant import History, added, get_epsilon
+from fedkseed.text import one_line
 
 
 class KeptHistory:
@@ -41,7 +42,7 @@ class KeptHistory:
             return ()
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise PrivacyError(
-                f"{self.path}: the account of what was released cannot be read ({error!s:.80}); restore it from a copy"
+                f"{self.path}: the account of what was released cannot be read ({one_line(error, 80)}); restore it from a copy"
             ) from error
         return history
 

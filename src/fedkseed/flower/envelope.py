@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedkseed.errors import ProtocolError
 from fedkseed.federation.envelope import check_name
+from fedkseed.text import one_line
 
 RECORD, FIELD = "fedkseed", "message"
 MAX_SMALL_BYTES = 4096
@@ -28,8 +29,7 @@ def unwrap(message: Message) -> bytes:
         ProtocolError: it carries an error, or anything else than one such value.
     """
     if message.has_error():
-        reason = " ".join(str(message.error.reason).split())
-        raise ProtocolError(f"the node answered with an error: {reason:.300}")
+        raise ProtocolError(f"the node answered with an error: {one_line(message.error.reason, 300)}")
     content = message.content
     if list(content) != [RECORD] or RECORD not in content.config_records or list(content.config_records[RECORD]) != [FIELD]:
         raise ProtocolError(f"expected one record {RECORD!r} with one value {FIELD!r}, found others")

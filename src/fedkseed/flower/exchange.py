@@ -10,6 +10,8 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedkseed.text import named_line
+
 POLL_SECONDS = 0.5
 NOTE_SECONDS = 30.0
 """How often a wait says what it waits for."""
@@ -44,7 +46,7 @@ class Exchange:
             except httpx.TransportError:
                 raise  # the SuperLink is out of reach: no reply's fault
             except Exception as error:  # a reply is whatever a stranger made of Flower's object format
-                reason = f"reply cannot be unpacked ({type(error).__name__}: {error})"
+                reason = f"reply cannot be unpacked ({named_line(error)})"
                 found = [Message(Error(ErrorCode.UNKNOWN, reason), reply_to=request)]
             if found:
                 del self._open[key]

@@ -25,6 +25,7 @@ import msgpack
 
 from fedkseed.errors import DataError, FedKSeedError, RunError
 from fedkseed.flower.log import log
+from fedkseed.text import named_line
 
 POLL_SECONDS = 0.05
 SERVE = f"import sys; from {__name__} import serve; serve(sys.argv[1])"
@@ -143,8 +144,8 @@ def serve(folder: str) -> None:
                 except FedKSeedError as error:
                     reply = (WITHHELD if error.private else REFUSED, str(error))
                 except Exception as error:  # a fault of ours is told, and the next question answered
-                    log(ERROR, "fedkseed: %s: %s", type(error).__name__, error)
-                    reply = (FAILED, f"{type(error).__name__}: {error}")
+                    log(ERROR, "fedkseed: %s", named_line(error))
+                    reply = (FAILED, named_line(error))
                 done.set()
                 watch.join()
                 with contextlib.suppress(BrokenPipeError):  # who asked has just gone

@@ -72,7 +72,7 @@ class ChangeClient:
             try:
                 reply = self._by_gradient(request, page, heard)
             except NoBackwardError as error:
-                log.warning("%s cannot backpropagate (%s); it answers with two-point steps", self.name, f"{error!s:.160}")
+                log.warning("%s cannot backpropagate (%s); it answers with two-point steps", self.name, one_line(error))
             except (RuntimeError, MemoryError) as error:
                 if not is_want_of_memory(error):
                     raise

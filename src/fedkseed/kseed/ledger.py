@@ -31,7 +31,7 @@ from fedkseed.kseed.pages import Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
-from fedkseed.text import counted
+from fedkseed.text import counted, one_line
 
 FORMAT = 1
 FOLDED_FORMAT = 4
@@ -287,7 +287,7 @@ class Ledger:
             file.seek(0)
             tensors = load_tensors(file.read())
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            why = f" ({error!s:.100})" if isinstance(error, ValueError) else ""
+            why = f" ({one_line(error, 100)})" if isinstance(error, ValueError) else ""
             raise LedgerError(f"not a ledger, or damaged{why}; expected a file that fedkseed wrote") from error
         found = metadata.get("format") if isinstance(metadata, dict) else None
         if type(found) is not int or found not in FORMATS:
@@ -301,7 +301,7 @@ class Ledger:
                 raise ValueError("made_with is no table")
             return ledger.stamped(made_with)
         except (KeyError, TypeError, ValueError, FedKSeedError) as error:
-            raise LedgerError(f"ledger is damaged ({error!s:.200}); restore it from a copy") from error
+            raise LedgerError(f"ledger is damaged ({one_line(error, 200)}); restore it from a copy") from error
 
     def _content(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         metadata: dict[str, Any] = {

@@ -15,6 +15,7 @@ from fedkseed.errors import BindingError
 from fedkseed.files import safetensors_header
 from fedkseed.models.parameters import NamedParameter
 from fedkseed.noise import QUANTUM
+from fedkseed.text import one_line
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BATCH_ELEMENTS = 64 * QUANTUM
@@ -152,7 +153,9 @@ def _files(path: Path) -> list[Path]:
             try:
                 files = sorted({path / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-                raise BindingError(f"{index}: not an index of safetensors files ({error}); download it again") from error
+                raise BindingError(
+                    f"{index}: not an index of safetensors files ({one_line(error)}); download it again"
+                ) from error
         else:
             files = [path / "model.safetensors"]
     else:
@@ -181,5 +184,5 @@ def _read_header(path: Path) -> dict[str, _Span]:
                     raise ValueError(f"{name} does not fit the file")
                 spans[name] = span
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
-        raise BindingError(f"{path}: not a whole safetensors file ({error!s:.160}); download it again") from error
+        raise BindingError(f"{path}: not a whole safetensors file ({one_line(error)}); download it again") from error
     return spans

@@ -16,6 +16,7 @@ import torch
 
 from fedkseed.errors import ModelError
 from fedkseed.models.parameters import inner_tensors, is_plain_float, named_parameters
+from fedkseed.text import one_line
 
 CONTEXT_NAMES = (
     "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length", "max_seq_length", "seq_length",
@@ -116,8 +117,9 @@ def _as_loaded(model: Any) -> Iterator[None]:
             parameter.requires_grad_(is_plain_float(parameter))
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # architectures raise anything
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(f"{type(model).__name__} gives no loss on a text ({reason}); give a causal language model") from error
+        raise ModelError(
+            f"{type(model).__name__} gives no loss on a text ({one_line(error)}); give a causal language model"
+        ) from error
     finally:
         for parameter, asks in asked:
             parameter.requires_grad_(asks)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import BackendError, InvalidValueError, installing
+from fedkseed.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +172,7 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError as error:
-        raise BackendError(f"backend {name!r} cannot run here ({error}); it needs {REQUIREMENTS[name]}") from error
+        raise BackendError(f"backend {name!r} cannot run here ({one_line(error)}); it needs {REQUIREMENTS[name]}") from error
     backend: Backend = module.BACKEND
     return backend
 

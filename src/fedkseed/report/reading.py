@@ -13,6 +13,7 @@ from fedkseed.runs.answers import Answer, kept_answers, of_ledger_or_round
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.layout import METRICS
 from fedkseed.runs.settings import RunConfig
+from fedkseed.text import one_line
 
 LARGEST_LOSS = 1e30
 """A loss beyond this is divergence like NaN, and more than a chart's arithmetic bears."""
@@ -162,7 +163,7 @@ def read(path: Path, which: str | int | None = None) -> RunRecord:
                 rounds.append(_round(event))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             where = f"{event['event']} {event['server_round']} of {path / METRICS}"
-            damage = damage or f"{where} cannot be read ({_cause(error):.80})"
+            damage = damage or f"{where} cannot be read ({_cause(error)})"
     closed = _ascending(rounds)
     done = ledger.round if ledger else max((r.server_round for r in closed), default=0)
     return RunRecord(
@@ -246,4 +247,4 @@ def _ascending(events: Iterable[T]) -> tuple[T, ...]:
 
 
 def _cause(error: Exception) -> str:
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error).replace("\n", " ")
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else one_line(error, 80)

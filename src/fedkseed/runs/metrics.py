@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkseed.text import one_line
+
 NEEDED = {"evaluation": ("eval_loss",), "round": ("dropped_steps", "bytes_down", "bytes_up", "seconds")}
 """The numbers without which an event of a kind tells nothing."""
 
@@ -61,7 +63,7 @@ def read_metrics(path: Path) -> Metrics:
         try:
             events.append(_event(line))
         except (ValueError, RecursionError) as error:
-            wrong.append(f"line {number}: {error!s:.80}")
+            wrong.append(f"line {number}: {one_line(error, 80)}")
     if not wrong:
         return Metrics(tuple(events))
     count = "1 line" if len(wrong) == 1 else f"{len(wrong)} lines"

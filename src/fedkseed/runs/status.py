@@ -11,6 +11,7 @@ from fedkseed.errors import RunError
 from fedkseed.files import Lock
 from fedkseed.runs.layout import CONFIG, LOCK, METRICS, read_settings
 from fedkseed.runs.metrics import best_round, read_metrics
+from fedkseed.text import one_line
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def status_of(path: Path) -> Status:
     try:
         algorithm, num_rounds = str(settings["algorithm"]), int(settings["num_rounds"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path / CONFIG} is damaged ({error!s:.100}); restore it from a copy") from error
+        raise RunError(f"{path / CONFIG} is damaged ({one_line(error, 100)}); restore it from a copy") from error
     metrics = read_metrics(path / METRICS)
     rounds = [event for event in metrics.events if event["event"] == "round"]
     last: dict[str, Any] = rounds[-1] if rounds else {}

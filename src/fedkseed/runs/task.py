@@ -27,6 +27,7 @@ from fedkseed.models.loading import base_path
 from fedkseed.models.parameters import is_quantised, named_parameters
 from fedkseed.models.projection import Projection
 from fedkseed.runs.memory import give_back_at_once
+from fedkseed.text import one_line
 
 if TYPE_CHECKING:
     from fedkseed.noise.pool import SeedPool
@@ -207,8 +208,9 @@ def compile_passes(model: torch.nn.Module) -> None:
             mean_loss(model, collate(records, 0, next(model.parameters()).device))
     except Exception as error:  # every backend of torch.compile raises its own
         model._compiled_call_impl = None
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(f"--compile on: torch cannot compile {type(model).__name__} here ({reason}); leave it out") from error
+        raise ModelError(
+            f"--compile on: torch cannot compile {type(model).__name__} here ({one_line(error)}); leave it out"
+        ) from error
 
 
 class TextTask:

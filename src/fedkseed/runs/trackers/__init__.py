@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedkseed.errors import ConfigError, RunError, installing
 from fedkseed.files import write_atomically
+from fedkseed.text import named_line
 
 if TYPE_CHECKING:
     from fedkseed.runs.folder import RunFolder
@@ -98,7 +99,7 @@ def tracking(
             try:
                 trackers[name] = import_module(f"{__name__}.{name}").open_tracker(run, done)
             except Exception as error:  # a tracker is somebody else's program and may raise anything
-                raise RunError(f"--log {name} cannot be opened ({_short(error)}); mend that, or leave it out") from error
+                raise RunError(f"--log {name} cannot be opened ({named_line(error)}); mend that, or leave it out") from error
             stack.callback(_close, name, trackers, note)
 
         def tell(event: dict[str, Any]) -> None:
@@ -107,7 +108,7 @@ def tracking(
                     trackers[name].event(event)
                 except Exception as error:  # as above: the run is worth more than its log
                     del trackers[name]
-                    note(f"--log {name} failed ({_short(error)}); the run goes on without it, {run.path} has all numbers")
+                    note(f"--log {name} failed ({named_line(error)}); the run goes on without it, {run.path} has all numbers")
 
         yield tell
 
@@ -117,11 +118,7 @@ def _close(name: str, trackers: dict[str, Tracker], note: Callable[[str], None])
         if name in trackers:
             trackers[name].close()
     except Exception as error:  # as above
-        note(f"--log {name} could not be closed ({_short(error)})")
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        note(f"--log {name} could not be closed ({named_line(error)})")
 
 
 def tracked_id(run: RunFolder) -> str:
