@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 import fedkseed as fk
 from fedkseed.runs.memory import peak_memory
 from fedkseed.kseed.gradient_steps import folded_gradient, gradient_steps
-from fedkseed.kseed.optimizer import OPTIMIZERS
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.runs.task import checkpoint_activations
 folder, mode = sys.argv[1:]

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import fedkseed as fk
 from fedkseed.demo import model_folder
 from fedkseed.errors import BindingError, FedKSeedError, InvalidValueError, LedgerError
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.coding import BITS
 from fedkseed.kseed.gradient_steps import folded_gradient, gradient_steps
-from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.thinning import thinned
 from fedkseed.models.loading import load_model
 from fedkseed.noise.families import transform

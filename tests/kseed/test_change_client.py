@@ -23,12 +23,12 @@ from tests.support.changes import (
 import fedkseed as fk
 from fedkseed.errors import ModelError, ProtocolError
 from fedkseed.federation import FederationConfig
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.change_client import ChangeClient
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, seeds_of
 from fedkseed.kseed.change_server import ChangeServer, new_page
 from fedkseed.kseed.coding import LARGEST
 from fedkseed.kseed.gradient_steps import folded_gradient, gradient_steps
-from fedkseed.kseed.optimizer import OPTIMIZERS
 
 F64 = NDArray[np.float64]
 bases = pytest.mark.parametrize("basis", ["table", "coefficients"])

@@ -17,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 from tests.support.messages import EPS, NAMES, POSITIVE, SHORT
 
 from fedkseed.errors import ProtocolError
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.change_messages import (
     BASES,
     CHANGE,
@@ -32,7 +33,6 @@ from fedkseed.kseed.change_messages import (
     Patch,
 )
 from fedkseed.kseed.coding import Coded, coded_bytes, encode
-from fedkseed.kseed.optimizer import OPTIMIZERS
 
 Message = ChangeRequest | ChangeReply
 CLASSES = (ChangeRequest, ChangeReply)

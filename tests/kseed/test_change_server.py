@@ -13,13 +13,13 @@ from tests.support.changes import BASE, config, honest, numbers_of, play, reply_
 import fedkseed as fk
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.aggregators import AGGREGATORS
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.change_client import patched
 from fedkseed.kseed.change_messages import SCALARS, ChangeReply, ChangeRequest
 from fedkseed.kseed.change_server import ChangeServer, new_page
 from fedkseed.kseed.changes import combined
 from fedkseed.kseed.coding import BITS, Coded, encode
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Page, is_replaced, pages_digest
 from fedkseed.kseed.server import Server
 from fedkseed.kseed.server import start as start_of_scalars

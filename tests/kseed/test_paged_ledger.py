@@ -17,9 +17,9 @@ from tests.support.changes import BASE, play, server
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError, LedgerError
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes, encode
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Page, pages_digest
 
 wires = pytest.mark.parametrize("wire", BITS)

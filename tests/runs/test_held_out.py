@@ -26,12 +26,18 @@ def config(tiny: Path, **changes: Any) -> Any:
 def test_evaluation_costs_at_most_a_tenth_of_the_training(tiny: Path, eval_every: int, algorithm: str, unit: str) -> None:
     settings = config(tiny, num_rounds=40, local_steps=50, eval_every=eval_every, algorithm=algorithm, local_unit=unit)
     steps = 50 if unit == "steps" else 50 * 40 // settings.batch_size
-    trained = 40 * settings.cohort_size(20) * steps * settings.batch_size * settings.facts.passes_per_step
+    trained = 40 * settings.cohort_size(20) * steps * settings.batch_size * settings.passes_per_step
     found = affordable(settings, SIZES)
     evaluations = {1: 41, 3: 15, 100: 2}[eval_every]
     assert num_evaluations(settings) == evaluations
     assert found > FEWEST
     assert found * evaluations <= trained / 10 < (found + 1) * evaluations
+
+
+def test_several_directions_a_step_pay_for_more_records(tiny: Path) -> None:
+    """Eight one-sided slopes are nine passes, where two points are two."""
+    few, many = (affordable(config(tiny, num_rounds=40, local_steps=50, directions=n), SIZES) for n in (1, 8))
+    assert abs(many - 4.5 * few) < 5
 
 
 def test_a_short_run_is_evaluated_on_the_fewest(tiny: Path) -> None:

@@ -10,6 +10,7 @@ from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, tha
 from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_NUMBERS, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
 from fedkseed.federation.exact_sum import LARGEST
 from fedkseed.federation.objectives import CODE, OBJECTIVES, OWN, Objective, Scaling, objective_named
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.noise.families import FAMILIES, MIN_BLOCK
 from fedkseed.privacy import DELTA, Privacy
 from fedkseed.privacy.settings import ClipNorm, Delta, Epsilon, NoiseMultiplier, Unit
@@ -18,12 +19,10 @@ if TYPE_CHECKING:  # which cannot know the tables' names
     AlgorithmName: TypeAlias = str
     FamilyName: TypeAlias = str
     AggregatorName: TypeAlias = str
+    OptimizerName: TypeAlias = str
 else:
     AlgorithmName, FamilyName = Literal[tuple(ALGORITHMS)], Literal[tuple(FAMILIES)]
-    AggregatorName = Literal[tuple(AGGREGATORS)]
-OptimizerName = Literal["sgd", "momentum", "adam", "sign"]
-BOUNDED = ("adam", "sign")
-"""Whose rate alone says how far a step goes, whatever the gradient's length."""
+    AggregatorName, OptimizerName = Literal[tuple(AGGREGATORS)], Literal[tuple(OPTIMIZERS)]
 FLOAT_WIRES = ("float16", "float32")
 Summation = Literal["ordered", "exact"]
 
@@ -328,7 +327,7 @@ class FederationConfig(BaseModel):
                 f"{self.num_seeds:,} numbers; a ledger has at most {MAX_NUMBERS:,}, so raise --rounds-per-page, or lower "
                 "--num-seeds"
             )
-        if self.server_optimizer in BOUNDED and "server_lr" not in self.model_fields_set:
+        if OPTIMIZERS[self.server_optimizer].bounded and "server_lr" not in self.model_fields_set:
             raise ValueError(
                 f"--server-optimizer is {self.server_optimizer} and --server-lr is missing; it is how far a number moves in a "
                 "round, so give about what --local-optimizer adam would have as --lr, such as 1e-3"
@@ -366,7 +365,7 @@ class FederationConfig(BaseModel):
             raise ValueError(
                 f"--dp is client and --algorithm {self.algorithm} draws seeds by what single clients sent; take fedkseed"
             )
-        if self.dp == "client" and self.aggregator not in ("clipped", "mean"):
+        if self.dp == "client" and AGGREGATORS[self.aggregator].weigh is None:
             raise ValueError(
                 f"--dp is client and --aggregator {self.aggregator}; what one client moves is not bounded then, so leave it out"
             )

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, LedgerError
+from fedkseed.federation.optimizer import DECAY, SQUARE_DECAY, TINY
 from fedkseed.kseed.coding import BITS, LARGEST, encode
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.optimizer import DECAY, SQUARE_DECAY, TINY
 from fedkseed.kseed.pages import Basis, Page
 from fedkseed.models.binding import Binding, bind
 from fedkseed.models.closed_page import Movement

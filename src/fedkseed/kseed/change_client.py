@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.errors import ModelError, NoBackwardError, ProtocolError, is_want_of_memory
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest, seeds_of
 from fedkseed.kseed.coding import Coded, encode
 from fedkseed.kseed.gradient_steps import Foldable, folded_gradient, gradient_steps
-from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Page, pages_digest
 from fedkseed.kseed.private_steps import poisson_batches, private_gradient, private_steps, wire_scalars
 from fedkseed.kseed.rounding import pack

@@ -29,9 +29,9 @@ from fedkseed.federation.envelope import (
     shown,
     unpack_fields,
 )
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.coding import BITS, Coded, coded_bytes
 from fedkseed.kseed.messages import MAX_FLOAT16
-from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Basis, Page, check_basis, check_total
 from fedkseed.models.closed_page import Movement
 from fedkseed.noise.families import BY_CODE

@@ -14,6 +14,7 @@ from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
 from fedkseed.federation.exact_sum import ExactSum
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.federation.outcome import CHANGE_NORM, COUNTED, Outcome, Refusal, Summed
 from fedkseed.federation.parts import Closing, Question, Treated, check_sum
 from fedkseed.federation.rounds import Heard
@@ -23,7 +24,6 @@ from fedkseed.kseed.change_messages import CHANGE, ChangeReply, ChangeRequest, P
 from fedkseed.kseed.changes import ChangesPart, combined
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.kseed.optimizer import OPTIMIZERS
 from fedkseed.kseed.pages import Page, is_replaced, pages_digest, to_coefficients
 from fedkseed.kseed.server import scalars_size, seed_pool
 from fedkseed.kseed.steps import largest_grad

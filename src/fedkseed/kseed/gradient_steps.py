@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.errors import NoBackwardError
+from fedkseed.federation.optimizer import Optimizer
 from fedkseed.kseed.coding import LARGEST
-from fedkseed.kseed.optimizer import Optimizer
 from fedkseed.kseed.pages import Basis, to_coefficients
 from fedkseed.models.closed_page import ClosedPage, Movement
 from fedkseed.noise.pool import SeedPool

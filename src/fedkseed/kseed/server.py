@@ -13,6 +13,7 @@ from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
 from fedkseed.federation.exact_sum import LIMBS, ExactSum, OrderedSum, check_limbs, nearly
+from fedkseed.federation.optimizer import SGD
 from fedkseed.federation.outcome import CLIPPED_SCALARS, COUNTED, PROJECTED_GRAD_RMS
 from fedkseed.federation.parts import ROUNDING, Closing, Lengths, Question, Treated, answered, check_sum
 from fedkseed.federation.streams import Requests
@@ -20,7 +21,6 @@ from fedkseed.kseed.distance import pulled_back
 from fedkseed.kseed.importance import seed_probabilities
 from fedkseed.kseed.ledger import MAX_SCALES, History, Ledger
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
-from fedkseed.kseed.optimizer import SGD
 from fedkseed.kseed.rounding import pack
 from fedkseed.kseed.scalars import ScalarsPart, kept_scalars
 from fedkseed.kseed.scale import followed, largest

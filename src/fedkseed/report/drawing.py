@@ -164,11 +164,11 @@ def _svg(draw: Draw) -> str:
     return svg.strip()
 
 
-def _axes(figure: FigureBase, x: str, y: str, grid: str = "y") -> Axes:
+def _axes(figure: FigureBase, x: str, y: str) -> Axes:
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y)
     axes.set_axisbelow(True)
-    axes.grid(axis=grid, linewidth=0.8)  # type: ignore[arg-type]
+    axes.grid(axis="y", linewidth=0.8)
     axes.tick_params(length=3)
     return axes
 

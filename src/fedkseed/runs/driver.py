@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from fedkseed.errors import ModelError, TooFewRepliesError
 from fedkseed.evaluation import EvalLoss
 from fedkseed.federation import Checkpoint, Outcome, Rounds
-from fedkseed.federation.config import BOUNDED
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.edge_round import EdgeRound
 from fedkseed.federation.envelope import Request
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.federation.schedule import learning_rate
 from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
@@ -378,7 +378,7 @@ class Driver:
 
     def _rate(self) -> str:
         """The rate that says how far the model goes in a round."""
-        if self.config.server_optimizer in BOUNDED:  # the clients' is divided out
+        if OPTIMIZERS[self.config.server_optimizer].bounded:  # the clients' is divided out
             return f"--server-lr than {self.config.server_lr:g}"
         return f"--lr than {self.config.lr:g}, or with --lr auto; fedkseed tune explains it"
 

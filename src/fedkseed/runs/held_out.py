@@ -28,8 +28,9 @@ def affordable(config: RunConfig, sizes: Mapping[str, int]) -> int:
         RunError: a client's epochs are too many steps.
     """
     steps = sum(count_steps(config, size, name) for name, size in sizes.items()) / len(sizes)
-    trained = config.num_rounds * config.cohort_size(len(sizes)) * steps * config.batch_size * config.facts.passes_per_step
-    return max(FEWEST, int(trained / SHARE / num_evaluations(config)))
+    trained = config.num_rounds * config.cohort_size(len(sizes)) * steps * config.batch_size * config.passes_per_step
+    evaluated = num_evaluations(config) * (2 if config.goal.pairs else 1)  # an evaluation, too, reads both responses of a pair
+    return max(FEWEST, int(trained / SHARE / evaluated))
 
 
 def num_evaluations(config: RunConfig, done: int = 0) -> int:

@@ -15,7 +15,6 @@ from fedkseed.privacy.accountant import (
     LEAST_NOISE,
     History,
     added,
-    get_epsilon,
     get_noise_multiplier,
     most_spent,
     require_accountant,
@@ -158,11 +157,6 @@ def warnings(privacy: Privacy, sizes: Mapping[str, int]) -> list[str]:
             "as it is would keep the promise; take a smaller one"
         )
     return said
-
-
-def epsilon_of(history: History, delta: float) -> float | None:
-    """Epsilon, or None where it is infinite."""
-    return _finite(get_epsilon(history, delta))
 
 
 def _finite(epsilon: float) -> float | None:

@@ -19,7 +19,7 @@ from fedkseed.data import collate
 from fedkseed.errors import InvalidValueError
 from fedkseed.evaluation import mean_loss
 from fedkseed.federation.algorithms import ALGORITHMS
-from fedkseed.federation.config import BOUNDED
+from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.models.loading import load_model
 from fedkseed.randomness import generator
 from fedkseed.runs.algorithms import Federation, kind_of
@@ -118,7 +118,7 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
     best = min(attempts, key=lambda a: a.after)
     if not best.after < before:
         tried = ", ".join(f"{a.lr:.3g}" for a in attempts)
-        remedy = "another --server-lr" if config.server_optimizer in BOUNDED else "a larger --batch-size"
+        remedy = "another --server-lr" if OPTIMIZERS[config.server_optimizer].bounded else "a larger --batch-size"
         raise InvalidValueError(
             f"no rate of {tried} lowers the loss of {before:.4f} in {TRIAL_ROUNDS} rounds; "
             f"give {remedy}, or choose --lr by hand"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedkseed.kseed.optimizer import DECAY, OPTIMIZERS, SQUARE_DECAY
+from fedkseed.federation.optimizer import DECAY, OPTIMIZERS, SQUARE_DECAY
 
 F64 = NDArray[np.float64]
 names = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -65,14 +65,8 @@ def test_signs_of_a_momentum_by_hand() -> None:
     np.testing.assert_allclose(walk("sign", each, 0.25), 0.25 * np.cumsum(steps, 0))
 
 
-def test_the_names_are_those_of_the_settings() -> None:
-    from typing import get_args
-
-    from fedkseed.federation.config import BOUNDED, OptimizerName
-
-    assert tuple(OPTIMIZERS) == get_args(OptimizerName)  # a message holds a name's place: the order is frozen
-    assert [OPTIMIZERS[name].name for name in OPTIMIZERS] == list(OPTIMIZERS)
-    assert [name for name in OPTIMIZERS if OPTIMIZERS[name].bounded] == list(BOUNDED)
+def test_a_message_holds_a_code_that_never_changes() -> None:
+    assert {name: row.code for name, row in OPTIMIZERS.items()} == {"sgd": 0, "momentum": 1, "adam": 2, "sign": 3}
 
 
 @names
@@ -110,9 +104,12 @@ def test_a_state_is_columns_that_a_ledger_can_keep(name: str) -> None:
 
 
 @names
-@given(exponent=st.floats(-30, 30), seed=st.integers(0, 99))
+@given(exponent=st.floats(-15, 30), seed=st.integers(0, 99))
 def test_bounded_steps_are_as_long_as_the_rate_says(name: str, exponent: float, seed: int) -> None:
-    """Whatever the gradient's length, a number moves by at most the rate (Adam: by little more, and by it at first)."""
+    """Whatever the gradient's length, a number moves by at most the rate (Adam: by little more, and by it at first).
+
+    Far below 1e-15 the guard against 0 / 0 tells in the sixth digit.
+    """
     each = gradients(seed) * 10.0**exponent
     places = walk(name, each)
     longest = np.abs(np.diff(places, axis=0, prepend=0)).max()
