@@ -27,8 +27,8 @@ def test_merge_writes_what_python_adds_up(fedkseed: CommandLine, finished: Path,
     assert fk.Ledger.load(tmp_path / "both").digest() == fk.merge([a, b], [-1, 0.5]).digest()
     size = (tmp_path / "both").stat().st_size
     assert result.stdout.startswith(f"{tmp_path / 'both'}: {size:,} bytes, 2 pages, K = 64\nmoves a weight by ")
-    assert fedkseed("merge", another, tmp_path / "both", "--to", tmp_path / "mean").code == 0
-    assert fk.Ledger.load(tmp_path / "mean").digest() == fk.merge([b, fk.merge([a, b], [-1, 0.5])]).digest()
+    assert fedkseed("merge", another, tmp_path / "both", "--to", tmp_path / "new" / "folder" / "mean").code == 0
+    assert fk.Ledger.load(tmp_path / "new" / "folder" / "mean").digest() == fk.merge([b, fk.merge([a, b], [-1, 0.5])]).digest()
     shown = " ".join(fedkseed("inspect", tmp_path / "both").stdout.split())
     assert "pages 2, the last is shown above; 1 of coefficients numbers of K = 64, absolute, times " in shown
 
@@ -89,7 +89,7 @@ def test_mistakes_are_one_line_and_write_nothing(fedkseed: CommandLine, finished
     assert_one_line(fedkseed("merge", finished, tmp_path, *to), 2, "holds no run")
     assert not (tmp_path / "new").exists()
     before = (tmp_path / "other").read_bytes()
-    assert_one_line(fedkseed("merge", finished, "--to", tmp_path / "other"), 2, "other exists; give a file that does not")
+    assert_one_line(fedkseed("merge", finished, "--to", tmp_path / "other"), 2, "other exists; give an output that does not")
     assert (tmp_path / "other").read_bytes() == before
     shutil.copy(finished / "config.toml", tmp_path / "text")
     assert_one_line(fedkseed("diff", finished, tmp_path / "text"), 1, "not a ledger, or damaged")

@@ -168,7 +168,6 @@ def test_another_template_is_another_loss(fedkseed: CommandLine, run: Path) -> N
         (["--template", "alpaka"], ["template 'alpaka' is unknown"]),
         (["--model", "/no/model"], ["/no/model: no such model folder"]),
         (["--ledger", "nowhere.ledger"], ["nowhere.ledger"]),
-        (["--output", "nowhere/scores.json"], ["--output nowhere/scores.json: there is no such folder; give a file"]),
         (["--data", "long.jsonl", "--max-length", "1000"], ["--max-length is 1000;", "takes 64 tokens, so give 64 or less"]),
     ],
     ids=lambda value: " ".join(value[:2]),
@@ -178,6 +177,13 @@ def test_a_wrong_call_is_one_line(
 ) -> None:
     result = fedkseed("evaluate", run, *extra, cwd=data)
     assert_one_line(result, 2, *wanted)
+
+
+def test_scores_that_cannot_be_written_are_refused_before_they_are_measured(
+    fedkseed: CommandLine, run: Path, data: Path
+) -> None:
+    result = fedkseed("evaluate", run, "--output", "odd.jsonl/scores.json", cwd=data)
+    assert_one_line(result, 1, "odd.jsonl: cannot be made (File exists); give an output in another folder")
     assert "base" not in result.stdout  # nothing was measured
 
 

@@ -71,9 +71,12 @@ def test_where_clients_steps_are_averaged_the_rate_is_so_many_times_larger() -> 
     assert alike.best_first_step <= 1 / alike.curvature
 
 
-@pytest.mark.parametrize("clients", [1, 4])
-def test_a_trial_averages_the_steps_of_its_clients(clients: int) -> None:
-    """60 steps of n clients move a parameter by 60 (lr g / n)^2 in the mean square; added up they would by 60 (lr g)^2."""
+@pytest.mark.parametrize(("clients", "directions"), [(1, 1), (4, 1), (1, 12), (4, 5)])
+def test_a_trial_averages_the_steps_of_its_clients(clients: int, directions: int) -> None:
+    """60 directions of n clients move a parameter by 60 (lr g / n)^2 in the mean square; added up they would by 60 (lr g)^2.
+
+    However many directions a step takes at once.
+    """
     problem, away = Quadratic(1.0, noise=2.0), list[float]()
     start = problem.module.weight.detach().clone()
 
@@ -81,7 +84,7 @@ def test_a_trial_averages_the_steps_of_its_clients(clients: int) -> None:
         away.append(float((problem.module.weight.detach() - start).square().mean()))
         return problem.loss(batch)
 
-    found = calibrate(problem.bound, watched, np.random.default_rng(3), clients)
+    found = calibrate(problem.bound, watched, np.random.default_rng(3), clients, directions)
     assert away[-1] == pytest.approx(60 * (found.lr * found.slope / clients) ** 2, rel=0.6)
 
 
@@ -119,6 +122,14 @@ def test_it_takes_a_few_hundred_forward_passes() -> None:
     assert found.num_forward_passes == len(calls) < 400
 
 
+@pytest.mark.parametrize("directions", [1, 8, 100])
+def test_what_it_will_take_is_known_before_the_trials(directions: int) -> None:
+    """Of n one-sided slopes n + 1 passes; a step of more directions than a trial has is one step."""
+    problem, told = Quadratic(1.0), list[tuple[int, int]]()
+    found = calibrate(problem.bound, problem.loss, np.random.default_rng(3), 1, directions, lambda *of: told.append(of))
+    assert told[-1] == (found.num_forward_passes, found.num_forward_passes)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -140,7 +151,7 @@ def test_tune_shows_what_it_tried_and_simulate_takes_it(
     assert shown.code == 0, shown
     last = shown.stdout.splitlines()[-1].split()
     assert last[:2] == ["take:", "--lr"]
-    assert "after 60 steps" in shown.stdout
+    assert "after a short round" in shown.stdout
     run = fedkseed("simulate", *flags(without), "--lr", "auto", "--run", tmp_path / "run")
     assert run.code == 0, run
     config = (tmp_path / "run" / "config.toml").read_text()

@@ -8,7 +8,7 @@ from tests.support.changes import BASE
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.coding import encode
-from fedkseed.kseed.distance import distance
+from fedkseed.kseed.distance import relative_distance
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
 from fedkseed.kseed.thinning import WIRES, thinned
@@ -52,11 +52,11 @@ def test_every_page_is_coded_anew_in_one_part(bits: int, kind: str) -> None:
 
 def test_fewer_bits_lose_more() -> None:
     ledger = paged("float16", (1, 1))
-    lost = [distance(ledger, thinned(ledger, bits)) for bits in (8, 4, 2, 1)]
+    lost = [relative_distance(ledger, thinned(ledger, bits)) for bits in (8, 4, 2, 1)]
     assert lost == sorted(lost)
     assert 0 < lost[0] < 0.02 < lost[1] < 0.2
     assert lost[3] == pytest.approx(np.sqrt(1 - 2 / np.pi), rel=0.02)  # one bit of normal numbers
-    assert distance(ledger, ledger.published()) == 0
+    assert relative_distance(ledger, ledger.published()) == 0
 
 
 def test_the_distance_is_that_of_the_weights() -> None:
@@ -75,7 +75,7 @@ def test_the_distance_is_that_of_the_weights() -> None:
         fk.apply(model, one)
         weights.append(model.weight.detach().clone())
     measured = float((weights[0] - weights[1]).norm() / (weights[0] - base).norm())
-    assert distance(ledger, thin) == pytest.approx(measured, rel=0.02)
+    assert relative_distance(ledger, thin) == pytest.approx(measured, rel=0.02)
 
 
 def test_bits_that_gain_nothing_are_refused() -> None:

@@ -470,8 +470,8 @@ def test_the_command_is_one_line_and_a_code_for_what_is_wrong(fedkseed: CommandL
         ([tmp_path / "nowhere"], 2, "has no audit.jsonl"),
         ([logged, "--without", "x"], 2, "expected a client that replied: site-a"),
         ([logged, "--to", tmp_path / "x"], 2, "give --without CLIENT too"),
-        ([logged, "--without", "site-a", "--to", tmp_path / "here"], 2, "exists; give a file that does not"),
-        ([logged, "--without", "site-a", "--to", tmp_path / "no" / "x"], 1, "cannot save a ledger there"),
+        ([logged, "--without", "site-a", "--to", tmp_path / "here"], 2, "exists; give an output that does not"),
+        ([logged, "--without", "site-a", "--to", tmp_path / "here" / "x"], 1, "here: cannot be made (File exists)"),
     ):
         assert_one_line(fedkseed("audit", *words), code, wanted)
     for entries, wanted in ((read(logged)[:3], "is not what the log leads to"), (read(logged)[1:], "entry 0 does not fit")):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedkseed.cli.console import say
-from fedkseed.errors import ConfigError, RunFolderError
+from fedkseed.cli.outputs import make_folder_for, require_new
+from fedkseed.errors import ConfigError
 from fedkseed.kseed.arithmetic import merge as merged
 from fedkseed.kseed.arithmetic import pages_of
 from fedkseed.kseed.distance import difference, moved_rms
@@ -32,9 +33,9 @@ def merge(paths: Sequence[Path], weights: str | None, output: Path) -> None:
         FedKSeedError: a ledger cannot be read, or they do not add up.
     """
     factors = None if weights is None else _numbers(weights, len(paths))
-    if output.exists():
-        raise RunFolderError(f"{output} exists; give a file that does not")
+    require_new(output)
     ledger = merged([_ledger_file(path) for path in paths], factors)
+    make_folder_for(output)
     ledger.save(output)
     sizes = ", ".join(str(size) for size in sorted({page.pool.size for page in ledger.pages}))
     say(f"{output}: {output.stat().st_size:,} bytes, {counted(len(ledger.pages), 'page')}, K = {sizes}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedkseed.cli.console import say
-from fedkseed.errors import ConfigError, RunFolderError
-from fedkseed.kseed.distance import distance, moved_rms
+from fedkseed.cli.outputs import make_folder_for, require_new
+from fedkseed.errors import ConfigError
+from fedkseed.kseed.distance import moved_rms, relative_distance
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.audit import CHECKPOINT, Audit
 from fedkseed.runs.audit import audit as replay
@@ -29,8 +30,9 @@ def audit(run: Path, without: str | None, to: Path | None) -> None:
     """
     if to is not None and without is None:
         raise ConfigError(f"--to is {str(to)!r} and there is nothing to write; give --without CLIENT too, or leave it out")
-    if to is not None and to.exists():
-        raise RunFolderError(f"{to} exists; give a file that does not")
+    if to is not None:
+        require_new(to)
+        make_folder_for(to)
     found = replay(run, without)
     replies = sum(found.rounds.values())
     rounds = f"rounds {found.begin + 1} to {found.ledger.round}" if found.ledger.round > found.begin else "no round done"
@@ -49,7 +51,7 @@ def audit(run: Path, without: str | None, to: Path | None) -> None:
 
 def _show_without(found: Audit, client: str, ledger: Ledger, to: Path | None) -> None:
     say()
-    apart = distance(found.ledger, ledger)
+    apart = relative_distance(found.ledger, ledger)
     say(f"without {client!r}: in {counted(found.rounds[client], 'round')} the others' weights are shared anew")
     say(
         f"the two models lie {apart * moved_rms(found.ledger):.3g} apart per weight (root mean square), {100 * apart:.3g} % "

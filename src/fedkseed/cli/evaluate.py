@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkseed.cli.console import say, show_table
 from fedkseed.cli.display import looking_on
+from fedkseed.cli.outputs import make_folder_for
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import AllScores, Scores
 from fedkseed.federation import Checkpoint
@@ -31,10 +32,11 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
 
     Raises:
         ConfigError: no ledger, no model or no data is known.
+        RunError: the file's folder cannot be made.
         FedKSeedError: the ledger, the model or the data cannot be used.
     """
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no such folder; give a file in a folder that exists")
+    if output is not None:
+        make_folder_for(output)
     with looking_on() as observer:
         found = measure(run, ledger, choices, observer)
     _show(found, by_category)
@@ -90,9 +92,7 @@ def _write(path: Path, base: AllScores, tuned: AllScores, tuning: Checkpoint) ->
     try:
         write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
     except OSError as error:
-        raise ConfigError(
-            f"--output {path}: cannot be written ({error.strerror}); give a file in a folder that exists"
-        ) from error
+        raise ConfigError(f"--output {path}: cannot be written ({error.strerror}); give another file") from error
 
 
 def _json(scores: Scores) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedkseed.baselines import TunedTensors, adapter, restore
 from fedkseed.cli.console import complain, say
 from fedkseed.cli.display import Lines, waiting
-from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, ModelError, RunFolderError
-from fedkseed.kseed.distance import distance
+from fedkseed.cli.outputs import make_folder_for, require_new
+from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, ModelError
+from fedkseed.kseed.distance import relative_distance
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.thinning import thinned
 from fedkseed.runs.checkpoints import TENSORS
@@ -61,12 +62,12 @@ def export(
     if ledger_only and checkpoint.name == TENSORS:
         raise ConfigError(f"--ledger-only: {path} is the run of a baseline, which has no ledger; leave it out")
     tuning = TunedTensors.load(checkpoint) if checkpoint.name == TENSORS else Ledger.load(checkpoint)
-    if output.exists():
-        raise RunFolderError(f"{output} exists; give an output that does not")
+    require_new(output)
     if ledger_only and isinstance(tuning, Ledger):
         published = tuning.published() if bits is None else thinned(tuning, bits)
         if output.suffix:
             file = output
+            make_folder_for(file)
             published.save(file)
         else:
             file = _write_folder(path, output, model, which, tuning, published)
@@ -206,7 +207,8 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Prompt | N
 
 def _say_cost(path: Path, whole: Path, ledger: Ledger, thin: Ledger, output: Path, model: str | None) -> None:
     """What fewer bits cost: how far the weights lie off, and in a run's folder the held-out loss with and without them."""
-    say(f"bytes before {len(ledger.published().encode()):,}; off by {distance(ledger, thin):.1%} of the way from the base")
+    off = relative_distance(ledger, thin)
+    say(f"bytes before {len(ledger.published().encode()):,}; off by {off:.1%} of the way from the base")
     if not (path / CONFIG).exists():
         return
     from fedkseed.runs.scoring import Choices, measure

@@ -8,7 +8,8 @@ from fedkseed.baselines import fresh_lora
 from fedkseed.cli.console import say, say_command
 from fedkseed.cli.display import Lines, waiting
 from fedkseed.cli.export import public_name
-from fedkseed.errors import ConfigError, RunFolderError
+from fedkseed.cli.outputs import require_new
+from fedkseed.errors import ConfigError
 from fedkseed.kseed.card import ADAPTER_FIELD, head_of
 from fedkseed.models.adapter_folder import has_adapter
 from fedkseed.models.loading import load_model, load_tokenizer, save_model
@@ -42,8 +43,7 @@ def lora(model: str, output: Path, rank: int, key: int) -> None:
         RunFolderError: the output exists.
         FedKSeedError: the model cannot be loaded, or the folder cannot be written.
     """
-    if output.exists():
-        raise RunFolderError(f"{output} exists; give an output that does not")
+    require_new(output)
     folder = Path(model).expanduser()
     with waiting(Lines().note, f"loading {model}"):
         base, tokenizer = load_model(model), load_tokenizer(model)

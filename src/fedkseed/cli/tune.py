@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedkseed.cli.console import say, show_table
-from fedkseed.kseed.calibration import TRIAL_STEPS, Calibration
+from fedkseed.kseed.calibration import Calibration
 from fedkseed.runs.rates import Rate
 
 
@@ -41,6 +41,6 @@ def _show_calibration(found: Calibration) -> None:
     say(f"so the best first step is at {found.best_first_step:.2g} ({times}share / curvature); a quarter of it was tried:")
     say()
     trials = [(f"{trial.lr:.3g}", f"{trial.before:.4f}", f"{trial.after:.4f}") for trial in found.trials]
-    show_table(("lr", "loss of 8 batches before", f"after {TRIAL_STEPS} steps"), trials)
+    show_table(("lr", "loss of 8 batches before", "after a short round"), trials)
     say()
     say(f"{found.num_forward_passes} forward passes")

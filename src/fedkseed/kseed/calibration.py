@@ -95,6 +95,7 @@ def calibrate(
     loss: Callable[[int], float],
     rng: np.random.Generator,
     clients: int = 1,
+    directions: int = 1,
     heard: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Find a learning rate and a probe distance; the model is at its base weights before and afterwards.
@@ -105,6 +106,7 @@ def calibrate(
             records; the same b must give the same batch.
         rng: draws the directions.
         clients: how many clients' steps a round averages.
+        directions: along how many perturbations a step of the run goes.
         heard: hears how many of the forward passes are done, and how many it will probably take.
 
     Raises:
@@ -112,20 +114,24 @@ def calibrate(
     """
     base = np.zeros(model.pool.size, np.float32)
     try:
-        return _calibrated(model, _Counted(loss, heard or (lambda done, total: None)), rng, min(clients, MAX_CLIENTS), base)
+        counted = _Counted(loss, heard or (lambda done, total: None))
+        return _calibrated(model, counted, rng, min(clients, MAX_CLIENTS), directions, base)
     finally:  # also after an error or Ctrl-C
         model.rebuild(base)
 
 
 def _calibrated(
-    model: Model, counted: _Counted, rng: np.random.Generator, clients: int, base: NDArray[np.float32]
+    model: Model, counted: _Counted, rng: np.random.Generator, clients: int, directions: int, base: NDArray[np.float32]
 ) -> Calibration:
     num_seeds = model.pool.size
-    directions: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
-    counted.expect(len(directions) * 3 * (1 + OTHERS) + 2 * (TRIAL_BATCHES + TRIAL_STEPS))
-    agreements = _agreements(model, directions[:EPS_DIRECTIONS], counted)
+    # of each client; a trial goes along about TRIAL_STEPS perturbations, however many a step takes
+    shape = clients, max(1, TRIAL_STEPS // (clients * directions)) * directions
+    passes = clients * shape[1] * (directions + 1) // directions
+    probed: list[int] = rng.choice(num_seeds, min(DIRECTIONS, num_seeds), replace=False).tolist()
+    counted.expect(len(probed) * 3 * (1 + OTHERS) + 2 * TRIAL_BATCHES + passes)
+    agreements = _agreements(model, probed[:EPS_DIRECTIONS], counted)
     eps = min(agreements, key=lambda a: a.disagreement).eps
-    slope, shared, curvature = _measure(model, directions, eps, counted)
+    slope, shared, curvature = _measure(model, probed, eps, counted)
     if not (slope > 0 and curvature > 0):
         raise InvalidValueError(
             f"the loss has a slope of {slope:g} and a curvature of {curvature:g}; expected both above 0, "
@@ -139,12 +145,13 @@ def _calibrated(
     while len(trials) < MAX_TRIALS and (not trials or trials[-1].raised):
         if trials:
             lr /= 2
-            counted.expect(TRIAL_BATCHES + 2 * TRIAL_STEPS)
-        steps = rng.choice(num_seeds, (clients, TRIAL_STEPS // clients))
-        trials.append(Trial(lr, before, _after_round(model, base, steps, StepSettings(lr, eps), counted)))
+            counted.expect(TRIAL_BATCHES + passes)
+        settings = StepSettings(lr, eps, directions=directions)
+        trials.append(Trial(lr, before, _after_round(model, base, rng.choice(num_seeds, shape), settings, counted)))
     if trials[-1].raised:
         raise InvalidValueError(
-            f"{TRIAL_STEPS} steps raised the loss at every rate from {trials[0].lr:g} down to {trials[-1].lr:g}; "
+            f"steps along {clients * shape[1]} directions raised the loss at every rate from {trials[0].lr:g} down to "
+            f"{trials[-1].lr:g}; "
             "give a larger --batch-size, or choose --lr by hand"
         )
     return Calibration(trials[-1].lr, eps, agreements, slope, shared, curvature, clients, best, tuple(trials), counted.calls)
@@ -244,7 +251,7 @@ def _mean_loss(loss: Callable[[int], float]) -> float:
 def _after_round(
     model: Model, base: NDArray[np.float32], indices: NDArray[np.int64], settings: StepSettings, loss: Callable[[int], float]
 ) -> float:
-    """The loss after the local steps of some clients, int[clients, steps], averaged; these take other batches."""
+    """The loss after the local steps of some clients along seeds int[clients, n], averaged; these take other batches."""
     mean = np.zeros(model.pool.size)
     for client, own in enumerate(indices.tolist()):
 

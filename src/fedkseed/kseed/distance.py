@@ -62,7 +62,7 @@ def pulled_back(coefficients: NDArray[np.float64], most: float | None) -> NDArra
     return coefficients if most is None or length <= most else coefficients * (most / length)
 
 
-def distance(ledger: Ledger, other: Ledger) -> float:
+def relative_distance(ledger: Ledger, other: Ledger) -> float:
     """How far two ledgers of one base lie apart, relative to how far the first lies from the base (see `moved_rms`)."""
     moved = moved_rms(ledger)
     return _apart(_coefficients(ledger), _coefficients(other)) / moved if moved else 0.0

@@ -79,7 +79,7 @@ def find(config: SimulationConfig, observer: Observer, inputs: Inputs | None = N
     try:
         heard = partial(observer.progress, "calibrating: forward passes")
         cohort = config.cohort_size(len(records.clients))
-        found = calibrate(bound, loss, generator(config.seed, "calibration directions"), cohort, heard)
+        found = calibrate(bound, loss, generator(config.seed, "calibration directions"), cohort, config.directions, heard)
         if warning := eps_warning(model, found.eps):
             observer.note(warning)
         return found
