@@ -31,6 +31,21 @@ def test_a_file_is_written_and_replaced_whole(tmp_path: Path, content: bytes) ->
     assert names(tmp_path) == ["file"]
 
 
+def test_a_private_file_is_nobody_elses_from_its_first_byte_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def watched(handle: int) -> None:
+        modes.append(os.fstat(handle).st_mode & 0o777)
+
+    monkeypatch.setattr("fedkseed.files.os.fsync", watched)
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o644)
+    write_atomically(path, b"x", private=True)
+    assert modes[0] == 0o600
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_relative_path_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_atomically(Path("file"), b"here")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, private: bool = False) -> None:
     """Replace a file: write beside it, fsync, rename, fsync the folder. On an error the old file is as it was.
+
+    A private one is readable for this user only, from its first byte on.
 
     Every call has a temporary name of its own, so that of two writers one is last and the file is whole. What processes
     that are gone have left is removed.
@@ -22,6 +24,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     _remove_leftovers(path)
     try:
+        if private:
+            temporary.touch(0o600)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()

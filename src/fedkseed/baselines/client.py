@@ -8,17 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors, size_cap, unpack_tensors
 from fedkseed.baselines.parameters import Parameters
 from fedkseed.errors import ProtocolError
 from fedkseed.federation import FederationConfig
-from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
+from fedkseed.federation.task import DifferentiableTask, check_addressee, local_batches
 from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.models.binding import bind
 from fedkseed.noise.pool import SeedPool
-from fedkseed.randomness import derive, generator
+from fedkseed.randomness import derive
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 """What `Algorithm.steps` may name."""
@@ -83,14 +82,10 @@ class TensorClient:
         )
         return reply.encode()
 
-    def _batches(self, request: TensorRequest) -> Callable[[int], NDArray[np.int64]]:
-        where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
-        return by_step(batches(self.task.num_examples, request.batch_size, generator(*where, "batches")))
-
     def _first_order(self, request: TensorRequest, heard: Heard) -> Trained:
         """Steps of an optimiser along the gradient by backpropagation; one with a loss that is not finite is dropped."""
         optimizer = OPTIMIZERS[self._config.facts.steps](self._parameters, lr=request.lr)  # type: ignore[call-arg]
-        batch, losses = self._batches(request), []
+        batch, losses = local_batches(self.task, request.batch_size, request.place), []
         for step in range(request.steps):
             optimizer.zero_grad(set_to_none=True)
             loss = self.task.differentiable_loss(batch(step))
@@ -105,8 +100,8 @@ class TensorClient:
 
     def _zeroth_order(self, request: TensorRequest, heard: Heard) -> Trained:
         """FedKSeed's steps along directions that are used once: every client and round has a pool of its own."""
-        key = derive(int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name, "pool")
-        config, batch = self._config, self._batches(request)
+        key = derive(*request.place, "pool")
+        config, batch = self._config, local_batches(self.task, request.batch_size, request.place)
         bound = bind(self._model, SeedPool(key, request.steps, config.noise))
 
         def loss(step: int) -> float:

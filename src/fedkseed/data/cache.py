@@ -67,8 +67,7 @@ def save(path: Path, prompts: TokenIds, responses: TokenIds) -> None:
     np.savez_compressed(file, ids=ids, lengths=np.array([len(part) for part in parts], np.int64))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(path, file.getvalue())
-        path.chmod(0o600)
+        write_atomically(path, file.getvalue(), private=True)
     except OSError as error:
         logging.getLogger("fedkseed").warning(
             "%s: token ids cannot be kept (%s); set FEDKSEED_CACHE to another folder", path.parent, error.strerror

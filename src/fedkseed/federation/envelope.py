@@ -182,6 +182,11 @@ class Head(ABC):
         check_bytes("base", self.base, DIGEST_BYTES)
         check_bytes("digest", self.digest, DIGEST_BYTES)
 
+    @property
+    def place(self) -> tuple[int, int, int, str]:
+        """What both sides derive this exchange's randomness from, with a purpose behind it: run, round, attempt, client."""
+        return int.from_bytes(self.run_id, "little"), self.server_round, self.attempt, self.client
+
     def head(self) -> dict[str, Any]:
         """These fields by name: what a reply repeats of its request."""
         return {field.name: getattr(self, field.name) for field in fields(Head)}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError
 from fedkseed.federation.envelope import Request
+from fedkseed.randomness import generator
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,11 @@ def by_step(order: Iterator[NDArray[np.int64]]) -> Callable[[int], NDArray[np.in
         return current
 
     return batch
+
+
+def local_batches(task: Task, batch_size: int, place: tuple[int, int, int, str]) -> Callable[[int], NDArray[np.int64]]:
+    """The batches of a client's local steps, by step; they depend on the exchange's place (`Head.place`) alone."""
+    return by_step(batches(task.num_examples, batch_size, generator(*place, "batches")))
 
 
 def batches(num_examples: int, batch_size: int, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:

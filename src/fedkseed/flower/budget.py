@@ -64,8 +64,7 @@ class KeptHistory:
                         f"the privacy budget is spent: epsilon is {get_epsilon(before, privacy.delta):.3f} at delta "
                         f"{privacy.delta:g}, this round would make it {epsilon:.3f}, and the node allows {privacy.epsilon:g}"
                     )
-                write_atomically(self.path, json.dumps(history).encode())
-                self.path.chmod(0o600)
+                write_atomically(self.path, json.dumps(history).encode(), private=True)
         except OSError as error:
             raise PrivacyError(
                 f"{self.path}: the account of what is released cannot be kept ({error.strerror}); choose another folder: state "

@@ -55,8 +55,7 @@ class KeptPages:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.folder / ".lock").open("w") as lock:  # the system lets go of it when the process ends, however it ends
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                write_atomically(path, data)
-                path.chmod(0o600)
+                write_atomically(path, data, private=True)
         except OSError as error:
             log(
                 WARNING, "%s: pages cannot be kept (%s), all are sent again each round; choose another folder: state in the "

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import ModelError, NoBackwardError, ProtocolError, is_want_of_memory
 from fedkseed.federation.optimizer import OPTIMIZERS
-from fedkseed.federation.task import DifferentiableTask, batches, by_step, check_addressee
+from fedkseed.federation.task import DifferentiableTask, check_addressee, local_batches
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest, seeds_of
 from fedkseed.kseed.coding import Coded, encode
 from fedkseed.kseed.gradient_steps import Foldable, folded_gradient, gradient_steps
@@ -23,7 +23,6 @@ from fedkseed.kseed.rounding import pack
 from fedkseed.kseed.steps import GRAD_EXPONENT, LocalSteps, StepSettings, local_steps
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.privacy import WITHHELD, Mechanism, Privacy
-from fedkseed.randomness import generator
 from fedkseed.text import one_line
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class ChangeClient:
         return self._reply(request, CHANGE, encode(change, request.wire), steps.dropped, steps.losses)
 
     def _gradients(self, request: ChangeRequest, page: Page, heard: Heard) -> Measure:
-        batch = self._batches(request)
+        batch = local_batches(self.task, request.batch_size, request.place)
 
         def loss(step: int) -> torch.Tensor:
             value = self.task.differentiable_loss(batch(step))
@@ -122,7 +121,7 @@ class ChangeClient:
         if self._hides_records:
             steps = self._private_steps(request, settings, heard)
         else:
-            batch = self._batches(request)
+            batch = local_batches(self.task, request.batch_size, request.place)
 
             def loss(step: int) -> float:
                 value = self.task.loss(batch(step))
@@ -163,10 +162,6 @@ class ChangeClient:
     def _released(self, vector: F64) -> F64:
         """The one vector that a client sends, clipped and noised as a whole."""
         return self._mechanism.release([vector], len(vector), 1.0)
-
-    def _batches(self, request: ChangeRequest) -> Callable[[int], np.ndarray]:
-        where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
-        return by_step(batches(self.task.num_examples, request.batch_size, generator(*where, "batches")))
 
     def _reply(
         self, request: ChangeRequest, kind: int, numbers: Coded, dropped: tuple[int, ...], losses: np.ndarray

@@ -267,6 +267,5 @@ class ChangeReply(Reply):
 
 def seeds_of(request: ChangeRequest) -> list[int]:
     """The seeds of a request's two-point steps: both sides draw them from its head, so that none of them chooses."""
-    where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, request.client
-    drawn: list[int] = generator(*where, "seeds").choice(request.size, request.steps).tolist()
+    drawn: list[int] = generator(*request.place, "seeds").choice(request.size, request.steps).tolist()
     return drawn

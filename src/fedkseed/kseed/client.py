@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError
-from fedkseed.federation.task import DrawingTask, Task, batches, by_step, check_addressee
+from fedkseed.federation.task import DrawingTask, Task, check_addressee, local_batches
 from fedkseed.kseed.messages import TrainReply, TrainRequest
 from fedkseed.kseed.population import population_steps
 from fedkseed.kseed.private_steps import poisson_batches, private_steps, wire_scalars
@@ -18,7 +18,7 @@ from fedkseed.kseed.steps import GRAD_EXPONENT, LocalSteps, Movable, StepSetting
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 from fedkseed.privacy import WITHHELD, Privacy
-from fedkseed.randomness import derive, generator
+from fedkseed.randomness import derive
 
 Heard = Callable[[int, float], None]
 
@@ -80,12 +80,11 @@ class Client:
         return self._reply(request, wire_scalars(released, request.max_grad, precision))
 
     def _steps(self, request: TrainRequest, settings: StepSettings, on_step: Heard | None) -> LocalSteps:
-        where = int.from_bytes(request.run_id, "little"), request.server_round, request.attempt, self.name
-        batch = by_step(batches(self.task.num_examples, request.batch_size, generator(*where, "batches")))
+        batch = local_batches(self.task, request.batch_size, request.place)
 
         def loss(step: int) -> float:
             if isinstance(self.task, DrawingTask):  # all probes of a step see the same draws
-                value = self.task.drawn_loss(batch(step), derive(*where, "answers", step))
+                value = self.task.drawn_loss(batch(step), derive(*request.place, "answers", step))
             else:
                 value = self.task.loss(batch(step))
             if on_step is not None:

@@ -254,7 +254,7 @@ def kept_margins(base: BaseIdentity, examples: Sequence[EncodedExample], number:
     np.save(content, margins)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())
+        write_atomically(path, content.getvalue(), private=True)
     except OSError as error:
         log.warning("%s: what the base model thinks of pairs cannot be kept (%s)", path.parent, error.strerror)
     return margins
