@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from fedkseed.errors import ConfigError, DataError, FedKSeedError, LedgerError, 
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.runs import tuning
+from fedkseed.runs.rates import Rate
 from fedkseed.runs.simulation import Result
 from tests.support.command_line import CommandLine, assert_one_line, contents, environment, flags
 from tests.support.runs import Watcher, held_out, read_metrics
@@ -329,6 +331,18 @@ def test_tune_finds_what_the_command_line_finds_and_leaves_a_model_as_it_was(
     assert f"{found.num_forward_passes} forward passes" in shown.stdout
     assert fk.bind(model, fk.SeedPool(1, 8)).digest() == before
     assert modes == {False}
+
+
+def test_a_rate_at_which_no_step_is_usable_is_no_rate_and_lower_ones_are_tried(shared: Path, tiny: Path) -> None:
+    """Here since the changes that come of it are beyond what a reply may hold; a round without replies ended the search."""
+    changes = {"algorithm": "fedkseed-grad", "local_optimizer": "adam", "max_value": 2e-3, "num_seeds": 128}
+    settings = tiny_settings(tiny, model=str(shared / "models" / "stories260k"), **changes)
+    found = fk.tune({name: value for name, value in settings.items() if name not in ("lr", "eps")})
+    assert isinstance(found, Rate)
+    unusable = [attempt.lr for attempt in found.attempts if math.isinf(attempt.after)]
+    assert unusable
+    assert found.lr < min(unusable)
+    assert min(attempt.after for attempt in found.attempts) < found.before
 
 
 def test_a_tune_that_stops_half_way_leaves_a_model_as_it_was(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_it_is_its_base_model_with_the_adapter_in_place(tiny: Path, adapter: Pat
     assert len(tuned) == 4
     assert all(".lora_" in name for name in tuned)
     assert load_tokenizer(adapter).get_vocab() == load_tokenizer(tiny / "model").get_vocab()
-    assert frozen_names(model, ["*norm*"]) != frozen  # the control: what is asked for counts
+    assert frozen_names(model, ["*.q_proj.*"]) != frozen  # the control: what is asked for counts
 
 
 def test_what_cannot_be_loaded_is_named(fedkseed: CommandLine, tiny: Path, adapter: Path, tmp_path: Path) -> None:
@@ -154,6 +154,7 @@ def test_what_cannot_be_loaded_is_named(fedkseed: CommandLine, tiny: Path, adapt
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"peft_type": "IA3"}, "an adapter of the kind 'IA3'; K numbers move LoRA's matrices"),
         ({"base_model_name_or_path": "nobody/nothing"}, "its base model 'nobody/nothing' is no folder here"),
+        ({"base_model_name_or_path": "/no/where"}, "its base model '/no/where' is no folder here"),
     ]
     for number, (changes, text) in enumerate(cases):
         with pytest.raises(ModelError, match=text):
@@ -192,3 +193,40 @@ def test_a_hub_s_adapter_is_one_too(tiny: Path, adapter: Path, tmp_path: Path, m
     here = load_model(adapter, "float32")
     assert frozen_names(first) == frozen_names(here) != ()
     assert laws.all_bits(first) == laws.all_bits(again) == laws.all_bits(here)
+
+
+def test_patterns_choose_among_the_adapters_matrices(fedkseed: CommandLine, tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    """What else they fit would be tuned, and be lost when the adapter is saved."""
+    model = load_model(adapter, "float32")
+    tuned = {name for name, _ in model.named_parameters()} - set(frozen_names(model, ["*.q_proj.*"]))
+    assert tuned
+    assert all("q_proj.lora_" in name for name in tuned)
+    settings = tiny_settings(tiny, model=str(adapter), algorithm="fedkseed-grad", num_seeds=128, lr=0.02)
+    run = fedkseed("simulate", *flags(settings), "--train", "*embed*", "--run", tmp_path / "run")
+    assert_one_line(run, 2, "--train '*embed*' matches no tensor of the adapter; it must fit whole names, such as", "lora_")
+    done = fedkseed("simulate", *flags(settings), "--train", "*.q_proj.*", "--run", tmp_path / "run")
+    assert done.code == 0, done.stderr
+    assert fedkseed("export", tmp_path / "run", tmp_path / "tuned").code == 0
+    again, expected = load_model(tmp_path / "tuned", "float32"), load_model(adapter, "float32")
+    fk.apply(expected, tmp_path / "run" / "ledger.safetensors")
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(again(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_a_model_that_peft_has_wrapped_is_an_adapter_too(tiny: Path) -> None:
+    """Of which the base stays as it is: `save_pretrained` would not hold it."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(tiny / "model", "float32"), config)
+    fk.seed_lora(model, key=7)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = tiny_settings(tiny, algorithm="fedkseed-grad", num_seeds=128, lr=0.05)
+    fk.simulate({**settings, "model": (model, load_tokenizer(tiny / "model"))})
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+
+
+def test_a_fresh_adapter_cannot_be_moved_in_proportion(fedkseed: CommandLine, tiny: Path, adapter: Path) -> None:
+    settings = tiny_settings(tiny, model=str(adapter), algorithm="fedkseed-grad", num_seeds=128, lr=0.02)
+    done = fedkseed("simulate", *flags(settings), "--movement", "proportional")
+    assert_one_line(done, done.code or 1, "lora_B", "is all zeros, which no proportion moves; take 'absolute'")

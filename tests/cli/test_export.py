@@ -189,6 +189,8 @@ def test_a_published_ledger_of_fewer_bits_says_what_they_cost(fedkseed: CommandL
     assert losses[0] != losses[1]
     assert "held-out loss {:.4f}, with fewer bits {:.4f}".format(*losses) in done.stdout
     assert "int4" in fedkseed("inspect", thin).stdout
+    assert fedkseed("export", finished, tmp_path / "folder", "--ledger-only", "--bits", 4).code == 0
+    assert "held-out loss" not in (tmp_path / "folder" / "README.md").read_text()  # which is that of all bits
     model = load_model(tiny / "model", "float32")
     assert fk.apply(model, thin).digest() == fk.Ledger.load(thin).digest()
 

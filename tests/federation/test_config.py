@@ -152,9 +152,27 @@ def test_what_an_objective_has_no_use_for_is_refused(changes: dict[str, Any], me
         ({"objective": "dpo"}, 4),
         ({"objective": "dpo-sign", "directions": 8}, 32),
         ({"objective": "dpo", "algorithm": "fedkseed-grad"}, 6),
+        ({"algorithm": "fedkseed-grad", "two_point_clients": 0.25}, 2.75),
+        ({"algorithm": "fedkseed-grad", "two_point_clients": 1}, 2),
     ],
     ids=str,
 )
-def test_a_step_costs_what_its_probes_do(changes: dict[str, Any], passes: int) -> None:
+def test_a_step_costs_what_its_probes_do(changes: dict[str, Any], passes: float) -> None:
     """In passes of a record; an answer is one, a pair two."""
     assert FederationConfig(lr=1, **changes).passes_per_step == passes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"secure_clip": 5.0}, "--secure-clip is 5 and --secure-sums is off; leave it out"),
+        (
+            {"algorithm": "fedkseed-grad", "two_point_clients": 1, "checkpointing": "on"},
+            "--checkpointing is on and --two-point-clients 1, so that nobody backpropagates",
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_be_taken_and_do_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FederationConfig(lr=1, **changes)

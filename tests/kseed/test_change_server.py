@@ -72,7 +72,7 @@ def test_what_a_request_says() -> None:
     assert {request.client for request in a_server.plan()} == set("abc")
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.1, 1), (0.5, 4), (0.99, 8), (1.0, 8)])
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.01, 1), (0.1, 1), (0.5, 4), (0.99, 8), (1.0, 8)])
 def test_a_share_of_the_clients_is_asked_for_scalars(share: float, count: int) -> None:
     """Always the same ones, drawn by the run's seed."""
     names = [f"client-{i}" for i in range(8)]
@@ -202,6 +202,20 @@ def test_pages_are_turned_after_their_rounds_and_not_after_the_last(every: int, 
     keys = [page.pool.key for page in a_server.ledger.pages]
     assert len(set(keys)) == len(keys)
     assert keys == [new_page(config(), i).pool.key for i in range(len(keys))]
+
+
+@pytest.mark.parametrize(("before", "after", "turned"), [(1, 3, [6, 9]), (3, 1, [6, 7, 8, 9]), (2, 5, []), (0, 4, [8])])
+def test_a_run_that_goes_on_turns_pages_by_its_new_settings(before: int, after: int, turned: list[int]) -> None:
+    """However many it had turned until then."""
+    begun = server(rounds_per_page=before, num_rounds=5)
+    play(begun, 5)
+    went_on = ChangeServer(config(rounds_per_page=after, num_rounds=10), begun.ledger, "abc")
+    number, found = len(went_on.ledger.pages), []
+    for done in range(6, 11):
+        play(went_on)
+        found += [done] * (len(went_on.ledger.pages) - number)
+        number = len(went_on.ledger.pages)
+    assert found == turned
 
 
 # --- absorb ---

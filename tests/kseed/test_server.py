@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from tests.support.generators import global_states, seed_globally
 
 import fedkseed as fk
-from fedkseed.errors import LedgerError, ProtocolError, RunError
+from fedkseed.errors import ConfigError, LedgerError, ProtocolError, RunError
 from fedkseed.federation import FederationConfig, Outcome
 from fedkseed.kseed.ledger import History
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
@@ -1052,3 +1052,9 @@ def test_rules_on_shared_seeds_by_hand(rule: str) -> None:
         np.add.at(expected, indices, -LR * truth)
         found.append(bool(np.allclose(history(a_server.ledger).accumulators, expected)))
     assert found == [True, False]
+
+
+def test_settings_of_another_algorithm_are_refused() -> None:
+    """They would be a federation of scalars without a word."""
+    with pytest.raises(ConfigError, match=r"^algorithm is 'fedkseed-grad', whose clients send changes; this server adds up sc"):
+        Server(FederationConfig(lr=1, algorithm="fedkseed-grad"), BASE, CLIENTS)

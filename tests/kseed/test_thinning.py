@@ -7,6 +7,7 @@ from tests.support.changes import BASE
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError
+from fedkseed.kseed.card import ledger_card
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.distance import relative_distance
 from fedkseed.kseed.ledger import Ledger
@@ -76,6 +77,19 @@ def test_the_distance_is_that_of_the_weights() -> None:
         weights.append(model.weight.detach().clone())
     measured = float((weights[0] - weights[1]).norm() / (weights[0] - base).norm())
     assert relative_distance(ledger, thin) == pytest.approx(measured, rel=0.02)
+
+
+def test_what_privacy_cost_stays_with_fewer_bits() -> None:
+    privacy = {"unit": "client", "epsilon": 2.0}
+    noted = paged("float16", (1, 1)).stamped({"privacy": privacy, "settings": {"lr": 1}})
+    assert thinned(noted, 1).made_with == {"privacy": privacy}
+
+
+def test_a_card_counts_the_numbers_of_all_pages() -> None:
+    card = ledger_card("owner/base", paged("int4", (1, 1, 1)).published(), {})
+    assert f"# owner/base, tuned with fedkseed: {3 * K:,} numbers" in card
+    assert f"| candidate seeds | 3 pages, the last of K = {K:,}, hadamard noise, key 0x0000000000000002 |" in card
+    assert f"tuned with fedkseed: {K:,} numbers" in ledger_card("owner/base", paged("int4", (1,)).published(), {})
 
 
 def test_bits_that_gain_nothing_are_refused() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.support import laws
 
 import fedkseed as fk
-from fedkseed.errors import InvalidValueError
+from fedkseed.errors import InvalidValueError, LedgerError
 from fedkseed.kseed.coding import encode
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
@@ -404,3 +404,29 @@ def test_bad_pages_change_nothing() -> None:
             bound.open_page(pool, bad, movement)  # type: ignore[arg-type]
         bound.rebuild(pages[1][2])
         assert laws.all_bits(bound.model) == before
+
+
+def test_a_matrix_of_zeros_is_not_moved_in_proportion_without_a_word() -> None:
+    """Such as the second one of a fresh LoRA adapter; a bias of zeros is no reason."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    torch.nn.init.zeros_(model[0].bias)
+    bound = fk.bind(model, fk.SeedPool(1, 8, "gaussian"))
+    bound.open_page(bound.pool, [], "proportional")
+    torch.nn.init.zeros_(model[1].weight)
+    bound = fk.bind(model, fk.SeedPool(1, 8, "gaussian"))
+    with pytest.raises(InvalidValueError, match=r"^movement is 'proportional' and 1\.weight is all zeros, which no proportion"):
+        bound.open_page(bound.pool, [], "proportional")
+    assert bound.movement == "absolute"
+
+
+def test_coefficients_alone_are_no_ledger_of_pages_or_of_movement_in_proportion() -> None:
+    pool = fk.SeedPool(1, 8, "gaussian")
+    bound = fk.bind(torch.nn.Linear(3, 2), pool)
+    bound.open_page(pool, [], "proportional")
+    with pytest.raises(LedgerError, match="what 1 page with proportional movement are"):
+        fk.Ledger.of(bound, [0.5] * 8)
+    bound.open_page(pool, [ClosedPage(fk.SeedPool(2, 8, "gaussian"), np.ones(8, np.float32), "absolute")])
+    with pytest.raises(LedgerError, match="what 2 pages with absolute movement are"):
+        fk.Ledger.of(bound, [0.5] * 8)
+    bound.open_page(pool)
+    assert fk.Ledger.of(bound, [0.5] * 8).pool == pool

@@ -17,6 +17,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sign": GRAD | {"wire": "sign", "num_rounds": 6},
     "adam": GRAD | {"local_optimizer": "adam"},
     "two-point clients": GRAD | {"two_point_clients": 0.5},
+    "pages": GRAD | {"wire": "int4", "rounds_per_page": 1, "num_rounds": 8},
     "fedavg": {"algorithm": "fedavg"},
     "fedzo": {"algorithm": "fedzo"},
     "fedit": {"algorithm": "fedit"},

@@ -13,6 +13,7 @@ from fedkseed.errors import ConfigError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import SimulationConfig, build, flag
+from fedkseed.runs.settings import flags as words_of
 
 
 @pytest.fixture
@@ -196,6 +197,16 @@ def test_a_run_from_before_there_were_rules_goes_on_as_a_mean(needed: dict[str, 
 def test_a_flag_is_the_settings_name_in_kebab_case() -> None:
     assert flag("num_rounds") == "--num-rounds"
     assert flag("lr") == "--lr"
+
+
+def test_what_was_given_is_among_a_command_lines_words_at_its_default_too(needed: dict[str, Any]) -> None:
+    """`--server-optimizer adam` wants to be given a `--server-lr`, be it 1; what nobody gave is left out."""
+    given = needed | {"algorithm": "fedkseed-grad", "server_optimizer": "adam", "server_lr": 1.0}
+    words = words_of(build(given))
+    assert words[words.index("--server-lr") + 1] == "1.0"
+    again = dict(zip(words[::2], words[1::2], strict=True))
+    assert build({name[2:].replace("-", "_"): value for name, value in again.items()}) == build(given)
+    assert "--eps" not in words
 
 
 def test_settings_round_trip_through_the_run_folder(needed: dict[str, Any], tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
     except ModelError as error:
         complain(f"{error}; the card is without the prompt template")
         prompt = None
-    about, named = rows_of(published, About(config, losses, licence_of(model))), public_name(model)
+    known = losses if published.digest() == ledger.published().digest() else None  # fewer bits are another model
+    about, named = rows_of(published, About(config, known, licence_of(model))), public_name(model)
     if is_adapter(folder := Path(model).expanduser()):
         about, named = {**_adapter_row(folder), **about}, public_name(base_of(folder))
     return save_folder(published, output, named, prompt, about) / LEDGER

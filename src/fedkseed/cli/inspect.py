@@ -11,7 +11,7 @@ from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
 from fedkseed.report.reading import Round, read
-from fedkseed.report.summary import participation, promise
+from fedkseed.report.summary import noted_promise, participation, promise
 from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.folder import RunFolder, tuned_file
 from fedkseed.runs.layout import CONFIG
@@ -55,6 +55,8 @@ def inspect(path: Path, which: str | None = None) -> None:
     if ledger.history is not None:
         counts = ledger.history.grad_counts
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
+    if (promised := noted_promise(ledger.made_with)) is not None:
+        rows["privacy"] = promised
     _show(rows | _of_run(path, which))
 
 

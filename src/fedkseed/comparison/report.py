@@ -101,7 +101,7 @@ def _points(record: RunRecord) -> Iterable[Point]:
         done = [r for n, r in rounds.items() if n <= evaluation.server_round]
         examples = sum(r.num_steps or 0 for r in done) * config.batch_size
         moved = traffic(done)
-        yield Point(examples, examples * passes, moved.total if moved else 0.0, evaluation.loss)
+        yield Point(examples, round(examples * passes), moved.total if moved else 0.0, evaluation.loss)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,8 @@ def _report(comparison: Comparison, results: Sequence[Result], base: tuple[float
         f"Held-out loss in nats per token, mean ± standard deviation over seeds {seeds}; bytes down and up together.",
         "Losses at equal budgets are the last that were measured within them; a method of longer runs has not come to its end.",
         f"Equal examples: {equal.examples:,} in all (steps times batch size); equal passes: {equal.passes:,} forward "
-        "passes of a record (a step costs 2 without backpropagation, of n directions n + 1, and 3 with it).",
+        "passes of a record (a step costs 2 without backpropagation, of n directions n + 1, and 3 with it; of mixed rounds "
+        "their mean).",
     ]
     if comparison.control:
         notes.append(

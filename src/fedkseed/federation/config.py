@@ -268,6 +268,10 @@ class FederationConfig(BaseModel):
     @model_validator(mode="after")
     def _sums_hide_replies(self) -> Self:
         if self.secure_sums == "off":
+            if self.secure_clip != type(self).model_fields["secure_clip"].default:
+                raise ValueError(
+                    f"--secure-clip is {self.secure_clip:g} and --secure-sums is off; leave it out, or turn them on"
+                )
             return self
         if self.rule.needs_each_reply:
             raise ValueError(
@@ -331,6 +335,10 @@ class FederationConfig(BaseModel):
             raise ValueError(
                 f"--server-optimizer is {self.server_optimizer} and --server-lr is missing; it is how far a number moves in a "
                 "round, so give about what --local-optimizer adam would have as --lr, such as 1e-3"
+            )
+        if self.two_point_clients == 1 and self.checkpointing == "on":
+            raise ValueError(
+                "--checkpointing is on and --two-point-clients 1, so that nobody backpropagates; leave one of them out"
             )
         power_of_two = self.num_seeds >= MIN_BLOCK and self.num_seeds & (self.num_seeds - 1) == 0
         if self.basis == "table" and not (FAMILIES[self.noise].has_table and power_of_two):
@@ -430,9 +438,12 @@ class FederationConfig(BaseModel):
         return objective_named(self.objective)
 
     @property
-    def passes_per_step(self) -> int:
-        """What a local step costs in forward passes of a record, an answer being one; see `Algorithm`, and `directions`."""
-        passes = self.facts.passes_per_step
+    def passes_per_step(self) -> float:
+        """What a local step costs in forward passes of a record, an answer being one; see `Algorithm`, and `directions`.
+
+        Where some clients take two-point steps and the others gradients it is their mean.
+        """
+        passes = self.facts.passes_per_step - self.two_point_clients * (self.facts.sends == "changes")
         if not self.goal.smooth:
             passes = 2 * self.directions
         elif self.directions > 1:

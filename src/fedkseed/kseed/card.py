@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.noise.pool import SeedPool
 from fedkseed.text import visible
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
@@ -76,12 +77,19 @@ def head_of(fields: Mapping[str, Any]) -> str:
     return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
 
 
+def pools_of(ledger: Ledger) -> list[SeedPool]:
+    """The pools that a ledger's numbers are of: one, or each page's."""
+    return [page.pool for page in ledger.pages] or [ledger.pool]
+
+
 def pool_text(ledger: Ledger) -> str:
-    """A ledger's pool in words; of pages that have no size or family in common each one's."""
-    pools = [page.pool for page in ledger.pages] or [ledger.pool]
-    if len({(pool.size, pool.family) for pool in pools}) == 1:
-        pools = pools[-1:]
-    return "; ".join(f"K = {pool.size:,}, {pool.family} noise, key {pool.key:#018x}" for pool in pools)
+    """A ledger's pools in words; of pages of one size and family how many, and the last one's."""
+    pools = pools_of(ledger)
+    alike = len({(pool.size, pool.family) for pool in pools}) == 1
+    said = "; ".join(
+        f"K = {pool.size:,}, {pool.family} noise, key {pool.key:#018x}" for pool in (pools[-1:] if alike else pools)
+    )
+    return f"{len(pools)} pages, the last of {said}" if alike and len(pools) > 1 else said
 
 
 def published_text(ledger: Ledger) -> str:
@@ -150,7 +158,7 @@ def ledger_card(
 {head_of(fields)}
 ---
 
-# {base}, tuned with fedkseed: {ledger.pool.size:,} numbers
+# {base}, tuned with fedkseed: {sum(pool.size for pool in pools_of(ledger)):,} numbers
 
 {how}
 

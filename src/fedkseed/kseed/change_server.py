@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedkseed.errors import LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.divided import DividedRounds
-from fedkseed.federation.envelope import Reply
+from fedkseed.federation.envelope import MAX_NUMBERS, Reply
 from fedkseed.federation.exact_sum import ExactSum
 from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.federation.outcome import CHANGE_NORM, COUNTED, Outcome, Refusal, Summed
@@ -98,7 +98,8 @@ class ChangeServer(DividedRounds[ChangeRequest, ChangeReply]):
         if self.forward_only is not None:
             return self.forward_only
         ranked = sorted(self.clients, key=lambda name: derive(self.config.seed, "two-point", name))
-        return frozenset(ranked[: round(self.config.two_point_clients * len(ranked))])
+        share = self.config.two_point_clients
+        return frozenset(ranked[: max(1, round(share * len(ranked))) if share else 0])
 
     def whole(self, client: str) -> ChangeRequest | None:
         """See `Rounds.whole`."""
@@ -283,7 +284,9 @@ class ChangeServer(DividedRounds[ChangeRequest, ChangeReply]):
         """The ledger with a fresh page where the rounds of its open one are over and others follow."""
         config = self.config
         each, done = config.rounds_per_page, ledger.round
-        if not each or not done or done % each or done >= config.num_rounds or len(ledger.pages) > done // each:
+        if not each or done % each or done >= config.num_rounds or not ledger.pages[-1].parts:
+            return ledger
+        if (len(ledger.pages) + 1) * config.num_seeds > MAX_NUMBERS:  # of a run whose pages were shorter at first
             return ledger
         pages = [*ledger.pages, new_page(config, len(ledger.pages))]
         return Ledger.of_pages(ledger.base, done, pages, config.wire, self._fresh(config.num_seeds))

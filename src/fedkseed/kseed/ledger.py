@@ -29,6 +29,7 @@ from fedkseed.kseed.folded_names import folded, unfolded
 from fedkseed.kseed.paged_format import MIXED_FORMAT, PAGED_FORMAT, paged_content, read_pages, read_state, tensor_of
 from fedkseed.kseed.pages import Page
 from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.models.closed_page import Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 from fedkseed.text import counted, one_line
@@ -49,6 +50,12 @@ class Bound(Protocol):
     """What a ledger needs of a model; `fedkseed.Binding` has it."""
 
     pool: SeedPool
+    movement: Movement
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages its weights are made of."""
+        ...
 
     def identity(self) -> BaseIdentity:
         """Which base model it is."""
@@ -162,7 +169,13 @@ class Ledger:
 
         Raises:
             InvalidValueError: see `Binding.rebuild`.
+            LedgerError: the model has closed pages, or moves in proportion, which coefficients alone do not say.
         """
+        if bound.num_pages > 1 or bound.movement != "absolute":
+            raise LedgerError(
+                f"coefficients alone do not say what {counted(bound.num_pages, 'page')} with {bound.movement} movement are; "
+                "give a model without closed pages that moves absolutely, or write the pages by Ledger.of_pages"
+            )
         return cls(bound.pool, bound.identity(), "float32", round, bound.pool.check_coefficients(coefficients), None)
 
     @classmethod
@@ -229,9 +242,10 @@ class Ledger:
                 raise LedgerError(
                     f"{path}: cannot save a ledger there: {Path(path).parent} is no folder; make it first"
                 ) from error
+            there = "the ledger that lies there is whole: " if Path(path).exists() else ""
             raise LedgerError(
-                f"{path}: cannot save the ledger of round {self.round} ({error.strerror}); "
-                "the ledger that lies there is whole: make room or choose another place, then resume"
+                f"{path}: cannot save the ledger of round {self.round} ({error.strerror}); {there}make room or choose another "
+                "place, then resume"
             ) from error
 
     @classmethod

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.errors import LedgerError, ProtocolError
+from fedkseed.errors import ConfigError, LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
@@ -54,6 +54,7 @@ class Server(DividedRounds[TrainRequest, TrainReply]):
         clients, guess_loss, num_examples: see `Rounds`.
 
     Raises:
+        ConfigError: the clients of the settings' algorithm send something else.
         LedgerError: the ledger is of another pool or precision than the settings, or is a published one.
         RunError: see `Rounds`.
     """
@@ -66,6 +67,11 @@ class Server(DividedRounds[TrainRequest, TrainReply]):
         guess_loss: float | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
+        if config.facts.sends != "scalars":
+            raise ConfigError(
+                f"algorithm is {config.algorithm!r}, whose clients send {config.facts.sends}; this server adds up scalars, so "
+                "take fedkseed or fedkseed-pro, or run the settings by fedkseed.simulate"
+            )
         if isinstance(ledger, BaseIdentity):
             ledger = start(config, ledger)
         if ledger.history is None:

@@ -31,7 +31,7 @@ def thinned(ledger: Ledger, bits: int) -> Ledger:
         Page(page.pool, page.basis, page.movement, (encode(numbers, WIRES[bits]),) if numbers.any() else ())
         for page, numbers in zip(pages, whole, strict=True)
     ]
-    found = Ledger.of_pages(ledger.base, ledger.round, thin, WIRES[bits], None)
+    found = Ledger.of_pages(ledger.base, ledger.round, thin, WIRES[bits], None).stamped(ledger.made_with).published()
     before, after = len(ledger.published().encode()), len(found.encode())
     if after >= before:
         raise InvalidValueError(f"with {bits} bits the ledger takes {after:,} bytes, {before:,} as it is; choose fewer bits")

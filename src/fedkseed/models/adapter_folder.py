@@ -59,8 +59,8 @@ def on_hub(hub_id: str) -> Path | None:
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether transformers has put an adapter into a model that it loaded."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    """Whether a model has an adapter, which transformers has put into it as it was loaded, or peft has wrapped it in."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None))
 
 
 def base_of(folder: Path) -> str:

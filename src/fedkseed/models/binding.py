@@ -95,15 +95,33 @@ class Binding:
             movement: how the open page moves a weight: `absolute`, by the sum; `proportional`, by the base's weight times it.
 
         Raises:
-            InvalidValueError: coefficients that `rebuild` would not take, or an unknown movement; nothing has changed then.
+            InvalidValueError: coefficients that `rebuild` would not take, an unknown movement, or one in proportion of a tensor
+                that is all zeros; nothing has changed then.
         """
         for moved in (movement, *(page.movement for page in closed)):
             if moved not in get_args(Movement):
                 raise InvalidValueError(f"movement is {moved!r:.40}; expected {' or '.join(get_args(Movement))}")
         for page in closed:
             page.pool.check_coefficients(page.coefficients)
+        if movement == "proportional" != self.movement:
+            self._check_proportional()
         if self._pages.close(closed, pool, movement) or (pool, movement) != (self.pool, self.movement):
             self._open(pool, movement)  # else the sweeps that are made ready serve the next client too
+
+    def _check_proportional(self) -> None:
+        """Refuse a matrix of zeros, such as a fresh adapter's: in proportion it would never move, and nobody be told."""
+        for entry in self._tunable:
+            parts = (part.values for batch in self._base.batches([entry.name]) for part in batch)
+            if entry.parameter.dim() > 1 and not any(bool(x[:1024].any() or x.any()) for x in parts):
+                raise InvalidValueError(
+                    f"movement is 'proportional' and {entry.name} is all zeros, which no proportion moves; take 'absolute', or "
+                    "freeze it"
+                )
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages the weights are the base and: the closed ones, and the open one."""
+        return 1 + self._pages.number
 
     def __repr__(self) -> str:
         d, size = sum(entry.parameter.numel() for entry in self._tunable), self.pool.size

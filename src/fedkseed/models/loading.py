@@ -94,7 +94,11 @@ def _refuse_adapter(source: str | Path, found: bool) -> None:
 def _require_base(folder: Path) -> None:
     """Refuse an adapter whose base model is not on this machine."""
     base = base_of(folder)
-    if not Path(base).expanduser().is_dir() and not _is_cached(base):
+    try:
+        known = Path(base).expanduser().is_dir() or _is_cached(base)
+    except ModelError:  # no hub id either
+        known = False
+    if not known:
         raise ModelError(
             f"{folder}: its base model {base!r:.80} is no folder here, nor in the local cache; download it, or set "
             f"base_model_name_or_path in {ADAPTER}"
@@ -117,6 +121,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = _folder(source)
     if folder is not None and is_adapter(folder) and not _has(folder, TOKENIZER_FILES):
+        _require_base(folder)
         return load_tokenizer(base_of(folder))
     if folder is not None:
         _require(folder, TOKENIZER_FILES, "tokenizer (tokenizer.json)")

@@ -37,6 +37,11 @@ class ClosedPages:
         self._sum: dict[str, torch.Tensor] | None = None
         self.start, self.mixtures = base, tuple[Mixture, ...]()
 
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self._closed or ())
+
     def close(self, closed: Sequence[ClosedPage], pool: SeedPool, movement: Movement) -> bool:
         """Have these pages before an open one of that pool and movement; whether `start` or `mixtures` are others now."""
         cheap = movement == "absolute" and not pool.facts.pass_per_seed

@@ -20,20 +20,26 @@ def frozen_names(
 
     Args:
         model: a bare module.
-        train: patterns of what is tuned; none stands for all, of a model with an adapter for the adapter's matrices. A tied
-            tensor is meant by any of its names.
+        train: patterns of what is tuned; none stands for all. Of a model with an adapter they choose among the adapter's
+            matrices: what is saved of it would lack all else. A tied tensor is meant by any of its names.
         freeze: patterns of what of this is not.
         idle: names of tensors that are left alone in any case.
 
     Raises:
         ConfigError: a pattern matches nothing that could be tuned (the message has the nearest names), or nothing is left.
     """
-    train = train or (MATRICES if has_adapter(model) else ())
     entries = [entry for entry in named_parameters(model) if entry.name not in idle]
+    what = "that a loss depends on"
+    if has_adapter(model):
+        entries, what = [entry for entry in entries if _matches(entry, MATRICES)], "of the adapter"
+        if not entries:
+            raise ConfigError(
+                f"the model has an adapter without LoRA's matrices ({', '.join(MATRICES)}); give one that has them"
+            )
     for flag, patterns in (("--train", train), ("--freeze", freeze)):
         for pattern in patterns:
             if not any(_matches(entry, [pattern]) for entry in entries):
-                raise ConfigError(f"{flag} {pattern!r} matches no tensor that a loss depends on; {_near(pattern, entries)}")
+                raise ConfigError(f"{flag} {pattern!r} matches no tensor {what}; {_near(pattern, entries)}")
     tuned = {e.name for e in entries if (not train or _matches(e, train)) and not _matches(e, freeze)}
     if not tuned:
         raise ConfigError("--train and --freeze leave no tensor to tune; take one of the --freeze patterns away")

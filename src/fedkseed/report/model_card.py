@@ -12,6 +12,7 @@ from fedkseed.data import is_hub_id, public_names
 from fedkseed.federation.algorithms import Algorithm
 from fedkseed.kseed.card import PAPER, Prompt, fenced, head_of, pool_text, prompt_text, published_text, table_of
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.report.summary import noted_promise
 from fedkseed.runs.settings import IN_MEMORY, RunConfig, SimulationConfig
 from fedkseed.text import visible
 
@@ -138,7 +139,7 @@ def rows_of(tuning: Ledger | TunedTensors, about: About) -> dict[str, str]:
             "training data": _data(config),
             "prompt template": Path(config.template).name,
         }
-    if (promised := _privacy(tuning)) is not None:
+    if (promised := noted_promise(tuning.made_with)) is not None:
         rows["differential privacy"] = promised
     if about.losses is not None:
         rows["held-out loss"] = f"{about.losses[0]:.4f} before, {about.losses[1]:.4f} after, in nats per response token"
@@ -148,19 +149,6 @@ def rows_of(tuning: Ledger | TunedTensors, about: About) -> dict[str, str]:
     if tuning.is_checkpoint:
         rows["digest of the run's ledger"] = f"`{tuning.digest()}`"
     return rows | {"digest of the published ledger": published_text(tuning)}
-
-
-def _privacy(tuning: Ledger | TunedTensors) -> str | None:
-    """What is promised, as whoever made the ledger noted it."""
-    said = (tuning.made_with or {}).get("privacy")
-    if not isinstance(said, dict):
-        return None
-    if not isinstance(said.get("epsilon"), (int, float)):
-        return f"none: next to no noise was added to what each {said.get('unit')} sent"
-    return (
-        f"epsilon {said['epsilon']:.3g} at delta {said.get('delta')}, of each {said.get('unit')} added or taken away "
-        f"(clip norm {said.get('clip_norm')}, noise multiplier {said.get('noise_multiplier')})"
-    )
 
 
 def _data_names(config: RunConfig | None) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedkseed.privacy import DELTA
 from fedkseed.report.reading import Evaluation, Round, RunRecord, is_finite
@@ -41,6 +42,19 @@ def promise(record: RunRecord) -> Promise | None:
         return Promise("none", "next to no noise was added: nothing is promised", budget)
     delta = DELTA if config.delta is None else config.delta
     return Promise(f"epsilon {epsilon:.3g}", f"at delta {delta:g}, of each {config.dp}", budget)
+
+
+def noted_promise(made_with: Mapping[str, Any] | None) -> str | None:
+    """What a checkpoint promises, as whoever made it noted it; None where nothing is."""
+    said = (made_with or {}).get("privacy")
+    if not isinstance(said, dict):
+        return None
+    if not isinstance(said.get("epsilon"), (int, float)):
+        return f"none: next to no noise was added to what each {said.get('unit')} sent"
+    return (
+        f"epsilon {said['epsilon']:.3g} at delta {said.get('delta')}, of each {said.get('unit')} added or taken away "
+        f"(clip norm {said.get('clip_norm')}, noise multiplier {said.get('noise_multiplier')})"
+    )
 
 
 @dataclass(frozen=True)

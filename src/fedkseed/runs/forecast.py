@@ -158,7 +158,12 @@ def _scoring_seconds(watched: ScoredTask | None, records: Records) -> float:
 
 
 def _parts(config: SimulationConfig, done: int, share: float) -> float:
-    """How many rounds' changes a request holds on average: those since the client was asked last, or all."""
+    """How many rounds' changes a request holds on average: those since the client was asked last, or all.
+
+    Of a wire that sends a page as a whole, that of the open page, and of each one that was closed since.
+    """
+    rounds, each = range(done, config.num_rounds), config.rounds_per_page or config.num_rounds
     if is_replaced(config.wire):
-        return float(np.mean([min(n, 1) for n in range(done, config.num_rounds)]))
-    return float(np.mean([(1 - (1 - share) ** n) / share for n in range(done, config.num_rounds)]))
+        closed = [sum((1 - share) ** (n - end) for end in range(each, n + 1, each)) for n in rounds]
+        return float(np.mean([before + (n % each > 0) for n, before in zip(rounds, closed, strict=True)]))
+    return float(np.mean([(1 - (1 - share) ** n) / share for n in rounds]))

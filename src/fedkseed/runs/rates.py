@@ -106,7 +106,9 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
                 done = (server.checkpoint.round * len(requests) + len(replies)) * short.local_steps
                 heard = _told(observer, lr, done, TRIAL_ROUNDS * len(requests) * short.local_steps)
                 replies.append((request.client, federation.clients[request.client].answer(request.encode(), heard)))
-            server.absorb(replies)
+            if server.absorb(replies).status == "failed":  # no reply was usable
+                observer.note(f"lr {lr:.3g}: no step was usable")
+                return Attempt(lr, math.inf)
         federation.restore()
         after = loss(federation)
         observer.note(f"lr {lr:.3g}: loss {after:.4f}")
@@ -114,7 +116,7 @@ def find_rate(config: SimulationConfig, records: Records, observer: Observer, mo
 
     before = loss(_federate(short.model_copy(update={"lr": config.facts.usual_lr}), few, model))
     observer.note(f"base model: loss {before:.4f}")
-    attempts = _search(usual_rate(config), attempt)
+    attempts = _search(usual_rate(config), attempt, before)
     best = min(attempts, key=lambda a: a.after)
     if not best.after < before:
         tried = ", ".join(f"{a.lr:.3g}" for a in attempts)
@@ -139,12 +141,15 @@ def usual_rate(config: SimulationConfig) -> float:
     return ALGORITHMS["fedkseed"].usual_lr * (config.num_seeds if config.basis == "table" else 1)
 
 
-def _search(usual: float, attempt: Callable[[float], Attempt]) -> list[Attempt]:
-    """Attempts at three rates, and at further ones while the best is at an end; ascending."""
+def _search(usual: float, attempt: Callable[[float], Attempt], before: float) -> list[Attempt]:
+    """Attempts at three rates, and at further ones while the best is at an end; ascending.
+
+    Losses of rates that are all too large are in no order, so while none is below the base model's, lower ones follow.
+    """
     attempts = [attempt(usual * FACTOR**i) for i in (-1, 0, 1)]
     while len(attempts) < MAX_TRIALS:
         best = min(range(len(attempts)), key=lambda i: attempts[i].after)
-        if best == 0:
+        if best == 0 or not attempts[best].after < before:
             attempts.insert(0, attempt(attempts[0].lr / FACTOR))
         elif best == len(attempts) - 1:
             attempts.append(attempt(attempts[-1].lr * FACTOR))

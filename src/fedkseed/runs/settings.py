@@ -333,9 +333,10 @@ def flag(name: str) -> str:
 
 
 def flags(config: RunConfig) -> list[str]:
-    """The command line's words for settings; those at their defaults are left out."""
-    chosen = config.model_dump(mode="json", exclude_defaults=True).items()
-    return [word for name, value in chosen if value is not None for word in (flag(name), str(value))]
+    """The command line's words for settings; those at their defaults are left out, where nobody gave them."""
+    given = config.model_dump(mode="json", exclude_unset=True)
+    chosen = given | config.model_dump(mode="json", exclude_defaults=True)
+    return [word for name, value in chosen.items() if value is not None for word in (flag(name), str(value))]
 
 
 def missing(names: Sequence[str]) -> str:
