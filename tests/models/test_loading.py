@@ -34,6 +34,20 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.model_info", refuse)
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes ten seconds until it is out of reach."""
+    asked = []
+
+    def refuse(hub_id: str, **_: object) -> None:
+        asked.append(hub_id)
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.model_info", refuse)
+    with pytest.raises(ModelError, match=r"the hub does not give it \(TimeoutError\)"):
+        load_model("nobody/nothing-here")
+    assert asked == ["nobody/nothing-here"]
+
+
 def change_tensors(folder: Path, change: Any) -> None:
     tensors = load_file(folder / MODEL)
     save_file(change(tensors), folder / MODEL, metadata={"format": "pt"})
@@ -75,7 +89,7 @@ def test_importing_the_module_does_not_import_transformers() -> None:
         ("white space/x", r"'white space/x': neither a folder nor a hub id \(.*\); give one of the two"),
         (
             "nobody/nothing-here",
-            r"nobody/nothing-here: no such folder here, no .* of that id in the local cache, and the hub does not give it "
+            r"nobody/nothing-here: no such folder here, nothing whole of that id in the local cache, and the hub does not give it "
             r"\(no route to the hub\); download the model and give its folder, or check the id and the network",
         ),
     ],

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.errors import ModelError, installing
+from fedkseed.models.hub import files_on_hub, in_cache
 from fedkseed.text import one_line
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
 """What else an adapter's folder may have that is read."""
+OF_MODELS = ("config.json", "tokenizer_config.json")
+"""What a hub's model has, of which the cache may hold a part."""
 MATRICES = ("*.lora_*",)
 """What an adapter's tensors are called in a model that has it."""
 
@@ -30,26 +33,19 @@ def on_hub(hub_id: str) -> Path | None:
     """The folder of a hub's adapter in the local cache, where it is put if it is not there.
 
     Returns:
-        None if the hub has no adapter without a model of that name, or cannot be asked.
+        None if it is a model's name, or a tokenizer's.
 
     Raises:
-        ModelError: the hub has one and does not give it.
+        ModelError: it is no hub id, or nothing of it is in the cache and the hub does not give it.
     """
-    from huggingface_hub import model_info, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import snapshot_download
 
-    try:
-        if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-            return None
-        found = try_to_load_from_cache(hub_id, CONFIG)
-    except HFValidationError:
+    if in_cache(hub_id, *OF_MODELS):
         return None
-    if isinstance(found, str) and (Path(found).parent / WEIGHTS).is_file():
-        return Path(found).parent
-    try:
-        files = {file.rfilename for file in model_info(hub_id, timeout=10).siblings or ()}
-    except Exception:  # of whichever HTTP library, or the hub's own: it is said where the model is loaded
-        return None
+    found = in_cache(hub_id, CONFIG)
+    if found and (found.parent / WEIGHTS).is_file():
+        return found.parent
+    files = files_on_hub(hub_id)
     if CONFIG not in files or "config.json" in files:
         return None
     try:

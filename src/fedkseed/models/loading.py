@@ -15,8 +15,9 @@ import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
 from fedkseed.models.adapter_folder import CONFIG as ADAPTER
-from fedkseed.models.adapter_folder import base_of, has_adapter, is_adapter, on_hub
+from fedkseed.models.adapter_folder import OF_MODELS, base_of, has_adapter, is_adapter, on_hub
 from fedkseed.models.base import FileBase, stored_dtypes
+from fedkseed.models.hub import files_on_hub, in_cache
 from fedkseed.models.parameters import NamedParameter, is_plain_float, is_quantised, named_parameters
 from fedkseed.text import one_line
 
@@ -95,7 +96,7 @@ def _require_base(folder: Path) -> None:
     """Refuse an adapter whose base model is not on this machine."""
     base = base_of(folder)
     try:
-        known = Path(base).expanduser().is_dir() or _is_cached(base)
+        known = Path(base).expanduser().is_dir() or in_cache(base, *OF_MODELS) is not None
     except ModelError:  # no hub id either
         known = False
     if not known:
@@ -194,14 +195,11 @@ def files_of(source: str | Path) -> Path | None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        found = try_to_load_from_cache(str(source), "config.json")
-    except HFValidationError:
+        found = in_cache(str(source), "config.json")
+    except ModelError:  # no hub id
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return found.parent if found else None
 
 
 def read_files(model: torch.nn.Module, entries: Sequence[NamedParameter]) -> Callable[[NamedParameter], torch.Tensor] | None:
@@ -255,7 +253,7 @@ def _configured_dtype(source: str | Path) -> torch.dtype | None:
 
 
 def _folder(source: str | Path) -> Path | None:
-    """The local folder that is meant, of a hub's adapter that in the cache; None for another hub id."""
+    """The local folder that is meant: a hub's adapter's is in the cache; None for another hub id."""
     name, path = str(source), Path(source).expanduser()
     if not name.strip():
         raise ModelError("the model's name is empty; give a model folder, or a hub id such as 'owner/name'")
@@ -286,7 +284,7 @@ def _require(folder: Path, patterns: tuple[str, ...], what: str) -> None:
 def _load(source: str | Path, folder: Path | None, what: str, load: Callable[[bool], T]) -> T:
     """Call `load(local_files_only=True)`; for a hub id that the cache does not hold (or not whole) `load(False)`."""
     cached_error: ModelError | None = None
-    if folder is not None or _is_cached(str(source)):
+    if folder is not None or in_cache(str(source), *OF_MODELS):
         try:
             with _quiet(bars=False):
                 return _call(source, what, load, local_files_only=True)
@@ -295,7 +293,7 @@ def _load(source: str | Path, folder: Path | None, what: str, load: Callable[[bo
                 raise
             cached_error = error
     try:
-        _require_reachable(str(source), what)
+        files_on_hub(str(source))
     except ModelError as error:
         raise cached_error or error from None
     with _quiet(bars=True):  # a download shall show its progress
@@ -309,30 +307,6 @@ def _call(source: str | Path, what: str, load: Callable[[bool], T], local_files_
         raise ModelError(
             f"{source}: no {what} could be loaded ({one_line(error)}); check that the folder or hub id is whole and of "
             "a causal LM"
-        ) from error
-
-
-def _is_cached(hub_id: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = [try_to_load_from_cache(hub_id, name) for name in ("config.json", "tokenizer_config.json")]
-    except HFValidationError as error:
-        raise ModelError(f"{hub_id!r}: neither a folder nor a hub id ({one_line(error)}); give one of the two") from None
-    return any(isinstance(path, str) for path in found)
-
-
-def _require_reachable(hub_id: str, what: str) -> None:
-    """Ask the hub once: transformers would retry for half a minute before it gives up."""
-    from huggingface_hub import model_info
-
-    try:
-        model_info(hub_id, timeout=10)
-    except Exception as error:  # of whichever HTTP library, or the hub's own
-        raise ModelError(
-            f"{hub_id}: no such folder here, no {what} of that id in the local cache, and the hub does not give it "
-            f"({one_line(error)}); download the model and give its folder, or check the id and the network"
         ) from error
 
 
