@@ -89,8 +89,8 @@ def test_importing_the_module_does_not_import_transformers() -> None:
         ("white space/x", r"'white space/x': neither a folder nor a hub id \(.*\); give one of the two"),
         (
             "nobody/nothing-here",
-            r"nobody/nothing-here: no such folder here, nothing whole of that id in the local cache, and the hub does not give it "
-            r"\(no route to the hub\); download the model and give its folder, or check the id and the network",
+            r"nobody/nothing-here: no such folder here, nothing whole of that id in the local cache, and the hub does not give "
+            r"it \(no route to the hub\); download the model and give its folder, or check the id and the network",
         ),
     ],
 )
