@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fedkseed as fk
 from fedkseed.errors import BindingError, LedgerError
-from fedkseed.kseed.ledger import History
+from fedkseed.kseed.ledger_format import History
 from fedkseed.kseed.rounding import Precision
 from fedkseed.models.loading import load_model
 

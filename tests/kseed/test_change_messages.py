@@ -17,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 from tests.support.messages import EPS, NAMES, POSITIVE, SHORT
 
 from fedkseed.errors import ProtocolError
+from fedkseed.federation.envelope import MAX_NUMBERS
 from fedkseed.federation.optimizer import OPTIMIZERS
 from fedkseed.kseed.change_messages import (
     BASES,
@@ -127,7 +128,7 @@ def requests(draw: st.DrawFn) -> ChangeRequest:
         basis=basis,
         movement=draw(st.sampled_from(MOVEMENTS)),
         wire=wire,
-        have=draw(st.integers(0, MAX_PAGES)),
+        have=draw(st.integers(0, min(MAX_PAGES, MAX_NUMBERS // size - 4))),
         patches=tuple(draw(st.lists(patches, min_size=1, max_size=4))),
         steps=draw(st.integers(1, 65535)),
         measure=draw(st.sampled_from(["gradient", "two-point"])),

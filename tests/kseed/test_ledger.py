@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save, save_file
 
 import fedkseed as fk
 from fedkseed.errors import InvalidValueError, LedgerError
-from fedkseed.kseed.ledger import History
+from fedkseed.kseed.ledger_format import History
 from fedkseed.kseed.rounding import PRECISIONS, Precision, rounded
 from fedkseed.models.identity import BaseIdentity
 

@@ -16,7 +16,7 @@ from tests.support.generators import global_states, seed_globally
 import fedkseed as fk
 from fedkseed.errors import ConfigError, LedgerError, ProtocolError, RunError
 from fedkseed.federation import FederationConfig, Outcome
-from fedkseed.kseed.ledger import History
+from fedkseed.kseed.ledger_format import History
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.rounding import PRECISIONS, Precision, pack, rounded
 from fedkseed.kseed.server import Server, seed_pool, start

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedkseed.kseed.ledger import History, Ledger
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.ledger_format import History
 from fedkseed.kseed.server import start
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.runs.folder import RunFolder

@@ -8,42 +8,24 @@ scalars, formats 2 and 3 are lists of pages (`fedkseed.kseed.paged_format`), for
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from fedkseed.errors import FedKSeedError, InvalidValueError, LedgerError
-from fedkseed.files import safetensors_entry, safetensors_header, write_atomically
-from fedkseed.kseed.folded_names import folded, unfolded
-from fedkseed.kseed.paged_format import MIXED_FORMAT, PAGED_FORMAT, paged_content, read_pages, read_state, tensor_of
+from fedkseed.files import write_atomically
+from fedkseed.kseed.ledger_format import History, damaged, digest_of, encoded, read_fields
 from fedkseed.kseed.pages import Page
-from fedkseed.kseed.rounding import DTYPES, MAX_EXPONENT, PRECISIONS, Packed, Precision, pack, rounded
+from fedkseed.kseed.rounding import Precision, rounded
 from fedkseed.models.closed_page import Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
-from fedkseed.text import counted, one_line
-
-FORMAT = 1
-FOLDED_FORMAT = 4
-FORMATS = (FORMAT, PAGED_FORMAT, MIXED_FORMAT, FOLDED_FORMAT)
-WORTH_FOLDING = 256
-"""Bytes that folded names must save: else the file is one that older versions read."""
-METADATA = "fedkseed"
-MAX_COLUMNS = 64
-"""Most tensors in a ledger's file, many times what any has: each one more costs time before it is refused."""
-MAX_SCALES = 65536
-SHORT_DIGEST: np.dtype[Any] = np.dtype("<u4")
+from fedkseed.text import counted
 
 
 class Bound(Protocol):
@@ -60,24 +42,6 @@ class Bound(Protocol):
     def identity(self) -> BaseIdentity:
         """Which base model it is."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class History:
-    """What a run needs beside the coefficients.
-
-    Attributes:
-        accumulators: the coefficients before rounding, float64[K].
-        grad_sums: sums of |clipped projected gradient| for each seed, float64[K].
-        grad_counts: how many went into each sum, int64[K].
-        grad_scales: what the running scale of the scalars remembers (`fedkseed.kseed.scale`), float64, at most 65,536; empty
-            where none is kept.
-    """
-
-    accumulators: NDArray[np.float64]
-    grad_sums: NDArray[np.float64]
-    grad_counts: NDArray[np.int64]
-    grad_scales: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -213,21 +177,11 @@ class Ledger:
 
     def digest(self) -> str:
         """SHA-256 (hex) of everything the ledger holds but what it was made with; equal digests mean equal ledgers."""
-        metadata, tensors = self._content()
-        digest = hashlib.sha256(_canonical(metadata).encode())
-        for name in sorted(tensors):
-            digest.update(f"\n{name} {tensors[name].dtype.str} {tensors[name].shape}\n".encode())
-            digest.update(tensors[name].tobytes())
-        return digest.hexdigest()
+        return digest_of(self)
 
     def encode(self) -> bytes:
         """The bytes of the ledger's file; the same for equal ledgers."""
-        metadata, tensors = self._content()
-        metadata = _folded(metadata)
-        if self.made_with is not None:
-            metadata["made_with"] = dict(self.made_with)
-        data: bytes = save_tensors(tensors, metadata={METADATA: _canonical(metadata)})
-        return data
+        return encoded(self)
 
     def save(self, path: str | Path) -> None:
         """Write the ledger's file; the old file stays whole until the new one is on the disk.
@@ -257,7 +211,7 @@ class Ledger:
         """
         try:
             with Path(path).open("rb") as file:
-                return cls._read(file)
+                return cls._of(file)
         except OSError as error:
             raise LedgerError(f"{path}: cannot read the ledger ({error.strerror}); expected a ledger.safetensors") from error
         except LedgerError as error:
@@ -289,89 +243,15 @@ class Ledger:
     @classmethod
     def decode(cls, data: bytes) -> Ledger:
         """The ledger of a file's bytes; see `load`."""
-        return cls._read(io.BytesIO(data))
+        return cls._of(io.BytesIO(data))
 
     @classmethod
-    def _read(cls, file: BinaryIO) -> Ledger:
+    def _of(cls, file: BinaryIO) -> Ledger:
+        fields = read_fields(file)
         try:
-            header, _ = safetensors_header(file)
-            metadata = safetensors_entry(header, METADATA)
-            if len(header) > MAX_COLUMNS:
-                raise ValueError(f"it has {len(header):,} tensors; at most {MAX_COLUMNS} are a ledger's")
-            file.seek(0)
-            tensors = load_tensors(file.read())
-        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            why = f" ({one_line(error, 100)})" if isinstance(error, ValueError) else ""
-            raise LedgerError(f"not a ledger, or damaged{why}; expected a file that fedkseed wrote") from error
-        found = metadata.get("format") if isinstance(metadata, dict) else None
-        if type(found) is not int or found not in FORMATS:
-            raise LedgerError(
-                f"ledger format is {found!s:.40}; this version reads {FORMAT} to {FORMATS[-1]}: use the fedkseed that wrote it"
-            )
-        try:
-            metadata, found = _unfolded(metadata, len(tensors["base_digests"]))
-            ledger = cls._from_content(metadata, tensors) if found == FORMAT else cls._from_pages(metadata, tensors)
-            if not isinstance(made_with := metadata.get("made_with"), dict | None):
-                raise ValueError("made_with is no table")
-            return ledger.stamped(made_with)
-        except (KeyError, TypeError, ValueError, FedKSeedError) as error:
-            raise LedgerError(f"ledger is damaged ({one_line(error, 200)}); restore it from a copy") from error
-
-    def _content(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        metadata: dict[str, Any] = {
-            "format": FORMAT,
-            "pool": {"key": f"{self.pool.key:016x}", "size": self.pool.size, "family": self.pool.family},
-            "base": {"fingerprint": self.base.fingerprint, "frozen": list(self.base.frozen)},
-            "precision": self.precision,
-            "round": self.round,
-        }
-        tensors: dict[str, NDArray[Any]] = {"base_digests": self.base.digests.astype(SHORT_DIGEST)}
-        if self.pages:
-            changes, more = paged_content(self.pages, self.precision, self.state or {})
-            del metadata["pool"], metadata["precision"]
-            metadata |= changes
-            tensors |= more
-        elif self.history is not None:
-            tensors["accumulators"] = self.history.accumulators.astype("<f8")
-            tensors["grad_sums"] = self.history.grad_sums.astype("<f8")
-            tensors["grad_counts"] = self.history.grad_counts.astype("<i8")
-            if self.history.grad_scales.size:
-                tensors["grad_scales"] = self.history.grad_scales.astype("<f8")
-        else:
-            packed = pack(self.coefficients, self.precision)
-            metadata["exponent"] = packed.exponent
-            tensors["coefficients"] = np.frombuffer(packed.numbers, DTYPES[self.precision])
-        return metadata, tensors
-
-    @classmethod
-    def _from_pages(cls, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Ledger:
-        pages, wire = read_pages(metadata, tensors)
-        state = read_state(tensors, pages[-1].pool.size)
-        return cls.of_pages(_base(metadata, tensors), _round(metadata), pages, wire, state)
-
-    @classmethod
-    def _from_content(cls, metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Ledger:
-        pool = SeedPool(int(metadata["pool"]["key"], 16), metadata["pool"]["size"], metadata["pool"]["family"])
-        precision, base = metadata["precision"], _base(metadata, tensors)
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r}")
-        if "accumulators" not in tensors:
-            numbers = tensor_of(tensors, "coefficients", DTYPES[precision], pool.size)
-            exponent = metadata["exponent"]
-            if type(exponent) is not int or abs(exponent) > MAX_EXPONENT:
-                raise ValueError(f"exponent {exponent!r:.40}")
-            coefficients = Packed(precision, exponent, numbers.tobytes()).unpack()
-            return cls(pool, base, precision, _round(metadata), pool.check_coefficients(coefficients), None)
-        columns: dict[str, str] = {"accumulators": "<f8", "grad_sums": "<f8", "grad_counts": "<i8"}
-        history = History(**{name: tensor_of(tensors, name, np.dtype(kind), pool.size) for name, kind in columns.items()})
-        if "grad_scales" in tensors:
-            history = replace(history, grad_scales=tensor_of(tensors, "grad_scales", np.dtype("<f8"), None))
-        sums, scales = history.grad_sums, history.grad_scales
-        if len(scales) > MAX_SCALES or not (np.isfinite(scales) & (scales > 0)).all():
-            raise ValueError("the scales of the scalars are not positive numbers, or too many")
-        if not np.isfinite(sums).all() or sums.min() < 0 or history.grad_counts.min() < 0:
-            raise ValueError("a seed's sum or number of gradients is negative or not finite")
-        return cls(pool, base, precision, _round(metadata), rounded(history.accumulators, precision), history)
+            return cls(**fields)
+        except (TypeError, ValueError, FedKSeedError) as error:
+            raise damaged(error) from error
 
 
 def _merged(ledgers: list[Ledger], weights: list[float]) -> Ledger:
@@ -386,44 +266,3 @@ def published(made_with: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not isinstance(privacy, dict):
         return None
     return {"privacy": {name: value for name, value in privacy.items() if name != "histories"}}
-
-
-def _canonical(metadata: dict[str, Any]) -> str:
-    return json.dumps(metadata, sort_keys=True, separators=(",", ":"))
-
-
-def _folded(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What a file says of a ledger, with the names of frozen tensors folded where that is worth it."""
-    frozen = metadata["base"]["frozen"]
-    patterns = folded(frozen)
-    if patterns is None or len(_canonical({"": frozen})) - len(_canonical({"": patterns})) < WORTH_FOLDING:
-        return metadata
-    return {**metadata, "format": FOLDED_FORMAT, "of": metadata["format"], "base": {**metadata["base"], "frozen": patterns}}
-
-
-def _unfolded(metadata: dict[str, Any], num_tensors: int) -> tuple[dict[str, Any], int]:
-    """The same as it is in an older format, and which."""
-    found = metadata["format"]
-    if found != FOLDED_FORMAT:
-        return metadata, found
-    of = metadata["of"]
-    if type(of) is not int or of not in FORMATS or of == FOLDED_FORMAT:
-        raise ValueError(f"it is of format {of!r:.40}")
-    frozen = unfolded(metadata["base"]["frozen"], num_tensors)
-    return {**metadata, "format": of, "base": {**metadata["base"], "frozen": frozen}}, of
-
-
-def _base(metadata: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> BaseIdentity:
-    frozen, fingerprint = metadata["base"]["frozen"], metadata["base"]["fingerprint"]
-    if not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
-        raise ValueError("frozen is not a list of names")
-    if not (isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{64}", fingerprint)):
-        raise ValueError("the base's fingerprint is not 64 hexadecimal digits")
-    return BaseIdentity(fingerprint, tensor_of(tensors, "base_digests", SHORT_DIGEST, None), tuple(frozen))
-
-
-def _round(metadata: dict[str, Any]) -> int:
-    number = metadata["round"]
-    if not isinstance(number, int) or number < 0:
-        raise ValueError(f"round {number!r}")
-    return number

@@ -19,7 +19,8 @@ from fedkseed.federation.parts import ROUNDING, Closing, Lengths, Question, Trea
 from fedkseed.federation.streams import Requests
 from fedkseed.kseed.distance import pulled_back
 from fedkseed.kseed.importance import seed_probabilities
-from fedkseed.kseed.ledger import MAX_SCALES, History, Ledger
+from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.ledger_format import MAX_SCALES, History
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
 from fedkseed.kseed.rounding import pack
 from fedkseed.kseed.scalars import ScalarsPart, kept_scalars
