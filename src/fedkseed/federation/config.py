@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from fedkseed.errors import ConfigError
 from fedkseed.federation.aggregators import AGGREGATORS, Aggregator
-from fedkseed.federation.algorithms import ALGORITHMS, SOME_TAKE, Algorithm, that_take
-from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, MAX_NUMBERS, MAX_STEPS, SMALLEST_CLIP, SMALLEST_STEP
-from fedkseed.federation.exact_sum import LARGEST
+from fedkseed.federation.algorithms import ALGORITHMS, Algorithm
+from fedkseed.federation.contradictions import MIN_COHORT, check
+from fedkseed.federation.envelope import LARGEST_CLIP, LARGEST_STEP, SMALLEST_CLIP, SMALLEST_STEP
 from fedkseed.federation.objectives import CODE, OBJECTIVES, OWN, Objective, Scaling, objective_named
 from fedkseed.federation.optimizer import OPTIMIZERS
-from fedkseed.noise.families import FAMILIES, MIN_BLOCK
+from fedkseed.noise.families import FAMILIES
 from fedkseed.privacy import DELTA, Privacy
 from fedkseed.privacy.settings import ClipNorm, Delta, Epsilon, NoiseMultiplier, Unit
 
@@ -23,17 +23,12 @@ if TYPE_CHECKING:  # which cannot know the tables' names
 else:
     AlgorithmName, FamilyName = Literal[tuple(ALGORITHMS)], Literal[tuple(FAMILIES)]
     AggregatorName, OptimizerName = Literal[tuple(AGGREGATORS)], Literal[tuple(OPTIMIZERS)]
-FLOAT_WIRES = ("float16", "float32")
 Summation = Literal["ordered", "exact"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Step = Annotated[float, Field(ge=SMALLEST_STEP, le=LARGEST_STEP)]
 """A learning rate or probe distance."""
 Count = Annotated[int, Field(ge=1)]
-MIN_COHORT, MOST_WEIGHT = 3, 0.5
-"""Of a secure sum: in one of two clients each would know the other's part, and one that mostly is one client's tells of it."""
-LIKE_ALL = {"aggregator": "mean"}
-"""What an algorithm that does not take a setting does all the same, so that it may be said."""
 
 
 class FederationConfig(BaseModel):
@@ -203,60 +198,6 @@ class FederationConfig(BaseModel):
             raise ValueError(f"expected {', '.join(OBJECTIVES)}, or a function as PACKAGE:FUNCTION")
         return value
 
-    @model_validator(mode="after")
-    def _only_what_the_algorithm_takes(self) -> Self:
-        for name in sorted(SOME_TAKE):
-            field = type(self).model_fields.get(name)
-            if (
-                field is not None
-                and not self.facts.takes(name)
-                and getattr(self, name) not in (field.default, LIKE_ALL.get(name))
-            ):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --algorithm {self.algorithm} does not take it; "
-                    f"leave it out, or choose one of {', '.join(self._takers(name))}"
-                )
-        self._check_objective()
-        if self.local_steps * self.directions > MAX_STEPS:
-            raise ValueError(
-                f"--local-steps {self.local_steps} of --directions {self.directions} are {self.local_steps * self.directions} "
-                f"seeds; a request holds {MAX_STEPS}, so lower one of them"
-            )
-        self._check_privacy()
-        if self.facts.sends == "scalars" and self.rule.same_seeds and not self.same_seeds:
-            raise ValueError(
-                f"--aggregator {self.aggregator} compares what clients measure along the same seeds, and each steps along its "
-                "own; give --shared-seeds on, or take clipped or mean"
-            )
-        if self.facts.sends == "changes":
-            self._check_changes()
-        elif self.wire not in FLOAT_WIRES:
-            raise ValueError(
-                f"--wire is {self.wire!r} and --algorithm {self.algorithm} sends float16 or float32; take one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sums_can_be_exact(self) -> Self:
-        if self.summation == "ordered":
-            return self
-        if self.rule.weigh is None:
-            raise ValueError(
-                f"--summation is exact and --aggregator {self.aggregator}, which is no sum, so that "
-                "edges cannot sum it either; take clipped or mean"
-            )
-        if self.secure_sums == "on" or self.dp == "client":
-            other = "--secure-sums on" if self.secure_sums == "on" else "--dp client"
-            raise ValueError(
-                f"--summation is exact and {other}, whose sums are another kind of exact; leave out --summation, and --edges, "
-                "which needs it"
-            )
-        if self.facts.sends == "changes" and self.max_value > LARGEST:
-            raise ValueError(
-                f"--summation is exact and --max-value {self.max_value:g}; it adds up numbers to {LARGEST:g}, so take no more"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _sums_are_means(cls, settings: Any) -> Any:
@@ -266,138 +207,9 @@ class FederationConfig(BaseModel):
         return settings
 
     @model_validator(mode="after")
-    def _sums_hide_replies(self) -> Self:
-        if self.secure_sums == "off":
-            if self.secure_clip != type(self).model_fields["secure_clip"].default:
-                raise ValueError(
-                    f"--secure-clip is {self.secure_clip:g} and --secure-sums is off; leave it out, or turn them on"
-                )
-            return self
-        if self.rule.needs_each_reply:
-            raise ValueError(
-                f"--secure-sums is on and --aggregator {self.aggregator}; a rule must see each reply, which a sum hides; take "
-                "--aggregator mean, or leave out --secure-sums"
-            )
-        if self.two_point_clients:
-            raise ValueError(
-                f"--secure-sums is on and --two-point-clients {self.two_point_clients}; scalars and changes are weighed "
-                "against each other one by one, which nobody can in a sum, so leave out one of the two"
-            )
-        if self.local_unit != "steps":
-            raise ValueError(
-                f"--secure-sums is on and --local-unit {self.local_unit}; whoever takes more steps than the others would be "
-                "alone with them, so take steps"
-            )
-        if self.max_share is not None and self.max_share > MOST_WEIGHT:
-            raise ValueError(
-                f"--secure-sums is on and --max-share {self.max_share}; a sum that mostly is one client's tells of it, so take "
-                f"at most {MOST_WEIGHT}"
-            )
+    def _no_contradictions(self) -> Self:
+        check(self)
         return self
-
-    def _takers(self, setting: str) -> list[str]:
-        """The algorithms that take a setting as it is here: of a coded wire those whose clients send changes."""
-        coded = setting == "wire" and self.wire not in FLOAT_WIRES
-        return [name for name in that_take(setting) if not coded or ALGORITHMS[name].sends == "changes"]
-
-    def _check_objective(self) -> None:
-        goal = self.goal
-        if self.facts.measures == "gradient" and not goal.smooth:
-            raise ValueError(
-                f"--objective {self.objective} has no gradient, which --algorithm {self.algorithm} needs; take fedkseed"
-            )
-        for name, has in (
-            ("scaling", not goal.smooth),
-            ("temperature", goal.answers),
-            ("max_new_tokens", goal.answers),
-            ("dpo_beta", goal.smooth and goal.pairs),
-        ):
-            if not has and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --objective {self.objective} has no use for "
-                    "it; leave it out"
-                )
-
-        if self.compile == "on" and goal.answers:
-            raise ValueError(
-                f"--compile is on and --objective {self.objective} wants answers, which grow token by token; leave it out"
-            )
-
-    def _check_changes(self) -> None:
-        pages = -(-self.num_rounds // self.rounds_per_page) if self.rounds_per_page else 1
-        if pages * self.num_seeds > MAX_NUMBERS:
-            raise ValueError(
-                f"--rounds-per-page {self.rounds_per_page} in --num-rounds {self.num_rounds} are {pages:,} pages of "
-                f"{self.num_seeds:,} numbers; a ledger has at most {MAX_NUMBERS:,}, so raise --rounds-per-page, or lower "
-                "--num-seeds"
-            )
-        if OPTIMIZERS[self.server_optimizer].bounded and "server_lr" not in self.model_fields_set:
-            raise ValueError(
-                f"--server-optimizer is {self.server_optimizer} and --server-lr is missing; it is how far a number moves in a "
-                "round, so give about what --local-optimizer adam would have as --lr, such as 1e-3"
-            )
-        if self.two_point_clients == 1 and self.checkpointing == "on":
-            raise ValueError(
-                "--checkpointing is on and --two-point-clients 1, so that nobody backpropagates; leave one of them out"
-            )
-        power_of_two = self.num_seeds >= MIN_BLOCK and self.num_seeds & (self.num_seeds - 1) == 0
-        if self.basis == "table" and not (FAMILIES[self.noise].has_table and power_of_two):
-            raise ValueError(
-                f"--basis table needs --noise hadamard and --num-seeds a power of two from {MIN_BLOCK} on, they are "
-                f"{self.noise} and {self.num_seeds}; change them, or take --basis coefficients"
-            )
-        if self.two_point_clients and self.local_optimizer != "sgd":
-            raise ValueError(
-                f"--two-point-clients is {self.two_point_clients} and --local-optimizer {self.local_optimizer}; scalars can be "
-                "weighed against changes of sgd only, so take that and let --server-optimizer bound the steps"
-            )
-
-    def _check_privacy(self) -> None:
-        """Refuse what would void the guarantee, or not be what it looks like."""
-        if self.dp is None:
-            for name in ("clip_norm", "noise_multiplier", "epsilon", "delta"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} is {value:g} and there is no --dp; leave it out, or give --dp"
-                    )
-            return
-        if self.clip_norm is None:
-            raise ValueError(f"--dp is {self.dp} and --clip-norm is missing; give the longest vector of one {self.dp}")
-        if self.noise_multiplier is None and self.epsilon is None:
-            raise ValueError(f"--dp is {self.dp} and there is no noise; give --epsilon, which finds it, or --noise-multiplier")
-        if self.weighting != "equal":
-            raise ValueError(
-                f"--dp is {self.dp} and --weighting {self.weighting}, which tells how many records each client has; take equal"
-            )
-        if self.dp == "client" and self.facts.draws == "importance":
-            raise ValueError(
-                f"--dp is client and --algorithm {self.algorithm} draws seeds by what single clients sent; take fedkseed"
-            )
-        if self.dp == "client" and AGGREGATORS[self.aggregator].weigh is None:
-            raise ValueError(
-                f"--dp is client and --aggregator {self.aggregator}; what one client moves is not bounded then, so leave it out"
-            )
-        if self.dp == "client" and self.secure_sums == "on":
-            raise ValueError(
-                "--dp is client and --secure-sums on; a server that sees no single reply can clip none; leave one out"
-            )
-        if self.dp == "record":
-            if self.facts.sends == "tensors":
-                raise ValueError(
-                    f"--dp is record and --algorithm {self.algorithm} sends tensors, of which single records are not known; "
-                    "take --dp client, or an algorithm of K numbers"
-                )
-            if not self.goal.smooth and self.scaling != "none":
-                raise ValueError(
-                    f"--dp is record and --scaling {self.scaling}, which compares the scores of records; take --scaling none"
-                )
-            if self.local_unit == "epochs":
-                raise ValueError("--dp is record and --local-unit epochs, which tells the number of records; count steps")
-            if self.loss_clip is not None:
-                raise ValueError(
-                    f"--dp is record and --loss-clip {self.loss_clip:g}, by which a record decides whether a step is dropped; "
-                    "leave it out: --clip-norm bounds it"
-                )
 
     @property
     def privacy(self) -> Privacy | None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError
-from fedkseed.federation.config import MIN_COHORT, MOST_WEIGHT
+from fedkseed.federation.contradictions import MIN_COHORT, MOST_WEIGHT
 from fedkseed.federation.envelope import (
     RUN_ID_BYTES,
     check_bytes,

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedkseed.errors import ProtocolError
 from fedkseed.federation.cohort import shares
-from fedkseed.federation.config import MIN_COHORT, MOST_WEIGHT
+from fedkseed.federation.contradictions import MIN_COHORT, MOST_WEIGHT
 from fedkseed.federation.outcome import Refusal, Summed
 from fedkseed.secure.fixed_point import FixedPoint
 from fedkseed.secure.masks import common_masks, own_mask
