@@ -15,6 +15,7 @@ from fedkseed.cli.simulate import simulate, tune
 from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.data import LongPrompts
 from fedkseed.errors import ConfigError, FedKSeedError, is_want_of_memory
+from fedkseed.models.dtypes import Dtype
 from fedkseed.text import one_line
 
 TRAIN, USE, ARITHMETIC, MACHINE = "Train", "Look at a run, use its model", "Several tuned models", "This machine"
@@ -253,7 +254,6 @@ def export(
         from fedkseed.cli.display import LOADING, Lines, waiting
 
         with waiting(Lines().note, LOADING):
-            from fedkseed.cli.export import Dtype
             from fedkseed.cli.export import export as write
 
         if dtype not in get_args(Dtype):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedkseed.cli.console import say
+from fedkseed.cli.console import say, say_rows
 from fedkseed.cli.outputs import make_folder_for, require_new
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.arithmetic import merge as merged
@@ -62,8 +62,7 @@ def diff(one: Path, other: Path) -> None:
         "cosine": f"{found.cosine:.4f} between the two moves",
         "directions": f"{shared}, {exact}",
     }
-    for name, value in rows.items():
-        say(f"{name:<14}{value}")
+    say_rows(rows)
 
 
 def _ledger_file(path: Path) -> Path:

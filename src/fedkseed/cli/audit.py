@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedkseed.cli.console import say
+from fedkseed.cli.console import say, say_rows
 from fedkseed.cli.outputs import make_folder_for, require_new
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.distance import moved_rms, relative_distance
-from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.audit import CHECKPOINT, Audit
+from fedkseed.kseed.ledger import LEDGER, Ledger
+from fedkseed.runs.audit import Audit
 from fedkseed.runs.audit import audit as replay
 from fedkseed.runs.audit_log import AUDIT
 from fedkseed.text import counted
@@ -40,11 +40,8 @@ def audit(run: Path, without: str | None, to: Path | None) -> None:
         f"{run / AUDIT}: {counted(found.entries, 'entry', 'entries')}, {rounds}, {counted(replies, 'reply', 'replies')} of "
         f"{counted(len(found.rounds), 'client')}, {found.refused} refused"
     )
-    say(f"{'head':<14}{found.head}")
-    say(f"{'ledger':<14}{found.ledger.digest()}")
-    for note in found.notes:
-        say(f"{'note':<14}{note}")
-    say(f"every entry fits, and they lead to {run / CHECKPOINT}")
+    say_rows([("head", found.head), ("ledger", found.ledger.digest()), *(("note", note) for note in found.notes)])
+    say(f"every entry fits, and they lead to {run / LEDGER}")
     if without is not None and found.without is not None:
         _show_without(found, without, found.without, to)
 

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -66,6 +66,12 @@ def say(text: object = "", console: Console | None = None, style: str = "") -> N
             textwrap.wrap(line, to.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) or [""]
         )
     to.print(Text(line, style), soft_wrap=True)
+
+
+def say_rows(rows: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
+    """Print names and what is known of them, each on a line."""
+    for name, value in rows.items() if isinstance(rows, Mapping) else rows:
+        say(f"{name:<14}{value}")
 
 
 def say_command(words: Sequence[object], console: Console | None = None) -> None:

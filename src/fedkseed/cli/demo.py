@@ -18,6 +18,7 @@ from fedkseed.errors import RunError
 from fedkseed.evaluation import exact_match, generate
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.report import report
+from fedkseed.report.summary import PAPER_BYTES
 from fedkseed.runs.answers import answer_to, keep_answers
 from fedkseed.runs.folder import RunFolder, new_folder
 from fedkseed.runs.learner import Learner, load_learner
@@ -27,8 +28,6 @@ from fedkseed.runs.settings import SimulationConfig, build
 from fedkseed.runs.simulation import Simulation
 from fedkseed.text import counted
 
-PAPER_BYTES = 17_988
-"""Bytes per client and round in the paper's title, both ways, by our count: K = 4096, 200 steps."""
 MAX_ANSWER = 12
 
 

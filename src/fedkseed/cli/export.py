@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fedkseed.baselines import TunedTensors, adapter, restore
 from fedkseed.cli.console import complain, say
@@ -11,8 +11,9 @@ from fedkseed.cli.display import Lines, waiting
 from fedkseed.cli.outputs import make_folder_for, require_new
 from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, ModelError
 from fedkseed.kseed.distance import relative_distance
-from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.kseed.thinning import thinned
+from fedkseed.models.dtypes import Dtype
 from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.folder import tuned_file
 from fedkseed.runs.layout import CONFIG
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from fedkseed.kseed.card import Prompt
     from fedkseed.report.reading import RunRecord
     from fedkseed.runs.settings import RunConfig
-
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 def export(
@@ -116,7 +115,7 @@ def _origin(
 def _write_folder(path: Path, output: Path, model: str | None, which: str | None, ledger: Ledger, published: Ledger) -> Path:
     """A folder with the published ledger and its card; returns the ledger's file."""
     from fedkseed.kseed.card import licence_of
-    from fedkseed.kseed.sharing import LEDGER, save_folder
+    from fedkseed.kseed.sharing import save_folder
     from fedkseed.models.adapter_folder import base_of, is_adapter
     from fedkseed.models.loading import load_tokenizer
     from fedkseed.report.model_card import About, rows_of
@@ -136,12 +135,9 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
 
 def _adapter_row(folder: Path) -> dict[str, str]:
     """What is known of how to make an adapter again."""
-    from fedkseed.kseed.card import ADAPTER_FIELD, fields_of
+    from fedkseed.kseed.card import ADAPTER_FIELD, fields_in
 
-    try:
-        made_by = fields_of((folder / "README.md").read_text(encoding="utf-8")).get(ADAPTER_FIELD)
-    except (OSError, ValueError):
-        made_by = None
+    made_by = fields_in(folder).get(ADAPTER_FIELD)
     return {
         "adapter": f"`{made_by}`" if isinstance(made_by, str) else f"`{folder.resolve().name}`, which goes with these numbers"
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkseed.cli.console import complain, say
+from fedkseed.cli.console import complain, say_rows
 from fedkseed.kseed.distance import moved_rms
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
@@ -57,7 +57,7 @@ def inspect(path: Path, which: str | None = None) -> None:
         rows["steps"] = f"{counts.sum():,} taken; a seed was used {counts.min()} to {counts.max()} times"
     if (promised := noted_promise(ledger.made_with)) is not None:
         rows["privacy"] = promised
-    _show(rows | _of_run(path, which))
+    say_rows(rows | _of_run(path, which))
 
 
 def _kinds(pages: Sequence[Page]) -> list[str]:
@@ -82,7 +82,7 @@ def _inspect_tensors(path: Path, file: Path) -> None:
         "base": tuned.base,
         "tensors": f"{len(tuned.tensors)} with {count:,} numbers",
     }
-    _show(rows | _of_run(path))
+    say_rows(rows | _of_run(path))
 
 
 def _of_run(path: Path, which: str | None = None) -> dict[str, str]:
@@ -113,8 +113,3 @@ def _cut(rounds: Sequence[Round]) -> str:
     if known:
         told.append("least counted " + ", ".join(f"{name} {100 * share:.0f} %" for share, name in sorted(known)[:LEAST]))
     return "".join(f"; {one}" for one in told)
-
-
-def _show(rows: dict[str, str]) -> None:
-    for name, value in rows.items():
-        say(f"{name:<14}{value}")

@@ -27,7 +27,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.pages import Page
 from fedkseed.kseed.private_steps import sampling_rate
 from fedkseed.kseed.server import seed_pool
-from fedkseed.models.loading import Dtype
+from fedkseed.models.dtypes import Dtype
 from fedkseed.noise.pool import SeedPool
 from fedkseed.privacy import WITHHELD
 from fedkseed.runs.algorithms import roles_of

@@ -16,6 +16,7 @@ from fedkseed.noise.pool import SeedPool
 from fedkseed.text import visible
 
 PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)"
+CARD = "README.md"
 ADAPTER_FIELD = "made_by"
 """What the card of an adapter to start from (`fedkseed lora`) says of the command that makes the same one."""
 LICENCE_FIELDS = ("license", "license_name", "license_link")
@@ -62,12 +63,17 @@ def fields_of(card: str) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
+def fields_in(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's card; none where it has no card."""
+    try:
+        return fields_of((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def licence_of(model: str) -> dict[str, str]:
     """The licence fields of a base model's own card, where its folder has one; nothing is looked up elsewhere."""
-    try:
-        known = fields_of((Path(model).expanduser() / "README.md").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no card is no licence
-        return {}
+    known = fields_in(Path(model).expanduser())
     return {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
 
 

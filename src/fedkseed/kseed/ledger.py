@@ -27,6 +27,9 @@ from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
 from fedkseed.text import counted
 
+LEDGER = "ledger.safetensors"
+"""What a ledger's file is called in a folder, a run's or a hub's."""
+
 
 class Bound(Protocol):
     """What a ledger needs of a model; `fedkseed.Binding` has it."""

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from fedkseed.errors import InvalidValueError, LedgerError
 from fedkseed.files import write_atomically
-from fedkseed.kseed.card import Prompt, fields_of, ledger_card, licence_of
-from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.card import CARD, Prompt, fields_in, ledger_card, licence_of
+from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.text import one_line
 
 if TYPE_CHECKING:
     import torch
 
-    from fedkseed.models.loading import Dtype
+    from fedkseed.models.dtypes import Dtype
 
-LEDGER, CARD = "ledger.safetensors", "README.md"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 """`owner/name`, perhaps with `@revision`."""
 
@@ -147,10 +146,7 @@ def find(source: str | Path) -> Ledger:
     elif is_folder:
         path = path / LEDGER
     ledger = Ledger.load(path)
-    try:
-        base = fields_of((path.parent / CARD).read_text(encoding="utf-8")).get("base_model")
-    except (OSError, ValueError):  # a bare ledger
-        base = None
+    base = fields_in(path.parent).get("base_model")  # of a bare ledger none
     return replace(ledger, base_model=base) if isinstance(base, str) else ledger
 
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunErro
 from fedkseed.models.adapter_folder import CONFIG as ADAPTER
 from fedkseed.models.adapter_folder import OF_MODELS, base_of, has_adapter, is_adapter, on_hub
 from fedkseed.models.base import FileBase, stored_dtypes
+from fedkseed.models.dtypes import Dtype
 from fedkseed.models.hub import files_on_hub, in_cache
 from fedkseed.models.parameters import NamedParameter, is_plain_float, is_quantised, named_parameters
 from fedkseed.text import one_line
@@ -24,7 +25,6 @@ from fedkseed.text import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 T = TypeVar("T")

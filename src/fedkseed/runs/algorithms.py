@@ -27,7 +27,7 @@ from fedkseed.kseed.change_messages import terms as change_terms
 from fedkseed.kseed.change_server import ChangeServer
 from fedkseed.kseed.change_server import vector as change_vector
 from fedkseed.kseed.client import Client
-from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.kseed.messages import TrainRequest
 from fedkseed.kseed.messages import terms as train_terms
 from fedkseed.kseed.server import Server, seed_pool
@@ -35,7 +35,7 @@ from fedkseed.kseed.server import vector as scalars_vector
 from fedkseed.models.binding import Binding
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.privacy import WITHHELD, Privacy
-from fedkseed.runs.checkpoints import LEDGER, TENSORS
+from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.records import Records
 from fedkseed.runs.settings import RunConfig
 from fedkseed.runs.task import (

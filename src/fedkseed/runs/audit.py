@@ -14,11 +14,10 @@ from pydantic import ValidationError
 from fedkseed.errors import AuditError, FedKSeedError, LedgerError, RunFolderError
 from fedkseed.federation import FederationConfig
 from fedkseed.kseed.change_server import ChangeServer
-from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.kseed.server import Server
 from fedkseed.runs.audit_log import AUDIT, BEFORE_THE_FIRST, KINDS, Attempt, Session, asked, line_digest
 
-CHECKPOINT = "ledger.safetensors"
 SERVERS: dict[str, type[Server] | type[ChangeServer]] = {"scalars": Server, "changes": ChangeServer}
 """By what clients send; the registry of algorithms has the same, and loads torch."""
 MAX_CHECKPOINT = 1 << 30
@@ -62,7 +61,7 @@ def audit(run: Path, without: str | None = None) -> Audit:
         AuditError: an entry does not fit, or the ledger is another one; the message names the first.
         LedgerError: the ledger cannot be read.
     """
-    path, file = run / AUDIT, run / CHECKPOINT
+    path, file = run / AUDIT, run / LEDGER
     if not path.is_file():
         raise RunFolderError(
             f"{run} has no {AUDIT}: give the folder of a run that was started with --audit-log on and has asked its clients"

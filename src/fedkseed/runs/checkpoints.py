@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.algorithms import Algorithm
-from fedkseed.kseed.ledger import Ledger
+from fedkseed.kseed.ledger import LEDGER, Ledger
 
-LEDGER, TENSORS = "ledger.safetensors", "tensors.safetensors"
+TENSORS = "tensors.safetensors"
 FILES = {"scalars": LEDGER, "changes": LEDGER, "tensors": TENSORS}
 """The checkpoint's name in a run's folder, by what clients send."""
 

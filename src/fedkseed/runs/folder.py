@@ -19,8 +19,8 @@ import tomli_w
 from fedkseed.errors import ConfigError, RunError, RunFolderError
 from fedkseed.federation import Checkpoint
 from fedkseed.files import Lock, write_atomically
-from fedkseed.kseed.ledger import Ledger
-from fedkseed.runs.checkpoints import FILES, LEDGER, file_of, load_checkpoint
+from fedkseed.kseed.ledger import LEDGER, Ledger
+from fedkseed.runs.checkpoints import FILES, file_of, load_checkpoint
 from fedkseed.runs.layout import CONFIG, LEDGERS, LOCK, METRICS, read_settings
 from fedkseed.runs.ledgers import KeptLedgers
 from fedkseed.runs.metrics import Metrics, best_round, event_line, read_metrics

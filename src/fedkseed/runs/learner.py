@@ -15,7 +15,8 @@ from fedkseed.baselines import require_peft
 from fedkseed.data import EncodedExample, pad_token_id
 from fedkseed.errors import ConfigError, ModelError
 from fedkseed.evaluation.generation import end_ids
-from fedkseed.models.loading import Dtype, load_model, load_tokenizer, require_device
+from fedkseed.models.dtypes import Dtype
+from fedkseed.models.loading import load_model, load_tokenizer, require_device
 from fedkseed.models.parameters import is_quantised, named_parameters
 from fedkseed.models.probing import TOKENS, Traits, probe
 from fedkseed.models.selection import frozen_names

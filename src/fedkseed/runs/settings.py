@@ -23,6 +23,7 @@ from fedkseed.errors import ConfigError, DataError, InvalidValueError
 from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.federation.objectives import OWN
 from fedkseed.files import read_toml
+from fedkseed.models.dtypes import Dtype
 from fedkseed.runs.validation import Words, validated
 from fedkseed.text import joined
 
@@ -70,7 +71,7 @@ class RunConfig(FederationConfig):
         description="Evaluate on a seeded draw of so many held-out records, or on all (default: so many that it costs at most "
         "a tenth of the training).",
     )
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+    dtype: Dtype = Field(
         "float32", description="Precision of the weights: float32, float16, bfloat16, or auto, the checkpoint's own."
     )
     audit_log: Literal["off", "on"] = Field(
