@@ -109,6 +109,9 @@ def calibrate(
         directions: along how many perturbations a step of the run goes.
         heard: hears how many of the forward passes are done, and how many it will probably take.
 
+    Returns:
+        The rate and the distance, and what they follow from.
+
     Raises:
         InvalidValueError: losses are not finite, or do not change along any direction, or every trial raised them.
     """

@@ -275,8 +275,8 @@ class ChangeServer(DividedRounds[ChangeRequest, ChangeReply]):
         numbers = numbers + moved
         *closed, page = ledger.pages
         kept = () if is_replaced(config.wire) else page.parts
-        lacking = numbers - Page(page.pool, page.basis, page.movement, kept).numbers()
-        page = Page(page.pool, page.basis, page.movement, (*kept, encode(lacking, config.wire)))
+        residual = numbers - Page(page.pool, page.basis, page.movement, kept).numbers()
+        page = Page(page.pool, page.basis, page.movement, (*kept, encode(residual, config.wire)))
         state = {NUMBERS: numbers, **following}
         self.ledger = self._turned(Ledger.of_pages(ledger.base, ledger.round + 1, [*closed, page], config.wire, state))
 

@@ -139,9 +139,9 @@ class Server(DividedRounds[TrainRequest, TrainReply]):
             )
         if reply.projected_grads.precision != request.coefficients.precision:
             raise ProtocolError(f"scalars are {reply.projected_grads.precision}; expected {request.coefficients.precision}")
-        largest, limit = float(np.abs(grads).max()), largest_grad(self.config)
-        if largest > limit:
-            raise ProtocolError(f"a projected gradient is {largest:g}; at most {limit:g} is accepted")
+        found, limit = float(np.abs(grads).max()), largest_grad(self.config)
+        if found > limit:
+            raise ProtocolError(f"a projected gradient is {found:g}; at most {limit:g} is accepted")
         if reply.projected_grads.exponent != GRAD_EXPONENT:
             raise ProtocolError(f"the scalars' exponent is {reply.projected_grads.exponent}; expected {GRAD_EXPONENT}")
         if np.any(grads[~kept_scalars(request, reply)] != 0):
@@ -237,14 +237,14 @@ class Server(DividedRounds[TrainRequest, TrainReply]):
 
     def check_rows(self, rows: I64, weights: F64, lengths: F64 | None, num_steps: I64) -> None:
         """See `DividedRounds`."""
-        scalars, counts, largest = num_steps * self.config.directions, rows[-1], largest_grad(self.config)
+        scalars, counts, limit = num_steps * self.config.directions, rows[-1], largest_grad(self.config)
         check_sum(rows[:LIMBS], weights, lengths, self.longest(num_steps))
         most = int(scalars.sum())
         if counts.min() < 0 or counts.max() > most or counts.sum() > most:  # a sum alone may run over
             raise ProtocolError(f"more than {most} scalars are counted, or fewer than none; the replies have at most so many")
         check_limbs(rows[LIMBS : 2 * LIMBS], len(weights))
         magnitudes = nearly(rows[LIMBS : 2 * LIMBS])
-        if (magnitudes < 0).any() or (magnitudes > counts * min(largest, self.config.importance_clip) * ROUNDING).any():
+        if (magnitudes < 0).any() or (magnitudes > counts * min(limit, self.config.importance_clip) * ROUNDING).any():
             raise ProtocolError("scalars' magnitudes are summed to less than 0, or to more than so many have")
 
     def _ordered(self, part: ScalarsPart, limit: float, weights: F64) -> Totals:

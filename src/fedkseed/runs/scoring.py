@@ -84,6 +84,9 @@ def evaluate(
         choices: what is said instead of the run's settings; see `Choices`. `model` may be a pair (loaded model, tokenizer),
             which is left as it was; `data` may be records, as of `fedkseed.simulate`.
 
+    Returns:
+        The scores of the base model and of the tuned one, in nats per response token and as shares from 0 to 1.
+
     Raises:
         ConfigError: no ledger, no model or no data is known.
         FedKSeedError: the ledger, the model or the data cannot be used.

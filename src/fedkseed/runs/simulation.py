@@ -244,13 +244,15 @@ def simulate(
 
     Args:
         settings: those of `fedkseed simulate` with underscores: a dict, a TOML file or `SimulationConfig`. In a dict, `lr` may
-            be "auto"; `model`
-            may be a pair (loaded model, tokenizer), which is tuned in place; `data` and `eval_data` may be records: a list
-            of dicts, a DataFrame, a dataset; `objective` may be a function of (record, answer).
+            be "auto"; `model` may be a pair (loaded model, tokenizer), which is tuned in place; `data` and `eval_data` may be
+            records: a list of dicts, a DataFrame, a dataset; `objective` may be a function of (record, answer).
         run: the run's folder; one that holds a run with these settings is gone on with. None makes one under `runs/`.
         observer: who watches: None for nobody, `fedkseed.Progress()` for a bar.
         log: where the numbers go beside the folder: `tensorboard`, `trackio`, `wandb`.
         accept_changes: go on with a run although it was made with other settings or records.
+
+    Returns:
+        The checkpoint, the losses by round, and the folder, which has all else.
 
     Raises:
         ConfigError: a setting is unknown, missing or out of its range; or the folder's run has others, or other records; or a
