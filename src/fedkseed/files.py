@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -60,6 +60,18 @@ def _is_alive(process: int) -> bool:
     except OSError:  # somebody else's, or no such call here
         return True
     return True
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        path: the file that stands for it; it is made, and left.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Lock:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from urllib.parse import quote
 
 from fedkseed.errors import PrivacyError
-from fedkseed.files import write_atomically
+from fedkseed.files import alone, write_atomically
 from fedkseed.privacy import Privacy
 from fedkseed.privacy.accountant import History, added, get_epsilon
 from fedkseed.text import one_line
@@ -54,8 +53,7 @@ class KeptHistory:
         """
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with (self.path.parent / ".lock").open("w") as lock:  # the system lets go of it when the process ends
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with alone(self.path.parent / ".lock"):
                 before = self.load()
                 history = added(before, privacy.noise_multiplier, sample_rate, steps)
                 epsilon = get_epsilon(history, privacy.delta)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Sequence
 from logging import WARNING
 from pathlib import Path
 from urllib.parse import quote
 
 from fedkseed.errors import LedgerError
-from fedkseed.files import write_atomically
+from fedkseed.files import alone, write_atomically
 from fedkseed.flower.log import log
 from fedkseed.kseed.change_messages import ChangeRequest
 from fedkseed.kseed.ledger import Ledger
@@ -53,8 +52,7 @@ class KeptPages:
         path = self.path(request.run_id)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with (self.folder / ".lock").open("w") as lock:  # the system lets go of it when the process ends, however it ends
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with alone(self.folder / ".lock"):
                 write_atomically(path, data, private=True)
         except OSError as error:
             log(
