@@ -18,6 +18,7 @@ import torch
 
 import fedkseed as fk
 from fedkseed.errors import ConfigError, DataError, FedKSeedError, LedgerError, RunError
+from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.runs import tuning
@@ -474,3 +475,48 @@ def test_a_run_goes_on_with_moved_files_and_with_changes_that_are_accepted(
     assert "from here on --lr is 0.02, it was 0.01" in watcher.notes
     assert other.ledger.digest() != fk.simulate(settings | {"num_rounds": 3}, tmp_path / "whole").ledger.digest()
     assert fk.simulate(changed | {"num_rounds": 4}, tmp_path / "run").ledger.round == 4
+
+
+def test_a_model_that_a_stopped_run_was_given_is_its_base_again(tiny: Path, tmp_path: Path) -> None:
+    """So that the cell can be run again: it was left in the middle of a step, and taken for another base."""
+    (model, tokenizer), before = loaded(tiny), fk.bind(loaded(tiny)[0], fk.SeedPool(1, 8)).digest()
+
+    class Stops(Watcher):
+        def probe(self, probe: Any) -> None:
+            if probe.server_round == 2:
+                raise KeyboardInterrupt
+
+    for algorithm in ("fedkseed", "fedkseed-grad", "fedavg"):
+        facts, settings = ALGORITHMS[algorithm], tiny_settings(tiny, algorithm=algorithm, num_seeds=128, num_rounds=3)
+        takes = {name: value for name, value in settings.items() if facts.takes(name)}
+        given = takes | {"model": (model, tokenizer)}
+        with pytest.raises(KeyboardInterrupt):
+            fk.simulate(given, tmp_path / algorithm, Stops())
+        assert fk.bind(model, fk.SeedPool(1, 8)).digest() == before
+        again = fk.simulate(given, tmp_path / algorithm)
+        assert again.checkpoint.digest() == fk.simulate(takes, tmp_path / f"{algorithm} whole").checkpoint.digest()
+        model.load_state_dict(loaded(tiny)[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fk.simulate(None), r"settings are a NoneType; expected a dict"),  # type: ignore[arg-type]
+        (lambda: fk.evaluate("run", limit=-1), r"limit is -1; expected an integer from 1 on"),
+        (lambda: fk.evaluate("run", limit=0), r"limit is 0; expected an integer from 1 on"),
+        (lambda: fk.evaluate("run", answers=True), r"answers is True; expected an integer from 0 on"),
+        (lambda: fk.bind(5, fk.SeedPool(1, 8)), r"model is a int; expected a torch\.nn\.Module"),  # type: ignore[arg-type]
+        (lambda: fk.bind(torch.nn.Linear(2, 2), 5), r"pool is a int; expected a fedkseed\.SeedPool"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_setting_model_or_number_is_one_line(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(FedKSeedError, match=message):
+        call()
+
+
+def test_a_ledgers_coefficients_cannot_be_written_into() -> None:
+    ledger = fk.Ledger.of(fk.bind(torch.nn.Linear(2, 2), fk.SeedPool(1, 8)), given := torch.ones(8).numpy())
+    with pytest.raises(ValueError, match="read-only"):
+        ledger.coefficients[2] = 3
+    given[2] = 3  # whose array stays the caller's
+    assert ledger.coefficients[2] == 1

@@ -504,6 +504,8 @@ def test_a_setting_that_an_algorithm_does_not_take_is_refused(tiny: Path, algori
         objective = {"dpo_beta": "dpo", "scaling": "exact-match", "max_new_tokens": "exact-match", "temperature": "exact-match"}
         if setting in objective:
             given["objective"] = objective[setting]
+        if setting == "secure_clip":
+            given["secure_sums"] = "on"
         if setting == "server_optimizer":
             given["server_lr"] = 0.5
         if setting == "aggregator" and ALGORITHMS[algorithm].takes("shared_seeds"):  # which the median wants

@@ -21,9 +21,10 @@ from tests.support.runs import Watcher, read_metrics
 from tests.support.tiny import tiny_settings
 
 from fedkseed.cli.app import app
-from fedkseed.comparison import Comparison, carry_out, read_comparison, write_report
+from fedkseed.comparison import Comparison, Entry, carry_out, read_comparison, write_report
 from fedkseed.comparison.report import Measured, Point, _at
 from fedkseed.comparison.trials import Row, Trial, _check_same, _trial
+from fedkseed.data.source import source_digest
 from fedkseed.errors import ConfigError, RunError
 from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.records import prepare
@@ -91,11 +92,11 @@ REFUSED: list[tuple[tuple[Any, ...], Any, str]] = [
     (("settings", "batch_size"), 0, "method 'FedAvg': --batch-size is '0': input should be greater than or equal to 1"),
     (("methods", 1, "lr"), [1e-3], "method 'FedKSeed K64' has 1 learning rates and 'FedAvg' has 2; give each as many"),
     (("methods", 1, "lr"), 1e-3, "method 'FedKSeed K64' has 1 learning rates and 'FedAvg' has 2; give each as many"),
-    (("methods", 1, "lr"), None, "method 'FedKSeed K64': lr is None: input should be a valid number"),
+    (("methods", 1, "lr"), None, "method 'FedKSeed K64': lr is missing; give it"),
     (("methods", 1, "lr"), [], "method 'FedKSeed K64': lr is []: list should have at least 1 item"),
     (("methods", 1, "lr"), ["x", 1.0], "method 'FedKSeed K64': lr is 'x': input should be a valid number"),
     (("methods", 1, "lr"), [0.1, -1.0], "method 'FedKSeed K64': --lr is '-1.0': input should be greater than"),
-    (("methods", 1, "name"), None, "method 'number 2': name is None: input should be a valid string"),
+    (("methods", 1, "name"), None, "method 'number 2': name is missing; give it"),
     (("methods", 1, "name"), "", "method 'number 2': name is '': string should have at least 1 character"),
     (("methods", 1, "name"), "FedAvg", "two methods are called 'FedAvg', or nearly so; give each a name of its own"),
     (("methods", 1, "name"), "-fedavg!", "two methods are called 'FedAvg', or nearly so; give each a name of its own"),
@@ -568,3 +569,36 @@ def test_the_loss_at_a_budget_is_the_last_one_that_it_pays_for(
         assert _at(measured(points), budget, of) == steps[affordable[-1]][1]
         assert _at(measured(points), of(points[-1]), of) == steps[-1][1]  # a whole run's own budget pays for all of it
         assert _at(measured(points), 0, of) == steps[max(i for i, n in enumerate(spent) if n == 0)][1]
+
+
+def test_other_records_than_those_it_was_begun_with_are_refused(finished: Finished, copied: Path, tmp_path: Path) -> None:
+    """Else a seed more would share a row with runs over the old ones."""
+    (copied / "data.json").write_text(json.dumps({str(finished.comparison.settings["data"]): "0" * 64}))
+    with pytest.raises(ConfigError, match=r"holds other records than when .* was begun; choose another --output, or put the"):
+        carry_out(finished.comparison, copied, 1, NOTHING, lambda note: None)
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    one.write_text("x\n")
+    other.write_text("y\n")
+    digests = {source_digest(f"{one},{other}"), source_digest(str(one)), source_digest(str(tmp_path)), source_digest("a/b")}
+    assert len(digests) == 4
+    before = source_digest(str(tmp_path))
+    other.write_text("z\n")
+    assert source_digest(str(tmp_path)) != before
+
+
+def test_methods_that_evaluate_on_other_records_are_no_comparison(finished: Finished, tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eval_limit differs between methods \(.*3.*\); losses of different records are no"):
+        changed(finished, tmp_path, tiny, "methods", 1, "eval_limit", value=3)
+
+
+@pytest.mark.parametrize("name", ["方法", "метод", "!?", "x" * 300])
+def test_a_name_of_any_script_or_length_makes_a_folder_of_its_own(name: str) -> None:
+    slugs = {Entry(name=given, lr=[1.0], settings={}).slug for given in (name, name + "a", name + "b")}
+    assert len(slugs) == 3
+    assert all(0 < len(slug.encode()) <= 80 and "/" not in slug for slug in slugs)
+
+
+def test_an_output_that_cannot_be_made_is_one_line(finished: Finished, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file: cannot be written \(File exists\); choose another --output"):
+        carry_out(finished.comparison, tmp_path / "file", 1, NOTHING, lambda note: None)

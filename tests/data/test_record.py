@@ -352,3 +352,20 @@ def test_a_pair_has_a_worse_response(record):
     example = to_example(record, "d:1")
     assert (example.instruction, example.output, example.rejected) == ("Say a word", "cat", "dog")
     assert to_example({k: v for k, v in record.items() if k != "rejected"} | {"chosen": "cat"}, "d:1").rejected == ""
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [{**TALK[0], "tool_calls": 5}, *TALK[1:]]}, "has tool_calls that are a number; expected an array"),
+        ({"messages": [{**TALK[0], "tool_calls": {"a": 1}}, *TALK[1:]]}, "has tool_calls that are a object; expected an array"),
+    ],
+)
+def test_tool_calls_are_an_array(record: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        to_example(record, HERE)
+
+
+def test_a_category_is_a_number_of_any_length() -> None:
+    record = {"instruction": "a", "output": "b", "category": 10**400}
+    assert to_example(record, HERE).category == str(10**400)

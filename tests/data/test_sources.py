@@ -341,3 +341,14 @@ def test_other_objects_are_refused(source: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         read_records(source)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("source", "message"), [("", "is empty"), ("  ", "is empty"), ("a.jsonl,", "a comma without a name")])
+def test_a_name_that_is_empty_is_not_this_folder(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a shell's variable that is not set: the folder's training records became the held-out ones."""
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        resolve_source(source)

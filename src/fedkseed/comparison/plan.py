@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from fedkseed.files import read_toml
 from fedkseed.runs.settings import SimulationConfig, build
 from fedkseed.runs.validation import Words, validated
 
+LONGEST_SLUG = 80
+"""Bytes of a method's name in the names of its folders."""
 OWN = ("seed", "responses", "lr")
 """Settings that the comparison itself varies."""
 
@@ -28,8 +31,10 @@ class Entry(BaseModel):
 
     @property
     def slug(self) -> str:
-        """The name as part of a file's name."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        """The name as part of a file's name; of one too long for that its beginning, and a digest of it."""
+        slug = re.sub(r"[\W_]+", "-", self.name.lower()).strip("-")
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+        return slug if 0 < len(slug.encode()) <= LONGEST_SLUG else f"{slug[:20]}-{digest}".strip("-")
 
 
 class Comparison(BaseModel):
@@ -93,7 +98,10 @@ def _comparison(content: dict[str, Any]) -> Comparison:
     if not isinstance(methods, list) or not all(isinstance(method, dict) for method in methods):
         raise ConfigError("methods are missing; give each as a table [[methods]] with name, algorithm and lr")
     entries = []
-    for method in methods:
+    for number, method in enumerate(methods, start=1):
+        for name in ("name", "lr"):
+            if name not in method:
+                raise ConfigError(f"method {method.get('name', f'number {number}')!r}: {name} is missing; give it")
         own = {name: value for name, value in method.items() if name not in ("name", "lr")}
         rates = method.get("lr")
         entries.append({"name": method.get("name"), "lr": rates if isinstance(rates, list) else [rates], "settings": own})
@@ -120,6 +128,13 @@ def _check(comparison: Comparison) -> None:
         raise ConfigError(
             f"tuning_seed {comparison.tuning_seed} is one of the seeds; give another, so that no run judges its own rate"
         )
+    for name in ("eval_data", "eval_limit"):
+        said = [str({**comparison.settings, **method.settings}.get(name)) for method in comparison.methods]
+        if len(set(said)) > 1:
+            raise ConfigError(
+                f"{name} differs between methods ({', '.join(said):.80}); losses of different records are no comparison, so "
+                "give it once, under [settings]"
+            )
     for entry in comparison.methods:
         if [method.slug for method in comparison.methods].count(entry.slug) > 1:
             raise ConfigError(f"two methods are called {entry.name!r}, or nearly so; give each a name of its own")

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from fedkseed.comparison.plan import Comparison, Entry
+from fedkseed.data.source import source_digest
 from fedkseed.errors import ConfigError, FedKSeedError, RunError, TooFewRepliesError
 from fedkseed.files import write_atomically
 from fedkseed.runs.folder import RunFolder
@@ -29,6 +30,8 @@ NO_REPLIES = 75
 """The exit code by which a process of ours says that no reply could be used any more."""
 FIRST_SECONDS, QUIET_SECONDS = 3, 10
 """After so long a run that is going on says how far it is: for the first time, and after that."""
+DATA = "data.json"
+"""Digests of the records, in a comparison's folder."""
 FAILED, SCORES = "failed.txt", "scores.json"
 """What a run's folder holds if the run ended without an end, and what `fedkseed evaluate` made of it."""
 PRELOADED = [
@@ -95,9 +98,11 @@ def carry_out(
         note: hears of each run that begins or ends.
 
     Raises:
-        ConfigError: a run in the folder has other settings than the comparison.
+        ConfigError: a run in the folder has other settings than the comparison, or the records have changed.
+        DataError: there are no such records.
         RunError: a run cannot be started or gone on with; the message names its log.
     """
+    _check_data(comparison, output)
     comparison = _evaluating_alike(comparison, output, note)
     grids = {entry.slug: _grid(comparison, entry, output) for entry in comparison.methods}
     runner = _Runner(jobs, command, note)
@@ -121,6 +126,29 @@ def carry_out(
         if damage := trial.recorded().damage:
             note(f"{trial.name}: {damage}; it is left out")
     return rows
+
+
+def _check_data(comparison: Comparison, output: Path) -> None:
+    """Refuse to go on over other records than those that the folder's runs were made with, which would share a row."""
+    tables = [comparison.settings, *(entry.settings for entry in comparison.methods)]
+    sources = {str(table[name]) for table in tables for name in ("data", "eval_data") if table.get(name)}
+    now = {source: source_digest(source) for source in sorted(sources)}
+    try:
+        before = dict(json.loads((output / DATA).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):  # a new folder, or one from before this was kept
+        before = {}
+    for source, digest in now.items():
+        if before.get(source, digest) != digest:
+            raise ConfigError(
+                f"{source} holds other records than when {output} was begun; choose another --output, or put the records back"
+            )
+    if now.items() <= before.items():
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / DATA, (json.dumps({**before, **now}, indent=1) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
 
 
 def _evaluating_alike(comparison: Comparison, output: Path, note: Callable[[str], None]) -> Comparison:

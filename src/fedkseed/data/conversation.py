@@ -73,8 +73,10 @@ def _turn(message: Any, where: str, number: int) -> Turn:
     content = plain(given.pop("content", value))
     if isinstance(content, (list, tuple)):
         content = "\n".join(_part(part, where, number) for part in content)
-    if not given.get("tool_calls"):
-        given.pop("tool_calls", None)
+    if calls := plain(given.pop("tool_calls", None)):
+        if not isinstance(calls, (list, tuple)):
+            raise DataError(f"{where} has tool_calls that are a {kind(calls)}; expected an array")
+        given["tool_calls"] = calls
     return {"role": role, "content": "" if content is None else checked(content, "content", where), **given}
 
 

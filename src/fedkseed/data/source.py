@@ -1,5 +1,6 @@
 """Whatever `--data` may name: files of records, a glob or folder of them, Natural Instructions, a Hugging Face dataset."""
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,27 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None and not source.lower().endswith(FILES)
 
 
+def source_digest(source: str) -> str:
+    """SHA-256 (hex) of what local files of a source hold and are called; of a hub's dataset of its name alone.
+
+    Raises:
+        DataError: there is nothing of that name, or it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with _enterable(source):
+        parts = [source] if is_natural_instructions(Path(source)) else _parts(source)
+        for part in parts:
+            folder = Path(part)
+            files = sorted(folder.rglob("*")) if folder.is_dir() else _paths(part)
+            digest.update(f"{len(files)} {'' if files else part}\n".encode())
+            for file in files:
+                if file.is_file():
+                    digest.update(file.name.encode(errors="surrogateescape") + b"\n")
+                    with file.open("rb") as opened:
+                        digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
 def resolve_source(source: str) -> str:
     """The same source by absolute paths, so that it can be read from any folder.
 
@@ -68,9 +90,14 @@ def public_names(source: str) -> list[str]:
 
 def _parts(source: str) -> list[str]:
     """Several sources may stand with commas between them, where there is none whose own name has them."""
+    if not source.strip():
+        raise DataError("the name of the data is empty; give a file, a folder or a dataset's hub id")
     if "," not in source or Path(source).exists() or _matches(source):
         return [source]
-    return [part.strip() for part in source.split(",")]
+    parts = [part.strip() for part in source.split(",")]
+    if not all(parts):
+        raise DataError(f"{source}: a comma without a name beside it; give sources with commas between")
+    return parts
 
 
 def _paths(part: str) -> list[Path]:

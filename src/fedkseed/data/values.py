@@ -44,8 +44,10 @@ def named(value: Any, name: str, where: str) -> str:
     Raises:
         DataError: it is neither a text nor a whole number.
     """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
-        return str(int(float(value)) if not isinstance(value, int) else value)
+        return str(int(float(value)))
     return checked(value, name, where)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.errors import ProtocolError
+from fedkseed.errors import InvalidValueError, ProtocolError
 from fedkseed.federation.envelope import Request
 from fedkseed.randomness import generator
 
@@ -76,7 +76,13 @@ def by_step(order: Iterator[NDArray[np.int64]]) -> Callable[[int], NDArray[np.in
 
 
 def local_batches(task: Task, batch_size: int, place: tuple[int, int, int, str]) -> Callable[[int], NDArray[np.int64]]:
-    """The batches of a client's local steps, by step; they depend on the exchange's place (`Head.place`) alone."""
+    """The batches of a client's local steps, by step; they depend on the exchange's place (`Head.place`) alone.
+
+    Raises:
+        InvalidValueError: the task has no records.
+    """
+    if task.num_examples < 1:
+        raise InvalidValueError(f"a client has {task.num_examples} records; expected at least one, so leave it out")
     return by_step(batches(task.num_examples, batch_size, generator(*place, "batches")))
 
 

@@ -99,6 +99,8 @@ class Ledger:
                 f"coefficient {lost[0]} is {coefficients[lost[0]]}, which {self.precision} cannot hold beside the others; "
                 'give precision="float32" too'
             )
+        coefficients = coefficients.copy()
+        coefficients.setflags(write=False)
         object.__setattr__(self, "coefficients", coefficients)
 
     __array_ufunc__ = None  # a number of NumPy times a ledger is the ledger's to say

@@ -415,6 +415,10 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
             than float32, float16 or bfloat16, or shares memory with another; the base file does not fit the model.
         BackendError: no backend works on the parameters' device, or the named one cannot run here.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise BindingError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(pool, SeedPool):
+        raise BindingError(f"pool is a {type(pool).__name__}; expected a fedkseed.SeedPool")
     bound = Binding(model, pool, base, backend)
     if told := bound.says_of_quantised():
         LOG.warning(told)

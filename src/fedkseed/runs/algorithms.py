@@ -74,6 +74,7 @@ class Federation:
         server: the rounds.
         clients: by name.
         restore: sets the model to the server's checkpoint.
+        to_base: sets it to what it was before the run.
         watched: the held-out records' scores, of a run that is tuned on scores.
     """
 
@@ -81,6 +82,7 @@ class Federation:
     server: Rounds[Any, Any]
     clients: Mapping[str, Participant]
     restore: Callable[[], None]
+    to_base: Callable[[], None]
     watched: ScoredTask | None = None
 
 
@@ -155,7 +157,8 @@ def over_ledger(
         name: roles.client(name, loaded.bound, base, records.task(model, name, watch, base), watch, own)
         for name in records.clients
     }
-    return Federation(model, server, clients, lambda: loaded.restore(server.ledger), records.watched(model, watch, base))
+    watched = records.watched(model, watch, base)
+    return Federation(model, server, clients, lambda: loaded.restore(server.ledger), loaded.to_base, watched)
 
 
 def check_base(ledger: Ledger | None, loaded: BoundModel, source: str) -> BaseIdentity:
@@ -184,13 +187,16 @@ def over_tensors(
     tune_all_but(model, records.frozen)
     attached = attach(model, config)
     parameters = parameters_of(attached, config)
-    first = saved or TunedTensors(config.algorithm, base, 0, parameters.read())
+    start = parameters.read()
+    first = saved or TunedTensors(config.algorithm, base, 0, start)
     server = TensorServer(config, first, list(records.clients), guess_loss(model), records.sizes)
     clients = {
         name: TensorClient(name, config, attached, base, TextTask(attached, examples, records.pad_id, watch), parameters)
         for name, examples in records.clients.items()
     }
-    return Federation(attached, server, clients, lambda: parameters.write(server.checkpoint.tensors))
+    return Federation(
+        attached, server, clients, lambda: parameters.write(server.checkpoint.tensors), lambda: parameters.write(start)
+    )
 
 
 KINDS = {

@@ -299,6 +299,11 @@ class Driver:
             )
         if outcome.status == "repeat":
             return None
+        if 0 < event["num_steps"] == event["dropped_steps"]:
+            self.observer.note(
+                f"{WARNING}round {outcome.server_round}: every step was dropped, so nothing was learnt; losses are not finite, "
+                "or --loss-clip or --max-grad is too small"
+            )
         event |= {
             **sizes,
             "seconds": time.perf_counter() - self._begin,
@@ -368,8 +373,8 @@ class Driver:
         """Why most of the refused replies were refused."""
         if not refused:
             return ""
-        reason, count = Counter(refused.values()).most_common(1)[0]
-        return f", {count} of {len(self._asked)} refused ({reason:.200})"
+        reason = Counter(refused.values()).most_common(1)[0][0]
+        return f", {len(refused)} of {len(self._asked)} refused ({reason:.200})"
 
     def _remedy(self, event: Mapping[str, Any]) -> str:
         if not event["missing"]:

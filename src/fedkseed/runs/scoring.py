@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,6 +96,10 @@ def evaluate(
     if unknown:
         known = ", ".join(field.name for field in fields(Choices))
         raise ConfigError(f"{unknown[0]!r} is unknown; expected one of: {known}")
+    for name, least in (("limit", 1), ("answers", 0), ("max_length", 2)):
+        number = choices.get(name)
+        if number is not None and (not isinstance(number, Integral) or isinstance(number, bool) or number < least):
+            raise ConfigError(f"{name} is {number!r:.40}; expected an integer from {least} on")
     named, inputs = separate(choices)
     where, other = None if run is None else Path(run), None if ledger is None else Path(ledger)
     return measure(where, other, Choices(**named), observer or Nobody(), inputs)

@@ -371,7 +371,13 @@ def settings_given(settings: Mapping[str, Any] | str | Path | SimulationConfig) 
     """Settings by name, however a caller from Python gives them."""
     if isinstance(settings, SimulationConfig):
         return settings.model_dump()
-    return read_settings_file(Path(settings)) if isinstance(settings, (str, Path)) else dict(settings)
+    if isinstance(settings, (str, Path)):
+        return read_settings_file(Path(settings))
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"settings are a {type(settings).__name__}; expected a dict, the path of a TOML file or SimulationConfig"
+        )
+    return dict(settings)
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.errors import RunError
+from fedkseed.errors import ConfigError, RunError
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.edge import Edge
@@ -19,6 +19,7 @@ from fedkseed.kseed.calibration import Calibration
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
 from fedkseed.runs.algorithms import kind_of, roles_of
+from fedkseed.runs.checkpoints import file_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.extras import require_extras
 from fedkseed.runs.folder import RunFolder, new_folder
@@ -73,6 +74,11 @@ class Simulation:
         config = config or run.simulation
         require_extras(config)
         checkpoint = run.load_checkpoint()
+        if checkpoint is not None and file_of(config.facts) != run.checkpoint_path.name:
+            raise ConfigError(
+                f"--algorithm is {config.algorithm} and the run's {run.config.algorithm}, whose checkpoint is of another kind; "
+                "start a run of its own"
+            )
         changes = check_same(run, checkpoint, config, records, accept_changes)
         self.run, self.config, self.observer = run, config, observer
         self._records, self._watch = records, Stopwatch()
@@ -91,7 +97,7 @@ class Simulation:
         federation = kind_of(config.facts).federate(config, model, checkpoint, records, self._watch)
         self._federation = federation
         self.model, self.server, self.clients = federation.model, federation.server, federation.clients
-        self.restore = federation.restore
+        self.restore, self.to_base = federation.restore, federation.to_base
         if config != run.config:
             run.write_config(config)
         run.made_with = made_with(config, records) | ({"privacy": account.noted()} if account else {})
@@ -284,6 +290,10 @@ def simulate(
         folder = folder or RunFolder.create(path, records.config)
         stack.enter_context(folder.held())
         simulation = Simulation(folder, records, watch, learner.model, trackers, records.config, accept_changes)
-        checkpoint = simulation.train()
+        try:
+            checkpoint = simulation.train()
+        except BaseException:  # Ctrl-C too: else somebody's model would be left in the middle of a step
+            simulation.to_base()
+            raise
         simulation.restore()
     return Result(folder.path, checkpoint, folder.recorded().losses, folder.recorded().rewards)

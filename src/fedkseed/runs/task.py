@@ -86,6 +86,11 @@ class BoundModel:
         """Which base model it is."""
         return self.bound.identity()
 
+    def to_base(self) -> None:
+        """Set the model's weights to the base's, wherever they were."""
+        self.bound.open_page(self.bound.pool)
+        self.bound.rebuild(np.zeros(self.bound.pool.size, np.float32))
+
     def restore(self, ledger: Ledger) -> None:
         """Set the model's weights to those of a ledger over this base."""
         if ledger.pages:
