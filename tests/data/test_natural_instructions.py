@@ -174,10 +174,10 @@ BAD_INSTANCES = [
         ({"Definition": [], "Instances": []}, "field 'Definition' is no list of texts"),
         (
             {"Definition": [None], "Instances": [{"input": "x", "output": ["y"]}]},
-            "field 'Definition' is a null; expected a string",
+            "field 'Definition' is null; expected a string",
         ),
         ({"Definition": ["\ud800"], "Instances": [{"input": "x", "output": ["y"]}]}, "field 'Definition' has half a surrogate"),
-        ([], "a JSON array; expected an object with 'Definition' and 'Instances'"),
+        ([], "an array; expected an object with 'Definition' and 'Instances'"),
         *[
             ({"Definition": ["Do."], "Instances": [{"input": "x", "output": ["y"]}, bad]}, "instance 2")
             for bad in BAD_INSTANCES

@@ -313,7 +313,7 @@ def test_a_chat_template_gets_the_turns_and_the_others_their_text(own_tokenizer:
     ("messages", "message"),
     [
         ("Hi.", "field 'messages' is a string; expected a list of messages with 'role' and 'content'"),
-        ({"a": 1}, "field 'messages' is a object; expected a list of messages with 'role' and 'content'"),
+        ({"a": 1}, "field 'messages' is an object; expected a list of messages with 'role' and 'content'"),
         (["Hi.", *TALK], r"message 1 of 'messages' is a string; expected an object with 'role' and 'content'"),
         (
             [{"content": "Hi."}, *TALK[3:]],
@@ -358,7 +358,7 @@ def test_a_pair_has_a_worse_response(record):
     ("record", "reason"),
     [
         ({"messages": [{**TALK[0], "tool_calls": 5}, *TALK[1:]]}, "has tool_calls that are a number; expected an array"),
-        ({"messages": [{**TALK[0], "tool_calls": {"a": 1}}, *TALK[1:]]}, "has tool_calls that are a object; expected an array"),
+        ({"messages": [{**TALK[0], "tool_calls": {"a": 1}}, *TALK[1:]]}, "has tool_calls that are an object; expected an array"),
     ],
 )
 def test_tool_calls_are_an_array(record: dict[str, Any], reason: str) -> None:

@@ -150,7 +150,7 @@ def test_a_bad_parquet_is_one_line(tmp_path: Path) -> None:
         read_examples(write(tmp_path / "bad.parquet", "junk"))
     with pytest.raises(DataError, match=r"none\.parquet: no such file"):
         read_examples(tmp_path / "none.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet, record 2: field 'response' is a array; expected a string"):
+    with pytest.raises(DataError, match=r"a\.parquet, record 2: field 'response' is an array; expected a string"):
         read_examples(write_parquet(tmp_path / "a.parquet", [{"instruction": "i", "response": r} for r in (None, ["a"])]))
     with pytest.raises(DataError, match=r"a\.parquet, record 1: no field 'instruction' or 'prompt'; found \['a'\]"):
         read_examples(write_parquet(tmp_path / "a.parquet", [{"a": "b"}]))

@@ -40,7 +40,7 @@ def read_turns(value: Any, name: str, where: str) -> tuple[Turn, ...]:
     """
     messages = _listed(value)
     if messages is None:
-        raise DataError(f"{where}: field {name!r} is a {kind(value)}; expected a list of messages with 'role' and 'content'")
+        raise DataError(f"{where}: field {name!r} is {kind(value)}; expected a list of messages with 'role' and 'content'")
     return tuple(
         _turn(message, f"{where}: message {number} of {name!r}", number) for number, message in enumerate(messages, start=1)
     )
@@ -61,7 +61,7 @@ def _listed(value: Any) -> Sequence[Any] | None:
 
 def _turn(message: Any, where: str, number: int) -> Turn:
     if not isinstance(message, Mapping):
-        raise DataError(f"{where} is a {kind(message)}; expected an object with 'role' and 'content'")
+        raise DataError(f"{where} is {kind(message)}; expected an object with 'role' and 'content'")
     given = {str(key): value for key, value in message.items() if not absent(value)}
     speaker = given.pop("from", None)
     role = given.pop("role", SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker)
@@ -75,7 +75,7 @@ def _turn(message: Any, where: str, number: int) -> Turn:
         content = "\n".join(_part(part, where, number) for part in content)
     if calls := plain(given.pop("tool_calls", None)):
         if not isinstance(calls, (list, tuple)):
-            raise DataError(f"{where} has tool_calls that are a {kind(calls)}; expected an array")
+            raise DataError(f"{where} has tool_calls that are {kind(calls)}; expected an array")
         given["tool_calls"] = calls
     return {"role": role, "content": "" if content is None else checked(content, "content", where), **given}
 

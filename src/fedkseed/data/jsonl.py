@@ -66,7 +66,7 @@ def _record(where: str, line: bytes) -> dict[str, Any]:
 
 def _checked(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {kind(record)}; expected an object with 'instruction' and 'response'")
+        raise DataError(f"{where}: {kind(record)}; expected an object with 'instruction' and 'response'")
     return record
 
 

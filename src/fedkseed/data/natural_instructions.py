@@ -95,7 +95,7 @@ def _read_task(path: Path, split: Path) -> tuple[str, list[tuple[str, str]]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); restore the file") from None
     if not isinstance(task, dict):
-        raise DataError(f"{path}: a JSON {kind(task)}; expected an object with 'Definition' and 'Instances'")
+        raise DataError(f"{path}: {kind(task)}; expected an object with 'Definition' and 'Instances'")
     definition, instances = task.get("Definition"), task.get("Instances")
     if not isinstance(definition, list) or not definition:
         raise DataError(f"{path}: field 'Definition' is no list of texts; expected the task's instruction in it")

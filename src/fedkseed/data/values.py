@@ -30,7 +30,7 @@ def checked(value: Any, name: str, where: str) -> str:
         DataError: it is none; the message names where and the field.
     """
     if not isinstance(value, str):
-        raise DataError(f'{where}: field {name!r} is a {kind(value)}; expected a string ("" where there is nothing)')
+        raise DataError(f'{where}: field {name!r} is {kind(value)}; expected a string ("" where there is nothing)')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -52,6 +52,6 @@ def named(value: Any, name: str, where: str) -> str:
 
 
 def kind(value: object) -> str:
-    """What a value's type is called in JSON."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
+    """What a value is called in JSON, with its article."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
