@@ -357,8 +357,8 @@ def test_a_pair_has_a_worse_response(record):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": [{**TALK[0], "tool_calls": 5}, *TALK[1:]]}, "has tool_calls that are a number; expected an array"),
-        ({"messages": [{**TALK[0], "tool_calls": {"a": 1}}, *TALK[1:]]}, "has tool_calls that are an object; expected an array"),
+        ({"messages": [{**TALK[0], "tool_calls": 5}, *TALK[1:]]}, "tool_calls that are a number; expected an array"),
+        ({"messages": [{**TALK[0], "tool_calls": {"a": 1}}, *TALK[1:]]}, "tool_calls that are an object; expected an array"),
     ],
 )
 def test_tool_calls_are_an_array(record: dict[str, Any], reason: str) -> None:
