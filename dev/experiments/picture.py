@@ -31,10 +31,10 @@ SMALL: Methods = {
     "FedAvg": ([f"runs/fedavg-seed{seed}" for seed in (1, 2, 3)], REST),
 }
 LARGE: Methods = {
-    "FedKSeed (the paper)": (["1-fedkseed-2e-05-s0"], PAPER),
-    "gradients in\nK numbers\n(ours)": (["1-grad-B-0.001-s0"], OURS),
-    "FedIT": (["1-fedit-0.003-s0"], REST),
-    "FedAvg": (["1-fedavg-0.01-s0"], REST),
+    "FedKSeed (the paper)": (["fedkseed-2e-5-s1"], PAPER),
+    "two points, 8 directions\nover few tensors (ours)": (["v-1e-4-s1"], OURS),
+    "gradients in K numbers\n(ours)": (["lora-8e-3-s1"], OURS),
+    "FedIT": (["fedit-1e-2-s1"], REST),
 }
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     panel(left, "stories-gradients", SMALL, "260,000 parameters, three seeds")
-    panel(right, "smollm2-gradients", LARGE, "SmolLM2-135M, one seed")
+    panel(right, "smollm2-lora", LARGE, "SmolLM2-135M, one seed")
     left.set_ylabel("held-out loss on Dolly", color=LIGHT.muted)
     figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
 
