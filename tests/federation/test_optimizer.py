@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedkseed.federation.optimizer import DECAY, OPTIMIZERS, SQUARE_DECAY
+from fedkseed.federation.optimizer import DECAY, OPTIMIZERS, SQUARE_DECAY, TINY
 
 F64 = NDArray[np.float64]
 names = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -104,11 +104,11 @@ def test_a_state_is_columns_that_a_ledger_can_keep(name: str) -> None:
 
 
 @names
-@given(exponent=st.floats(-15, 30), seed=st.integers(0, 99))
+@given(exponent=st.floats(-30, 30), seed=st.integers(0, 99))
 def test_bounded_steps_are_as_long_as_the_rate_says(name: str, exponent: float, seed: int) -> None:
     """Whatever the gradient's length, a number moves by at most the rate (Adam: by little more, and by it at first).
 
-    Far below 1e-15 the guard against 0 / 0 tells in the sixth digit.
+    But for Adam's guard against 0 / 0, which tells where a gradient is nearly as small as it is.
     """
     each = gradients(seed) * 10.0**exponent
     places = walk(name, each)
@@ -117,7 +117,8 @@ def test_bounded_steps_are_as_long_as_the_rate_says(name: str, exponent: float, 
         # Adam: |m| / sqrt(v) <= (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1^2 / b2), corrected for the start
         largest = 1.0 if name == "sign" else (1 - DECAY) / np.sqrt((1 - SQUARE_DECAY) * (1 - DECAY**2 / SQUARE_DECAY))
         assert longest <= LR * max(1.0, largest) * (1 + 1e-9)
-        np.testing.assert_allclose(np.abs(places[0]), LR, rtol=1e-6)
+        guard = TINY if name == "adam" else 0.0
+        np.testing.assert_allclose(np.abs(places[0]), LR / (1 + guard / np.abs(each[0])), rtol=1e-6)
     else:
         np.testing.assert_allclose(places, walk(name, gradients(seed)) * 10.0**exponent, rtol=1e-9)
 

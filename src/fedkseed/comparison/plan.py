@@ -103,8 +103,8 @@ def _comparison(content: dict[str, Any]) -> Comparison:
             if name not in method:
                 raise ConfigError(f"method {method.get('name', f'number {number}')!r}: {name} is missing; give it")
         own = {name: value for name, value in method.items() if name not in ("name", "lr")}
-        rates = method.get("lr")
-        entries.append({"name": method.get("name"), "lr": rates if isinstance(rates, list) else [rates], "settings": own})
+        rates = method["lr"]
+        entries.append({"name": method["name"], "lr": rates if isinstance(rates, list) else [rates], "settings": own})
 
     def called(path: tuple[str, ...]) -> str:
         if path[0] != "methods" or len(path) < 3:

@@ -1,9 +1,7 @@
 """The ledger: K numbers over a known base, which are the tuned model, and what a run needs to go on.
 
-A ledger file is a safetensors file with one metadata entry of canonical JSON. The checkpoint of a run holds the float64
-accumulators and what FedKSeed-Pro remembers; the published form holds the rounded coefficients alone. Format 1 is a page of
-scalars, formats 2 and 3 are lists of pages (`fedkseed.kseed.paged_format`), format 4 is any of these with folded names
-(`fedkseed.kseed.folded_names`).
+The checkpoint of a run holds the float64 accumulators and what FedKSeed-Pro remembers; the published form holds the rounded
+coefficients alone. The file: `fedkseed.kseed.ledger_format`.
 """
 
 from __future__ import annotations

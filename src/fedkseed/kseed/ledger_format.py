@@ -1,7 +1,7 @@
 """A ledger's file: what it says, and what is believed of one that somebody else wrote.
 
-Format 1 holds coefficients, of a run of scalars or of anything; 2 and 3 hold pages (`paged_format`); 4 is one of these with the
-names of frozen tensors folded (`folded_names`).
+It is a safetensors file with one metadata entry of canonical JSON. Format 1 holds coefficients, of a run of scalars or of
+anything; 2 and 3 hold pages (`paged_format`); 4 is one of these with the names of frozen tensors folded (`folded_names`).
 """
 
 from __future__ import annotations

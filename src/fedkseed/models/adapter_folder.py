@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.errors import ModelError, installing
-from fedkseed.models.hub import files_on_hub, in_cache
+from fedkseed.models.hub import files_on_hub, has_cached, in_cache
 from fedkseed.text import one_line
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
 """What else an adapter's folder may have that is read."""
-OF_MODELS = ("config.json", "tokenizer_config.json")
-"""What a hub's model has, of which the cache may hold a part."""
 MATRICES = ("*.lora_*",)
 """What an adapter's tensors are called in a model that has it."""
 
@@ -40,7 +38,7 @@ def on_hub(hub_id: str) -> Path | None:
     """
     from huggingface_hub import snapshot_download
 
-    if in_cache(hub_id, *OF_MODELS):
+    if has_cached(hub_id):
         return None
     found = in_cache(hub_id, CONFIG)
     if found and (found.parent / WEIGHTS).is_file():

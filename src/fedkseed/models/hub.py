@@ -30,6 +30,15 @@ def in_cache(hub_id: str, *names: str) -> Path | None:
         raise ModelError(f"{hub_id!r}: neither a folder nor a hub id ({one_line(error)}); give one of the two") from None
 
 
+def has_cached(hub_id: str) -> bool:
+    """Whether the local cache has a model of that id, or a part of it.
+
+    Raises:
+        ModelError: it is no hub id.
+    """
+    return in_cache(hub_id, "config.json", "tokenizer_config.json") is not None
+
+
 def files_on_hub(hub_id: str) -> frozenset[str]:
     """The names of a model's files on the hub, which is asked.
 

@@ -15,10 +15,10 @@ import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
 from fedkseed.models.adapter_folder import CONFIG as ADAPTER
-from fedkseed.models.adapter_folder import OF_MODELS, base_of, has_adapter, is_adapter, on_hub
+from fedkseed.models.adapter_folder import base_of, has_adapter, is_adapter, on_hub
 from fedkseed.models.base import FileBase, stored_dtypes
 from fedkseed.models.dtypes import Dtype
-from fedkseed.models.hub import files_on_hub, in_cache
+from fedkseed.models.hub import files_on_hub, has_cached, in_cache
 from fedkseed.models.parameters import NamedParameter, is_plain_float, is_quantised, named_parameters
 from fedkseed.text import one_line
 
@@ -96,7 +96,7 @@ def _require_base(folder: Path) -> None:
     """Refuse an adapter whose base model is not on this machine."""
     base = base_of(folder)
     try:
-        known = Path(base).expanduser().is_dir() or in_cache(base, *OF_MODELS) is not None
+        known = Path(base).expanduser().is_dir() or has_cached(base)
     except ModelError:  # no hub id either
         known = False
     if not known:
@@ -284,7 +284,7 @@ def _require(folder: Path, patterns: tuple[str, ...], what: str) -> None:
 def _load(source: str | Path, folder: Path | None, what: str, load: Callable[[bool], T]) -> T:
     """Call `load(local_files_only=True)`; for a hub id that the cache does not hold (or not whole) `load(False)`."""
     cached_error: ModelError | None = None
-    if folder is not None or in_cache(str(source), *OF_MODELS):
+    if folder is not None or has_cached(str(source)):
         try:
             with _quiet(bars=False):
                 return _call(source, what, load, local_files_only=True)

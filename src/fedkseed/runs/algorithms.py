@@ -37,7 +37,7 @@ from fedkseed.models.identity import BaseIdentity
 from fedkseed.privacy import WITHHELD, Privacy
 from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.records import Records
-from fedkseed.runs.settings import RunConfig
+from fedkseed.runs.settings import IN_MEMORY, RunConfig
 from fedkseed.runs.task import (
     BoundModel,
     ScoredTask,
@@ -74,7 +74,7 @@ class Federation:
         server: the rounds.
         clients: by name.
         restore: sets the model to the server's checkpoint.
-        to_base: sets it to what it was before the run.
+        to_base: sets a model that was given in memory to what it was before the run.
         watched: the held-out records' scores, of a run that is tuned on scores.
     """
 
@@ -187,15 +187,19 @@ def over_tensors(
     tune_all_but(model, records.frozen)
     attached = attach(model, config)
     parameters = parameters_of(attached, config)
-    start = parameters.read()
-    first = saved or TunedTensors(config.algorithm, base, 0, start)
+    first = saved or TunedTensors(config.algorithm, base, 0, parameters.read())
+    given = parameters.read() if config.model.startswith(IN_MEMORY) else None  # else a copy would be held for nothing
     server = TensorServer(config, first, list(records.clients), guess_loss(model), records.sizes)
     clients = {
         name: TensorClient(name, config, attached, base, TextTask(attached, examples, records.pad_id, watch), parameters)
         for name, examples in records.clients.items()
     }
     return Federation(
-        attached, server, clients, lambda: parameters.write(server.checkpoint.tensors), lambda: parameters.write(start)
+        attached,
+        server,
+        clients,
+        lambda: parameters.write(server.checkpoint.tensors),
+        lambda: None if given is None else parameters.write(given),
     )
 
 

@@ -293,7 +293,8 @@ def simulate(
         try:
             checkpoint = simulation.train()
         except BaseException:  # Ctrl-C too: else somebody's model would be left in the middle of a step
-            simulation.to_base()
+            if inputs.model is not None:
+                simulation.to_base()
             raise
         simulation.restore()
     return Result(folder.path, checkpoint, folder.recorded().losses, folder.recorded().rewards)
