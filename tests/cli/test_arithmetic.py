@@ -33,6 +33,19 @@ def test_merge_writes_what_python_adds_up(fedkseed: CommandLine, finished: Path,
     assert "pages 2, the last is shown above; 1 of coefficients numbers of K = 64, absolute, times " in shown
 
 
+def test_merge_says_what_private_ledgers_promise(fedkseed: CommandLine, finished: Path, tmp_path: Path) -> None:
+    """The merged one says nothing, so whoever merges must know it now."""
+    privacy = {"unit": "record", "delta": 1e-5, "clip_norm": 1.0, "noise_multiplier": 2.0, "epsilon": 1.25}
+    ledger = fk.Ledger.load(finished / "ledger.safetensors")
+    replace(ledger, made_with={"privacy": privacy}).save(tmp_path / "private")
+    result = fedkseed("merge", finished, tmp_path / "private", "--to", tmp_path / "both")
+    assert (result.code, result.stderr) == (0, "")
+    (said,) = [line for line in result.stdout.splitlines() if " promises " in line]
+    assert said.startswith(f"{tmp_path / 'private'} promises epsilon 1.25 at delta 1e-05, of each record added or taken away")
+    assert said.endswith("; both promises nothing of itself, as the runs may share records")
+    assert fk.Ledger.load(tmp_path / "both").made_with is None
+
+
 def test_a_merged_ledger_is_evaluated_and_exported(
     fedkseed: CommandLine, tiny: Path, finished: Path, another: Path, tmp_path: Path
 ) -> None:

@@ -171,16 +171,18 @@ def test_the_help_names_the_traps(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_the_flags_translate_to(home: Path) -> None:
     found = config_of(
-        "--bias_sampling", "--batch_or_epoch", "epoch", "--equal_weight", "--grad_clip", "5", "-m", "0.3", "-K", "9"
+        *("--bias_sampling", "--grad_initial", "2", "--batch_or_epoch", "epoch", "--equal_weight"),
+        *("--grad_clip", "5", "-m", "0.3", "-K", "9"),
     )
     assert (found.algorithm, found.local_unit, found.weighting, found.loss_clip) == ("fedkseed-pro", "epochs", "equal", 5)
     assert (found.fraction_train, found.num_seeds, found.partition, found.noise) == (0.3, 9, "client", "gaussian")
+    assert found.importance_start == 2
     assert found.data == str((home / "data/natural-instructions-2.8").resolve())
     plain = config_of(
         "--dataset", "dolly", "--zerotask", "0", "--bias_loss_clip", "7", "--grad_initial", "2", "--noise", "hadamard"
     )
     assert (plain.algorithm, plain.local_unit, plain.weighting, plain.loss_clip) == ("fedkseed", "steps", "examples", None)
-    assert (plain.importance_clip, plain.importance_start, plain.noise) == (7, 2, "hadamard")
+    assert (plain.importance_clip, plain.importance_start, plain.noise) == (7, 0, "hadamard")
     assert (plain.partition, plain.alpha, plain.min_partition_size) == ("dirichlet", 0.5, 10)
     even = config_of("--dataset", "dolly", "--zerotask", "0", "--iid", "iid", "--dataset_subsample", "0.5")
     assert (even.partition, even.subsample) == ("iid", 0.5)

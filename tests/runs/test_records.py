@@ -78,7 +78,7 @@ def test_eval_data_is_held_out_whole_and_read_with_the_same_columns(tiny: Path, 
         prepared(tiny, eval_data=tmp_path / "eval.jsonl")
     (tmp_path / "train.jsonl").write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[0]))
     paths = {"data": tmp_path / "train.jsonl", "eval_data": tmp_path / "eval.jsonl"}
-    records = prepared(tiny, **paths, columns="output=answer", num_clients=2, alpha=100, partition="iid")
+    records = prepared(tiny, **paths, columns="output=answer", num_clients=2, partition="iid")
     assert [record.output for record in records.references] == ["red"]  # the empty response is dropped, and its record too
 
 
@@ -179,6 +179,11 @@ def test_every_client_has_the_least_number(tiny: Path) -> None:
             {"alpha": 0.001, "min_partition_size": 14},
             ["in 1000 draws with alpha 0.001, 4 clients never all got 14", "raise --alpha"],
         ),
+        (
+            {"partition": "iid", "alpha": 100},
+            ["--alpha is 100 and --partition iid, which has no use for it", "take --partition dirichlet"],
+        ),
+        ({"partition": "client", "min_partition_size": 3}, ["--min-partition-size is 3 and --partition client"]),
         ({"partition": "client"}, ["a record has no field 'client'", "so say with --columns client=COLUMN"]),
         ({"columns": "category"}, ["--columns is 'category': columns has 'category'; expected field=column"]),
         ({"columns": "output=reply"}, ["records.jsonl:1: no field 'reply'", "or say with --columns"]),

@@ -12,6 +12,7 @@ from fedkseed.kseed.arithmetic import merge as merged
 from fedkseed.kseed.arithmetic import pages_of
 from fedkseed.kseed.distance import difference, moved_rms
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.report.summary import noted_promise
 from fedkseed.runs.checkpoints import TENSORS
 from fedkseed.runs.folder import tuned_file
 from fedkseed.text import counted
@@ -34,13 +35,17 @@ def merge(paths: Sequence[Path], weights: str | None, output: Path) -> None:
     """
     factors = None if weights is None else _numbers(weights, len(paths))
     require_new(output)
-    ledger = merged([_ledger_file(path) for path in paths], factors)
+    files = [_ledger_file(path) for path in paths]
+    ledger = merged(files, factors)
     make_folder_for(output)
     ledger.save(output)
     sizes = ", ".join(str(size) for size in sorted({page.pool.size for page in ledger.pages}))
     say(f"{output}: {output.stat().st_size:,} bytes, {counted(len(ledger.pages), 'page')}, K = {sizes}")
     if len({page.movement for page in ledger.pages}) == 1:
         say(f"moves a weight by {moved_rms(ledger):.3g}{UNITS[ledger.pages[0].movement]} (root mean square)")
+    for path, file in zip(paths, files, strict=True):
+        if (promised := noted_promise(Ledger.load(file).made_with)) is not None:
+            say(f"{path} promises {promised}; {output.name} promises nothing of itself, as the runs may share records")
 
 
 def diff(one: Path, other: Path) -> None:

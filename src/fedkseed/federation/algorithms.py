@@ -100,7 +100,6 @@ CHANGES = (
 )  # fmt: skip
 SCALARS = ("directions", "shared_seeds", "compile", "scaling", "temperature", "max_new_tokens", "max_moved")
 SUMS = ("secure_sums", "secure_clip")
-IMPORTANCE = ("importance_clip", "importance_start")
 TENSORS = ("max_value",)
 LORA = (*TENSORS, "lora_rank", "lora_alpha")
 PROMPT = (*TENSORS, "num_virtual_tokens")
@@ -110,11 +109,11 @@ ALGORITHMS: dict[str, Algorithm] = {
     for row in (
         Algorithm(
             "fedkseed", "FedKSeed", "draws seeds uniformly",
-            "scalars", "two-point", "uniform", on_flower=True, settings=(*SEEDS, *SCALARS, *IMPORTANCE, *SUMS),
+            "scalars", "two-point", "uniform", on_flower=True, settings=(*SEEDS, *SCALARS, "importance_clip", *SUMS),
         ),
         Algorithm(
             "fedkseed-pro", "FedKSeed-Pro", "prefers seeds whose gradients were large",
-            "scalars", "two-point", "importance", on_flower=True, settings=(*SEEDS, *SCALARS, *IMPORTANCE),
+            "scalars", "two-point", "importance", on_flower=True, settings=(*SEEDS, *SCALARS, "importance_clip", "importance_start"),
         ),
         Algorithm(
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",

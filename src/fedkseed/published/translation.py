@@ -44,7 +44,7 @@ def translate(args: argparse.Namespace) -> SimulationConfig:
         "weighting": "equal" if args.equal_weight else "examples",
         "loss_clip": args.grad_clip if args.grad_clip > 0 else None,
         "importance_clip": args.bias_loss_clip,
-        "importance_start": args.grad_initial,
+        **({"importance_start": args.grad_initial} if args.bias_sampling else {}),
         "eval_limit": "all" if args.eval_limit is None else args.eval_limit,
         "seed": args.seed,
         **_precision(args.device),

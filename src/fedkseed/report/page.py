@@ -91,9 +91,6 @@ def _cards(record: RunRecord) -> list[Html]:
         start = f"{before.finite_reward:.3f} → " if before and before.finite_reward is not None else ""
         about = f"{record.config.objective}, after round {after.server_round}"
         cards.append(card("Reward on held-out records", f"{start}{after.finite_reward:.3f}", about))
-    if after and after.rouge_l is not None:
-        start = f"{before.rouge_l:.3f} → " if before and before.rouge_l is not None else ""
-        cards.append(card("Rouge-L on held-out records", f"{start}{after.rouge_l:.3f}", f"after round {after.server_round}"))
     seconds = sum(r.seconds for r in record.rounds) + sum(e.seconds for e in record.evaluations)
     dropped = sum(r.dropped_steps for r in record.rounds)
     cards.append(

@@ -25,7 +25,6 @@ class Evaluation:
 
     server_round: int
     loss: float
-    rouge_l: float | None
     num_examples: int | None
     seconds: float
     reward: float | None = None
@@ -180,11 +179,9 @@ def read(path: Path, which: str | int | None = None) -> RunRecord:
 
 
 def _evaluation(event: dict[str, Any]) -> Evaluation:
-    rouge_l = event.get("rouge_l")
     return Evaluation(
         server_round=_count(event, "server_round"),
         loss=_loss(event["eval_loss"]),
-        rouge_l=None if rouge_l is None else _number(event, "rouge_l"),
         num_examples=_count(event, "num_examples") if "num_examples" in event else None,
         seconds=_number(event, "seconds") if "seconds" in event else 0.0,
         reward=None if event.get("eval_reward") is None else _loss(event["eval_reward"]),

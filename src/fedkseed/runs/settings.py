@@ -259,6 +259,18 @@ class SimulationConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _dealt_out_as_said(self, info: ValidationInfo) -> Self:
+        if self.partition == "dirichlet" or _is_stored(info):  # an older run's was taken and did nothing
+            return self
+        for name in ("alpha", "min_partition_size"):
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {value:g} and --partition {self.partition}, which has no use for it; "
+                    "leave it out, or take --partition dirichlet"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _own_is_of_nodes(self) -> Self:
         if self.objective == OWN:
             raise ValueError("--objective own is of runs on Flower, whose nodes name functions; give PACKAGE:FUNCTION")
