@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fedkseed.report.drawing import LIGHT
+from fedkseed.report.picture import LIGHT
 from fedkseed.report.reading import read
 from fedkseed.report.summary import spent
 from fedkseed.report.units import size

@@ -22,7 +22,7 @@ from tests.support.tiny import tiny_settings
 
 from fedkseed.cli.app import app
 from fedkseed.comparison import Comparison, Entry, carry_out, read_comparison, write_report
-from fedkseed.comparison.report import Measured, Point, _at
+from fedkseed.comparison.measured import Measured, Point, _at
 from fedkseed.comparison.trials import Row, Trial, _check_same, _trial
 from fedkseed.data.source import source_digest
 from fedkseed.errors import ConfigError, RunError

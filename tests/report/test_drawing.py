@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from fedkseed.report import drawing
+from fedkseed.report import drawing, picture
 from fedkseed.report.drawing import Curve, curves
 
 NAMES = ["FedKSeed", "FedIT", "a method with a name, half of its clients by two points", "another with a long name", "FedAvg"]
@@ -15,9 +15,9 @@ NAMES = ["FedKSeed", "FedIT", "a method with a name, half of its clients by two 
 
 def outside(names: list[str]) -> list[str]:
     """The entries of a legend that leave the picture, of curves by those names."""
-    with matplotlib.rc_context(drawing.STYLE):
-        figure: Any = Figure(figsize=(drawing.WIDTH, drawing.HEIGHT), layout="constrained")
-        curves([Curve(name, [1, 2], [2, 1]) for name in names], "bytes", False)(figure, drawing.LIGHT)
+    with matplotlib.rc_context(picture.STYLE):
+        figure: Any = Figure(figsize=(picture.WIDTH, picture.HEIGHT), layout="constrained")
+        curves([Curve(name, [1, 2], [2, 1]) for name in names], "bytes", False)(figure, picture.LIGHT)
         figure.savefig(io.BytesIO(), format="png")
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == names

@@ -21,8 +21,8 @@ from fedkseed.cli.watch import watch_command
 from fedkseed.errors import ConfigError, RunFolderError
 from fedkseed.report import report
 from fedkseed.report.charts import charts
-from fedkseed.report.drawing import Picture, render, render_svg
 from fedkseed.report.live import Watch
+from fedkseed.report.picture import Picture, render, render_svg
 from fedkseed.report.reading import read
 from fedkseed.runs.folder import RunFolder
 

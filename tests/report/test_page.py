@@ -23,8 +23,8 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.server import Server
 from fedkseed.report import drawing, reading, report
 from fedkseed.report.charts import charts
-from fedkseed.report.drawing import render
 from fedkseed.report.page import page
+from fedkseed.report.picture import render
 from fedkseed.report.summary import change
 from fedkseed.report.units import amount, duration, loss, percent, power_of_ten, size
 from fedkseed.runs.folder import RunFolder
@@ -229,14 +229,14 @@ def test_pictures_take_their_colours_from_the_page(complete: Complete) -> None:
 
 @pytest.mark.parametrize("scheme", ["LIGHT", "DARK"])
 def test_colours_keep_the_contrast_of_wcag(scheme: str) -> None:
-    from fedkseed.report import drawing
+    from fedkseed.report import picture
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    palette = getattr(drawing, scheme)
+    palette = getattr(picture, scheme)
     # WCAG AA: 4.5 for text, 3 for what a chart is read from
     for role, least in {"ink": 7, "muted": 4.5, "blue": 3, "orange": 3, "green": 3, "purple": 3, "grey": 3}.items():
         low, high = sorted((luminance(getattr(palette, role)), luminance(palette.surface)))

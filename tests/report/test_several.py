@@ -17,6 +17,7 @@ from fedkseed.report.chart import Chart
 from fedkseed.report.charts import charts
 from fedkseed.report.drawing import Curve
 from fedkseed.report.page import page
+from fedkseed.report.picture import render
 from fedkseed.report.reading import read
 from fedkseed.report.summary import lost_shares, spent
 from fedkseed.runs.answers import Answer, keep_answers
@@ -213,7 +214,7 @@ def test_runs_of_unlike_costs_are_on_a_logarithmic_axis_and_say_what_is_not_on_i
 @pytest.mark.parametrize("name", ["_hidden", "$x_y$", "a\nb\x1b[31m", "_", "x" * 99])
 def test_a_legend_shows_any_name_as_one_line(name: str) -> None:
     curves = drawing.curves([Curve(several._short(n), [0, 1], [1.0, 2.0]) for n in (name, "b")], "x", False)
-    svg = drawing.render("name", "title", curves).svg
+    svg = render("name", "title", curves).svg
     assert "\x1b" not in svg
     assert svg.count("text") >= 2
     assert len(several._short(name).splitlines()) == 1

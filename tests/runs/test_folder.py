@@ -59,7 +59,8 @@ def test_a_run_that_was_started_with_a_useless_alpha_opens(run: RunFolder) -> No
     """It was taken once and did nothing; a run that starts is refused now."""
     file = run.path / "config.toml"
     text = file.read_text()
-    assert 'partition = "dirichlet"\n' in text and "alpha = 0.5\n" in text
+    assert 'partition = "dirichlet"\n' in text
+    assert "alpha = 0.5\n" in text
     file.write_text(text.replace('partition = "dirichlet"\n', 'partition = "iid"\n').replace("alpha = 0.5\n", "alpha = 3.0\n"))
     assert (RunFolder.open(run.path).simulation.partition, RunFolder.open(run.path).simulation.alpha) == ("iid", 3.0)
     with pytest.raises(ConfigError, match=r"^--alpha is 3 and --partition iid"):

@@ -295,5 +295,5 @@ def test_a_margin_is_by_how_much_more_than_the_base_the_model_prefers_the_better
     def forbidden(*_: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("fedkseed.runs.objectives.PairTask.all_margins", forbidden)
+    monkeypatch.setattr("fedkseed.runs.preferences.PairTask.all_margins", forbidden)
     simulation(tmp_path / "again", settings)

@@ -11,7 +11,7 @@ from tests.support.flower_sites import make_sites, simulated_settings
 from tests.support.runs import Watcher
 
 import fedkseed as fk
-from fedkseed.flower import participant
+from fedkseed.flower import holdings
 from fedkseed.flower.building import build_strategy
 from fedkseed.flower.config import read_config
 from fedkseed.flower.participant import Participant
@@ -52,7 +52,7 @@ def bases(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise Bound
 
     monkeypatch.setattr(task, "bind", bind)
-    participant.load_bound.cache_clear()
+    holdings.load_bound.cache_clear()
     return seen
 
 
@@ -174,7 +174,7 @@ def test_nodes_that_live_in_one_process_load_one_model(sites: Path, tmp_path: Pa
         return load_model(source, *rest)
 
     monkeypatch.setattr(learner, "load_model", counted)
-    participant.load_bound.cache_clear()
+    holdings.load_bound.cache_clear()
     config = run_config(sites, tmp_path / "run", num_rounds=1)
     build_strategy(read_config(config)).start(federation(sites, config))
     assert loads == [str(sites / "model")]

@@ -1,23 +1,22 @@
-"""What a comparison came to: a table in Markdown, the same numbers as JSON, and curves of the held-out loss."""
+"""What a comparison came to: a table in Markdown, and the same numbers as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fedkseed.comparison.measured import Equal, Measured, measure
+from fedkseed.comparison.pictures import pictures
 from fedkseed.comparison.plan import Comparison
-from fedkseed.comparison.trials import SCORES, Row, Trial
+from fedkseed.comparison.trials import Row, Trial
 from fedkseed.errors import RunError
 from fedkseed.files import write_atomically
 from fedkseed.report import units
-from fedkseed.report.drawing import Curve, curves, render
-from fedkseed.report.reading import RunRecord, read
-from fedkseed.report.summary import traffic
 from fedkseed.text import visible
 
 TABLE, NUMBERS = "table.md", "comparison.json"
@@ -36,88 +35,6 @@ HEADER = (
     "peak memory",
     "seconds",
 )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A held-out loss, and what had been spent until then over all clients."""
-
-    examples: int
-    passes: int
-    num_bytes: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run's numbers; Rouge-L from 0 to 1, None where nothing was answered."""
-
-    points: tuple[Point, ...]
-    base_loss: float | None
-    base_rouge_l: float | None
-    rouge_l: float | None
-    bytes_per_round: float
-    peak_bytes: int
-    seconds: float
-
-    @property
-    def final(self) -> float:
-        """The loss after all rounds."""
-        return self.points[-1].loss
-
-
-def measure(trial: Trial) -> Measured:
-    """Read a run's folder.
-
-    Raises:
-        FedKSeedError: it is damaged.
-    """
-    record = read(trial.folder)
-    moved = traffic(record.rounds)
-    scores = _scores(trial.folder / SCORES)
-    return Measured(
-        points=tuple(_points(record)),
-        base_loss=scores.get("base", {}).get("loss"),
-        base_rouge_l=scores.get("base", {}).get("rouge_l"),
-        rouge_l=scores.get("tuned", {}).get("rouge_l"),
-        bytes_per_round=moved.both if moved else 0.0,
-        peak_bytes=max((r.peak_bytes or 0 for r in record.rounds), default=0),
-        seconds=sum(r.seconds for r in record.rounds),
-    )
-
-
-def _scores(path: Path) -> dict[str, dict[str, float]]:
-    """The overall scores of the base and of the tuned model, as far as they are there."""
-    if not path.exists():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {which: content[which]["overall"] for which in ("base", "tuned")}
-
-
-def _points(record: RunRecord) -> Iterable[Point]:
-    rounds, config = {r.server_round: r for r in record.rounds}, record.config
-    passes = config.passes_per_step
-    for evaluation in record.evaluations:
-        done = [r for n, r in rounds.items() if n <= evaluation.server_round]
-        examples = sum(r.num_steps or 0 for r in done) * config.batch_size
-        moved = traffic(done)
-        yield Point(examples, round(examples * passes), moved.total if moved else 0.0, evaluation.loss)
-
-
-@dataclass(frozen=True)
-class Equal:
-    """What every run had at its disposal: so many examples, and so many forward passes."""
-
-    examples: int
-    passes: int
-
-    def examples_of(self, measured: Sequence[Measured]) -> list[float]:
-        """The losses at equal examples."""
-        return [_at(m, self.examples, lambda point: point.examples) for m in measured]
-
-    def passes_of(self, measured: Sequence[Measured]) -> list[float]:
-        """The losses at equal passes."""
-        return [_at(m, self.passes, lambda point: point.passes) for m in measured]
 
 
 @dataclass(frozen=True)
@@ -234,11 +151,11 @@ def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> R
     report = _report(comparison, results, (base, base_rouge), equal)
     numbers = [result.numbers(equal) for result in results]
     summary = {"equal_examples": equal.examples, "equal_passes": equal.passes, "base": _json(base), "methods": numbers}
-    pictures = _pictures({result.row.entry.name: result.runs for result in results})
+    drawn = pictures({result.row.entry.name: result.runs for result in results})
     try:
         write_atomically(output / TABLE, report.markdown().encode())
         write_atomically(output / NUMBERS, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
-        for name, png in pictures.items():
+        for name, png in drawn.items():
             write_atomically(output / f"{name}.png", png)
     except OSError as error:
         raise RunError(f"{output}: cannot write the report ({error.strerror}); make room, then compare again") from error
@@ -247,11 +164,6 @@ def write_report(comparison: Comparison, rows: Sequence[Row], output: Path) -> R
 
 def _has_points(trial: Trial) -> bool:
     return math.isfinite(trial.final_loss())
-
-
-def _at(measured: Measured, budget: int, spent: Callable[[Point], int]) -> float:
-    """The last loss within a budget."""
-    return [point.loss for point in measured.points if spent(point) <= budget][-1]
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
@@ -303,28 +215,3 @@ def _report(comparison: Comparison, results: Sequence[Result], base: tuple[float
         if edges := [row.entry.name for row in rows if row.lr in (min(row.entry.lr), max(row.entry.lr))]:
             notes.append(f"At an end of its grid, so that a wider one may do better: {', '.join(edges)}.")
     return Report(table, tuple(map(visible, notes)))
-
-
-AXES: dict[str, tuple[str, Callable[[Point], float], bool]] = {
-    "loss_by_examples": ("examples seen, all clients", lambda point: point.examples, False),
-    "loss_by_passes": (
-        "forward passes of a record, all clients (backward: 2)",
-        lambda point: point.passes,
-        False,
-    ),
-    "loss_by_bytes": ("bytes moved, all clients, both ways", lambda point: point.num_bytes, True),
-}
-
-
-def _pictures(runs: dict[str, list[Measured]]) -> dict[str, bytes]:
-    pictures = {}
-    for name, (label, spent, logarithmic) in AXES.items():
-        drawn = [_curve(method, ms, spent) for method, ms in runs.items() if ms]
-        pictures[name] = render(name, "Held-out loss by method", curves(drawn, label, logarithmic)).png
-    return pictures
-
-
-def _curve(name: str, measured: Sequence[Measured], spent: Callable[[Point], float]) -> Curve:
-    """The mean over seeds, point by point."""
-    columns = list(zip(*(m.points for m in measured), strict=False))
-    return Curve(name, [mean(map(spent, column)) for column in columns], [mean(p.loss for p in column) for column in columns])

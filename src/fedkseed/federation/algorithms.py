@@ -113,7 +113,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm(
             "fedkseed-pro", "FedKSeed-Pro", "prefers seeds whose gradients were large",
-            "scalars", "two-point", "importance", on_flower=True, settings=(*SEEDS, *SCALARS, "importance_clip", "importance_start"),
+            "scalars", "two-point", "importance", on_flower=True,
+            settings=(*SEEDS, *SCALARS, "importance_clip", "importance_start"),
         ),
         Algorithm(
             "fedkseed-grad", "FedKSeed-grad", "gradients folded onto K directions, for clients that can backpropagate",

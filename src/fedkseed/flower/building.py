@@ -8,8 +8,8 @@ from logging import INFO
 from fedkseed.evaluation import EvalLoss, guess_loss
 from fedkseed.federation.objectives import OWN
 from fedkseed.flower.config import EngineConfig, FlowerConfig, open_run
+from fedkseed.flower.holdings import Held, load_bound, load_for, read_held, simulated_records
 from fedkseed.flower.log import Log, log
-from fedkseed.flower.participant import Held, load_bound, load_for, read_held, simulated_records
 from fedkseed.flower.strategy import FedKSeed
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.algorithms import check_base

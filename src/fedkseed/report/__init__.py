@@ -8,8 +8,9 @@ from fedkseed.files import write_atomically
 from fedkseed.report import several
 from fedkseed.report.chart import Chart
 from fedkseed.report.charts import CHARTS, charts
-from fedkseed.report.drawing import LINES, Picture, render
+from fedkseed.report.drawing import LINES
 from fedkseed.report.page import page
+from fedkseed.report.picture import Picture, render
 from fedkseed.report.reading import read
 
 __all__ = ["report", "report_several"]

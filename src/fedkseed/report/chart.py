@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedkseed.report.drawing import Draw
+from fedkseed.report.picture import Draw
 
 LOSS, BYTES, TIME = "held-out loss (nats per token)", "bytes moved, all clients, both ways", "time of the rounds"
 REWARD = "reward"

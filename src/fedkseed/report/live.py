@@ -18,9 +18,9 @@ from pathlib import Path
 
 from fedkseed.errors import ConfigError, FedKSeedError
 from fedkseed.report.charts import charts
-from fedkseed.report.drawing import render_svg
 from fedkseed.report.markup import Html, tag
 from fedkseed.report.page import page
+from fedkseed.report.picture import render_svg
 from fedkseed.report.reading import read
 from fedkseed.runs.answers import ANSWERS
 from fedkseed.runs.folder import RunFolder

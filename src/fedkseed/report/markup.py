@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 
 from fedkseed.report.chart import Chart
-from fedkseed.report.drawing import DARK, LIGHT, css_variables
+from fedkseed.report.picture import DARK, LIGHT, css_variables
 from fedkseed.text import visible
 
 
