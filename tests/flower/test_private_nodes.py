@@ -108,10 +108,17 @@ def test_a_choice_is_read_as_a_script_writes_it(sites: Path, tmp_path: Path) -> 
     """Empty texts are no choice; numbers may be texts."""
     own = {"name": "a", "data": str(sites / "site-a.jsonl")}
     keys = ("dp", "clip-norm", "noise-multiplier", "epsilon", "delta")
-    config = run_config(sites, tmp_path / "run")
+    config = run_config(sites, tmp_path / "run", weighting="equal")
     assert node_settings(config, own | dict.fromkeys(keys, "")).privacy is None
     found = node_settings(config, own | dict(zip(keys, ("record", "1.0", "2", "3", ""), strict=True))).privacy
     assert found == PRIVACY
+
+
+def test_a_private_node_is_not_weighed_by_what_it_hides(sites: Path, tmp_path: Path) -> None:
+    """It says that it has 1 record, and would count for next to nothing beside others, without a word."""
+    own = {"name": "a", "data": str(sites / "site-a.jsonl"), "dp": "record", "clip-norm": 1.0, "noise-multiplier": 2.0}
+    with pytest.raises(ConfigError, match=r"^node-config dp is record, .* weighting is examples, .* weighting equal$"):
+        node_settings(run_config(sites, tmp_path / "run"), own)
 
 
 def test_no_request_and_no_run_chooses_for_a_node(sites: Path, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 # Test credentials: a certificate authority, the SuperLink's certificate, and a key pair for each node.
 # In earnest, take the certificate from your own authority and let each site make its own key: only site.pub travels.
 set -euo pipefail
-if (($# < 3)); then
-    echo "usage: make-credentials.sh FOLDER SERVER-ADDRESS NODE-NAME..." >&2
+if (($# < 2)); then
+    echo "usage: make-credentials.sh FOLDER SERVER-ADDRESS [NODE-NAME...]" >&2
     exit 2
 fi
 folder=$1 server=$2

@@ -125,7 +125,7 @@ class FederationConfig(BaseModel):
         "off",
         description="Of two-point algorithms: each client steps along seeds of its own, or all of a round along the same.",
     )
-    min_replies: Count = Field(1, description="A round with fewer accepted replies is repeated, three times at most.")
+    min_replies: Count = Field(1, description="A round with fewer accepted replies is tried again, three times in all.")
     wire: Literal["float16", "float32", "int8", "int4", "int2", "sign"] = Field(
         "float16",
         description="Precision of what travels: float16 or float32; int8, int4, int2 or sign only with fedkseed-grad.",

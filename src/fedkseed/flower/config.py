@@ -248,6 +248,12 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
     own = {key: value for key, value in run_config.items() if key != "eval-data" and key not in dealt}
     own |= {key: node_config[key] for key in ("model", "columns") if key in node_config}
     config = _with_function(read_config(own), node_config.get("objective"))
+    privacy = _privacy(node_config)
+    if privacy is not None and config.weighting != "equal":
+        raise ConfigError(
+            f"node-config dp is {privacy.unit}, which hides how many records there are, and run-config weighting is "
+            f"{config.weighting}, which weighs by them; a private node takes part in runs with weighting equal"
+        )
     eval_data = str(node_config["eval-data"]) if node_config.get("eval-data") else None
     return Node(
         str(node_config["name"]),
@@ -257,7 +263,7 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
         backpropagation=able == "yes",
         sums_only=sums == "required",
         **paths,
-        privacy=_privacy(node_config),
+        privacy=privacy,
         **state,
     )
 
