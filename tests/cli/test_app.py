@@ -110,6 +110,11 @@ def test_completion_offers_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stdout.split() == ["dirichlet"], done
 
 
+@pytest.mark.parametrize("words", [("-q", "-v"), ("--verbose", "--quiet")])
+def test_quiet_and_verbose_at_once_are_one_line(fedkseed: CommandLine, finished: Path, words: tuple[str, str]) -> None:
+    assert_one_line(fedkseed("evaluate", finished, *words), 2, "--quiet and --verbose say less and more; give one of them")
+
+
 def test_quiet_and_verbose(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     command = ["simulate", *flags(tiny_settings(tiny, num_rounds=1))]
     quiet = fedkseed(*command, "--run", tmp_path / "quiet", "-q")

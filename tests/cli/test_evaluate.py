@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_settings, write_records
 
 import fedkseed as fk
 from fedkseed.data import EncodedExample, Example, encode, read_examples
-from fedkseed.errors import ConfigError
+from fedkseed.errors import ConfigError, DataError
 from fedkseed.evaluation import evaluate_loss, rouge_l, rouge_l_published, score
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
@@ -260,3 +260,55 @@ def test_answers_end_where_the_run_taught_them_to_and_where_the_context_does(
     fk.evaluate(result.folder, answers=2)
     stops = tokenizer.convert_tokens_to_ids(["</s>", "and"])
     assert [(list(how["stop_ids"]), how["context"]) for how in told] == [(stops, 64)] * 2
+
+
+def test_records_that_have_changed_since_are_said(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    """One record more draws the held-out ones anew, so that those that were trained on are among them."""
+    data = tmp_path / "records.jsonl"
+    shutil.copy(tiny / "records.jsonl", data)
+    settings = tiny_settings(tiny, data=data, num_rounds=1)
+    assert fedkseed("simulate", *flags(settings), "--run", tmp_path / "run").code == 0
+    quiet = fedkseed("evaluate", tmp_path / "run")
+    assert (quiet.code, "records, template or model have changed" in quiet.stdout + quiet.stderr) == (0, False)
+    with data.open("a") as file:
+        file.write('{"instruction": "name the dog", "response": "red blue", "category": "new"}\n' * 30)
+    said = fedkseed("evaluate", tmp_path / "run")
+    assert (said.code, "records, template or model have changed" in said.stdout + said.stderr) == (0, True)
+
+
+def test_answers_to_private_records_stay_out_of_a_published_folder(
+    fedkseed: CommandLine, copied: Path, tiny: Path, tmp_path: Path
+) -> None:
+    assert fedkseed("export", copied, tmp_path / "published", "--ledger-only").code == 0
+    held = ("--model", tiny / "model", "--data", tiny / "records.jsonl", "--answers", 1)
+    assert fedkseed("evaluate", tmp_path / "published", *held).code == 0
+    assert fedkseed("evaluate", copied, "--ledger", tmp_path / "published", "--answers", 1).code == 0
+    assert not list(tmp_path.rglob("answers.json"))
+    assert fedkseed("evaluate", copied, "--data", tiny / "records.jsonl", "--answers", 1).code == 0
+    assert not list(copied.rglob("answers.json"))  # the report calls those held out that are kept
+    assert fedkseed("evaluate", copied, "--answers", 1).code == 0
+    assert (copied / "answers.json").is_file()
+
+
+def test_beside_a_ledger_a_run_must_be_one(fedkseed: CommandLine, run: Path, tiny: Path) -> None:
+    call = ("--ledger", run.parent / "published.ledger", "--model", tiny / "model", "--data", tiny / "records.jsonl")
+    for path in ("/nonexistent-run", run / "metrics.jsonl"):
+        assert_one_line(fedkseed("evaluate", path, *call), 2, f"{path} holds no run (no config.toml)")
+
+
+def test_somebodys_settings_beside_a_ledger_are_not_the_runs(
+    fedkseed: CommandLine, run: Path, tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copy(run.parent / "published.ledger", tmp_path)
+    (tmp_path / "config.toml").write_text('title = "My blog"\n')
+    call = ("evaluate", tmp_path / "published.ledger", "--model", tiny / "model")
+    assert rows(fedkseed(*call, "--data", tiny / "records.jsonl", "--max-length", 48))["records"] == ["60", "60"]
+
+
+def test_a_text_that_is_learnt_whole_has_nothing_to_answer(tiny: Path) -> None:
+    """With a tokenizer that begins no text with a token of its own."""
+    model, tokenizer = load_model(tiny / "model", "float32"), load_tokenizer(tiny / "model")
+    examples = encode([Example("", "", "dog", "")], tokenizer, 48).examples
+    bare = [EncodedExample(one.input_ids[one.prompt_length :], 0) for one in examples]
+    with pytest.raises(DataError, match=r"^a record has no prompt, not even a token .* nothing to answer; give records"):
+        score(model, tokenizer, bare, [Example("", "", "dog", "")], 0, [0])

@@ -249,6 +249,26 @@ def test_export_names_a_wrong_dtype(fedkseed: CommandLine, finished: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        (("--dtype", "bfloat16"), "--dtype is bfloat16 and --ledger-only"),
+        (("--model", "/nonexistent"), "--model is /nonexistent and a bare ledger has no use for it"),
+    ],
+)
+def test_a_bare_ledger_takes_nothing_that_it_has_no_use_for(
+    fedkseed: CommandLine, finished: Path, tmp_path: Path, extra: Sequence[str], wanted: str
+) -> None:
+    assert_one_line(fedkseed("export", finished, tmp_path / "l.safetensors", "--ledger-only", *extra), 2, wanted)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_no_file_can_have_is_one_line(fedkseed: CommandLine, finished: Path, tmp_path: Path) -> None:
+    name = tmp_path / ("n" * 300)
+    for command in (("merge", finished, "--to", name), ("export", finished, name), ("audit", name)):
+        assert_one_line(fedkseed(*command), 2, "cannot look there (File name too long)")
+
+
 def test_export_of_no_run_is_one_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     assert_one_line(fedkseed("export", tmp_path / "none", tmp_path / "out"), 2, "no such run or ledger")
     assert not (tmp_path / "out").exists()

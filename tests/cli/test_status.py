@@ -68,6 +68,39 @@ def test_a_run_that_has_not_begun_or_is_damaged(fedkseed: CommandLine, finished:
     assert_one_line(fedkseed("status", run), 1, "is damaged ('algorithm'); restore it from a copy")
 
 
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"event": "evaluation", "server_round": 9, "eval_loss": {HUGE}}}',
+        '{"event": "round", "server_round": 9, "dropped_steps": 0, "bytes_down": 1e308, "bytes_up": 1, "seconds": 1}',
+        '{"event": "round", "server_round": 9, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": NaN}',
+        *(
+            f'{{"event": "round", "server_round": 9, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": 1, {odd}}}'
+            for odd in ('"refused": 5', '"missing": {}', '"num_replies": "x"')
+        ),
+    ],
+    ids=lambda line: line[-30:],
+)
+def test_an_event_that_cannot_be_costs_a_warning(fedkseed: CommandLine, copied: Path, line: str) -> None:
+    before = status_of(copied)
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    for form in ((), ("--json",), ("--prometheus",)):
+        shown = fedkseed("status", copied, *form)
+        assert shown.code == 0, shown.stderr
+    assert status_of(copied).round == before.round
+    assert "1 line of" in (status_of(copied).damage or "")
+    assert fedkseed("inspect", copied).code == 0
+
+
+def test_an_endless_run_is_damage(fedkseed: CommandLine, copied: Path) -> None:
+    (copied / "config.toml").write_text('algorithm = "fedkseed"\nnum_rounds = inf\n')
+    assert_one_line(fedkseed("status", copied), 1, "is damaged (cannot convert float infinity to integer)")
+
+
 @pytest.mark.parametrize("attribute", GAUGES)
 def test_each_gauge_is_an_attribute(finished: Path, attribute: str) -> None:
     assert hasattr(status_of(finished), attribute)

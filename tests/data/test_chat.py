@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.support.tiny import CHAT
 from transformers import PreTrainedTokenizerBase
 
-from fedkseed.data import Chat, Example, encode, get_template, parse_arguments, why_dropped
+from fedkseed.data import Chat, Example, arguments_text, encode, get_template, parse_arguments, why_dropped
 from fedkseed.data.record import to_example
 from fedkseed.errors import ConfigError, DataError, InvalidValueError, ModelError
 from fedkseed.models.loading import load_tokenizer
@@ -255,6 +257,48 @@ def test_arguments_reach_the_template(make: Make) -> None:
 )
 def test_arguments_are_parsed_from_text_and_table_alike(text: str, arguments: dict[str, Any]) -> None:
     assert parse_arguments(text) == parse_arguments(arguments) == arguments
+
+
+@given(
+    st.dictionaries(
+        st.from_regex("[a-z_]{1,9}", fullmatch=True),
+        st.recursive(
+            st.text(st.characters(codec="utf-8"))
+            | st.integers()
+            | st.booleans()
+            | st.floats(allow_nan=False, allow_infinity=False),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner)
+            ),
+            max_leaves=5,
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_a_table_of_arguments_is_kept_as_a_text_that_says_the_same(arguments: dict[str, Any]) -> None:
+    assert parse_arguments(arguments_text(arguments)) == arguments
+
+
+@pytest.mark.parametrize("value", [None, date(2026, 1, 1), float("inf"), float("nan"), {1: 2}, [[None]], b"a"], ids=str)
+def test_what_a_published_template_cannot_write_is_no_argument(value: Any) -> None:
+    with pytest.raises(InvalidValueError, match=r"template_arguments has day = .*; expected a text, a finite number"):
+        parse_arguments({"day": value})
+    with pytest.raises(ConfigError, match="template_arguments has day = "):
+        build({"model": "m", "lr": 1, "data": "o/n", "template": "chat", "template_arguments": {"day": value}})
+
+
+@pytest.mark.parametrize("text", ["day=2026-01-01", "a=1,x=-inf", "a=[nan]"])
+def test_nor_from_a_text(text: str) -> None:
+    with pytest.raises(InvalidValueError, match="in quotes"):
+        parse_arguments(text)
+
+
+@pytest.mark.parametrize("message", [{"role": "sys\ud800", "content": "a"}, {"role": "a", "tool_calls": [{"x": ["\ud800"]}]}])
+def test_half_a_character_anywhere_in_a_message_is_named(message: dict[str, Any]) -> None:
+    messages = [message, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(DataError, match=r"^a:1: message 1 of 'messages': field '(role|tool_calls)' has half a surrogate pair"):
+        to_example({"messages": messages}, "a:1")
 
 
 def test_settings_of_chat(tmp_path: Path) -> None:

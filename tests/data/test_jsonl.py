@@ -124,3 +124,12 @@ def test_dolly_has_its_records_and_categories(shared: Path) -> None:
     assert len(examples) == 15_011
     assert len({example.category for example in examples}) == 8
     assert all(example.instruction and example.output for example in examples)
+
+
+@pytest.mark.parametrize("content", [b'{"response": "a", "instruction": "b", "response": ""}\n', b'[{"a": {"b": 1, "b": 2}}]'])
+def test_a_field_that_stands_twice_is_no_record(tmp_path: Path, content: bytes) -> None:
+    """As with a column of a table: nobody knows which of the two is meant."""
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json.*: not JSON \(field '(response|b)' stands twice in an object\)"):
+        read_examples(path)

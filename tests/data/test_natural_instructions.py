@@ -193,3 +193,10 @@ def test_a_task_that_is_not_json(tmp_path: Path, content: bytes) -> None:
     folder = write_folder(tmp_path / "folder", {"task001_x": {}})
     (folder / "tasks/task001_x.json").write_bytes(content)
     assert_names(folder, "tasks/task001_x.json", "not JSON (")
+
+
+def test_a_list_of_tasks_names_each_once_and_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, train={"task001_a": task([3] * 30, "a")}, test={})
+    once = read_tasks(folder, "train", 100, 0)
+    (folder / "splits/default/train_tasks.txt").write_text("\ufefftask001_a\ntask001_a\n", encoding="utf-8")
+    assert read_tasks(folder, "train", 100, 0) == once

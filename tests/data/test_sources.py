@@ -202,6 +202,28 @@ def test_several_with_commas_between_in_the_order_given(tmp_path: Path) -> None:
     assert (config.data, config.eval_data) == (f"{one},{two}", str(two))
 
 
+def test_of_several_none_has_a_comma_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their absolute paths are kept with commas between."""
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    for name in ("one.jsonl", "two.jsonl"):
+        (folder / name).write_text('{"instruction": "a", "response": "b"}\n')
+    monkeypatch.chdir(folder)
+    assert read_examples(resolve_source("one.jsonl")) == [Example("a", "", "b", "")]
+    with pytest.raises(DataError, match=r"a,b/one\.jsonl: of several sources none may have a comma in its path"):
+        resolve_source("one.jsonl,two.jsonl")
+
+
+def test_the_folder_that_a_pattern_is_meant_from_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "x[1]"
+    folder.mkdir()
+    (folder / "one.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
+    monkeypatch.chdir(folder)
+    source = resolve_source("*.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert read_examples(source) == [Example("a", "", "b", "")]
+
+
 def test_a_name_with_a_comma_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "a,b").mkdir()
     path = written("c,d.jsonl", jsonl_text)(tmp_path / "a,b", ROWS)

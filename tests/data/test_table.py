@@ -52,6 +52,13 @@ def test_a_tsv_gives_its_rows(tmp_path: Path) -> None:
     assert read_examples(path) == [Example("Add, please.", "", "3, or so", "")]
 
 
+def test_blank_lines_of_a_csv_are_no_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "\n\ninstruction,response\n\nadd,3\n\n")
+    assert read_examples(path) == [Example("add", "", "3", "")]
+    with pytest.raises(DataError, match=r"a\.csv:4: the row has other columns"):
+        read_examples(write(tmp_path / "a.csv", "\ninstruction,response\n\nadd,3,4\n"))
+
+
 def test_a_csv_without_names_of_columns_is_told_so(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "Why?,So.\nWhen?,Now.\n")
     with pytest.raises(

@@ -55,16 +55,25 @@ def test_a_run_older_than_long_prompts_dropped_them(run: RunFolder) -> None:
     assert RunFolder.open(run.path).config.long_prompts == "cut"
 
 
-def test_a_run_that_was_started_with_a_useless_alpha_opens(run: RunFolder) -> None:
-    """It was taken once and did nothing; a run that starts is refused now."""
+def test_what_a_run_was_started_with_and_did_nothing_is_forgotten(run: RunFolder) -> None:
+    """It was taken once; a run that starts with it is refused now, and one that is there opens and goes on."""
     file = run.path / "config.toml"
     text = file.read_text()
-    assert 'partition = "dirichlet"\n' in text
-    assert "alpha = 0.5\n" in text
-    file.write_text(text.replace('partition = "dirichlet"\n', 'partition = "iid"\n').replace("alpha = 0.5\n", "alpha = 3.0\n"))
-    assert (RunFolder.open(run.path).simulation.partition, RunFolder.open(run.path).simulation.alpha) == ("iid", 3.0)
-    with pytest.raises(ConfigError, match=r"^--alpha is 3 and --partition iid"):
-        build(RunFolder.open(run.path).simulation.model_dump())
+    changes = {
+        'partition = "dirichlet"': 'partition = "iid"',
+        "alpha = 0.5": "alpha = 3.0",
+        "min_partition_size = 1": "min_partition_size = 4",
+    }
+    for old, new in changes.items():
+        assert f"\n{old}\n" in text
+        text = text.replace(f"\n{old}\n", f"\n{new}\n")
+    file.write_text(f"importance_start = 2.0\n{text}")
+    found = RunFolder.open(run.path).simulation
+    assert (found.partition, found.alpha, found.importance_start, found.min_partition_size) == ("iid", 0.5, 0.0, 1)
+    assert build(found.model_dump()) == found
+    for void in ({"alpha": 3}, {"min_partition_size": 4}, {"importance_start": 2}):
+        with pytest.raises(ConfigError, match=r"^--(alpha|min-partition-size|importance-start) is "):
+            build(found.model_dump() | void)
 
 
 def test_the_folders_above_a_run_are_made(tmp_path: Path, config: SimulationConfig) -> None:

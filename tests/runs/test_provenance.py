@@ -169,6 +169,16 @@ def test_an_old_checkpoint_is_gone_on_with_by_the_folders_settings(tiny: Path, t
     assert Ledger.load(run.checkpoint_path).made_with == made_with(run.simulation, prepare(run.simulation, Watcher()))
 
 
+def test_a_run_goes_on_whose_checkpoint_was_made_with_what_did_nothing(tiny: Path, tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", tiny_settings(tiny, num_rounds=1, local_steps=1, partition="iid"))
+    ledger = Ledger.load(run.checkpoint_path)
+    assert ledger.made_with is not None
+    ledger.made_with["settings"] |= {"alpha": 3.0, "min_partition_size": 2, "importance_start": 2.0}
+    ledger.save(run.checkpoint_path)
+    go_on(edited(run, num_rounds=2))
+    assert Ledger.load(run.checkpoint_path).round == 2
+
+
 def test_before_the_first_round_the_folders_settings_count(config: SimulationConfig, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", config)
     check_same(run, None, config, KNOWN)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedkseed.errors import RunError, RunFolderError
+from fedkseed.runs.folder import exists
 
 
 def require_new(output: Path) -> None:
     """Refuse to overwrite.
 
     Raises:
-        RunFolderError: the output exists.
+        RunFolderError: the output exists, or cannot be one.
     """
-    if output.exists() or output.is_symlink():
+    if exists(output) or output.is_symlink():
         raise RunFolderError(f"{output} exists; give an output that does not")
 
 

@@ -6,18 +6,25 @@ from typing import Annotated
 import typer
 
 from fedkseed.cli.console import LOG
+from fedkseed.errors import ConfigError
 
 PANEL = "What is shown"
 
 
-def _quiet(wanted: bool) -> None:
-    if wanted:
-        LOG.setLevel(logging.WARNING)
+def _quiet(context: typer.Context, wanted: bool) -> bool:
+    return _set(context, wanted, logging.WARNING)
 
 
-def _verbose(wanted: bool) -> None:
+def _verbose(context: typer.Context, wanted: bool) -> bool:
+    return _set(context, wanted, logging.DEBUG)
+
+
+def _set(context: typer.Context, wanted: bool, level: int) -> bool:
+    if wanted and (context.params.get("quiet") or context.params.get("verbose")):
+        raise ConfigError("--quiet and --verbose say less and more; give one of them")
     if wanted:
-        LOG.setLevel(logging.DEBUG)
+        LOG.setLevel(level)
+    return wanted
 
 
 Quiet = Annotated[

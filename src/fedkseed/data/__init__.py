@@ -1,7 +1,7 @@
 """Instruction data: records, readers, templates, token ids, batches, partitions."""
 
 from fedkseed.data.batch import IGNORED, Batch, collate, pad_token_id
-from fedkseed.data.chat import Chat, parse_arguments
+from fedkseed.data.chat import Chat, arguments_text, parse_arguments
 from fedkseed.data.columns import COLUMNS, Columns, columns_text, parse_columns
 from fedkseed.data.encode import Dropped, EncodedData, EncodedExample, LongPrompts, encode, why_dropped
 from fedkseed.data.example import Example, Turn
@@ -29,6 +29,7 @@ __all__ = [
     "Rendered",
     "Template",
     "Turn",
+    "arguments_text",
     "collate",
     "columns_text",
     "dirichlet",

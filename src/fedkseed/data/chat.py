@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -174,13 +176,13 @@ def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that `enable_thinking=false,budget=3` says: values as in TOML, other words as texts.
 
     Raises:
-        InvalidValueError: a part that is not name=value.
+        InvalidValueError: a part that is not name=value, or a value that a chat template cannot be given in writing.
     """
     if isinstance(given, Mapping):
-        return dict(given)
+        return _writable(dict(given))
     try:
         arguments: dict[str, Any] = tomllib.loads(f"table = {{{given}}}")["table"]
-        return arguments
+        return _writable(arguments)
     except tomllib.TOMLDecodeError:  # a text without quotes, perhaps
         arguments = {}
     for part in given.split(","):
@@ -193,6 +195,44 @@ def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
             arguments[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             arguments[name] = value
+    return _writable(arguments)
+
+
+def arguments_text(given: Mapping[str, Any]) -> str:
+    """Arguments as `parse_arguments` reads them.
+
+    Raises:
+        InvalidValueError: see there.
+    """
+    return ",".join(f"{name}={_toml(value)}" for name, value in _writable(dict(given)).items())
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML has it on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower()  # a truth value, or a number
+
+
+def _writable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments, none of which is what neither TOML nor a published chat template can write, such as a date."""
+    for name, value in arguments.items():
+        waiting = [value]
+        while waiting:
+            item = waiting.pop()
+            if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
+                waiting += item.values()
+            elif isinstance(item, (list, tuple)):
+                waiting += item
+            elif not isinstance(item, (str, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
+                raise InvalidValueError(
+                    f"template_arguments has {name} = {value!s:.40}; expected a text, a finite number, a truth value, or lists "
+                    'and tables of them (a date in quotes: "2026-01-01")'
+                )
     return arguments
 
 

@@ -1,7 +1,7 @@
 """Conversations of any make, as chat templates take them: messages of OpenAI's kind, or ShareGPT's `from` and `value`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedkseed.data.example import Turn
@@ -67,6 +67,8 @@ def _turn(message: Any, where: str, number: int) -> Turn:
     role = given.pop("role", SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker)
     if not isinstance(role, str):
         raise DataError(f"{where} has the role {role!r}; expected user, assistant, system, tool or another name")
+    for name, text in _texts({"role": role, **{key: plain(item) for key, item in given.items() if key != "content"}}):
+        checked(text, name, where)
     if "content" not in message and "value" not in message and not given.get("tool_calls"):
         raise DataError(f"{where} has no 'content'; expected an object with 'role' and 'content'")
     value = given.pop("value", None)
@@ -78,6 +80,20 @@ def _turn(message: Any, where: str, number: int) -> Turn:
             raise DataError(f"{where} has tool_calls that are {kind(calls)}; expected an array")
         given["tool_calls"] = calls
     return {"role": role, "content": "" if content is None else checked(content, "content", where), **given}
+
+
+def _texts(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """All texts in what a message holds, each with the key that it is below."""
+    for key, value in given.items():
+        waiting = [value, key]
+        while waiting:
+            item = waiting.pop()
+            if isinstance(item, str):
+                yield key, item
+            elif isinstance(item, Mapping):
+                waiting += [*item, *item.values()]
+            elif isinstance(item, (list, tuple)):
+                waiting += item
 
 
 def _part(part: Any, where: str, number: int) -> str:

@@ -54,9 +54,18 @@ def json_rows(path: Path, columns: Columns = COLUMNS) -> Iterator[Row]:
         yield where, _record(where, line)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose fields have one value each: of two, whoever reads takes another one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r:.40} stands twice in an object")
+    return found
+
+
 def _record(where: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -72,7 +81,7 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
 
 def _whole(content: bytes, path: Path) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None

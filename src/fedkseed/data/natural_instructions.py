@@ -74,14 +74,14 @@ def read_tasks(
 
 def _names(path: Path) -> list[str]:
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected the list of tasks of this split") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); restore the file") from None
     if not names:
         raise DataError(f"{path}: no tasks; expected one name a line, such as task033_winogrande_answer_generation")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _read_task(path: Path, split: Path) -> tuple[str, list[tuple[str, str]]]:

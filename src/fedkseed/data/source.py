@@ -1,5 +1,6 @@
 """Whatever `--data` may name: files of records, a glob or folder of them, Natural Instructions, a Hugging Face dataset."""
 
+import glob
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -67,7 +68,10 @@ def resolve_source(source: str) -> str:
     with _enterable(source):
         if is_natural_instructions(Path(source)):
             return str(Path(source).resolve())
-        return ",".join(_absolute(part) if _paths(part) else part for part in _parts(source))
+        parts = [_absolute(part) if _paths(part) else part for part in _parts(source)]
+    if len(parts) > 1 and (odd := next((part for part in parts if "," in part), None)) is not None:
+        raise DataError(f"{odd}: of several sources none may have a comma in its path; give a folder, or a link to it")
+    return ",".join(parts)
 
 
 @contextmanager
@@ -80,7 +84,12 @@ def _enterable(source: str | Path) -> Iterator[None]:
 
 def _absolute(part: str) -> str:
     path = Path(part)
-    return str(path.resolve() if path.exists() else path.absolute())
+    return str(path.resolve() if path.exists() else _whole(part))
+
+
+def _whole(pattern: str) -> Path:
+    """A pattern from the root; the current folder's own name is none."""
+    return Path(pattern) if Path(pattern).is_absolute() else Path(glob.escape(str(Path.cwd()))) / pattern
 
 
 def public_names(source: str) -> list[str]:
@@ -129,7 +138,7 @@ def _matches(pattern: str) -> list[Path]:
     """What a glob finds, in the order of the names; nothing for a text that is no glob."""
     if not GLOB.search(pattern):
         return []
-    whole = Path(pattern).absolute()
+    whole = _whole(pattern)
     return sorted(file for file in Path(whole.anchor).glob(str(whole.relative_to(whole.anchor))) if _is_source(file))
 
 

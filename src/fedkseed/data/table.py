@@ -30,20 +30,26 @@ def csv_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
+    rows: list[tuple[str, list[str]]] = []
+    done = 0
     try:
         with _long_fields():
-            rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+            for row in reader:
+                done = reader.line_num
+                if row:  # else it is a blank line
+                    rows.append((f"{path}:{done}", row))
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num + 1}: not CSV ({error}); mend the row's quotes") from None
-    names = [name.strip() for name in reader.fieldnames or ()]
+        raise DataError(f"{path}:{done + 1}: not CSV ({error}); mend the row's quotes") from None
+    _, columns = rows.pop(0) if rows else ("", [])
+    names = [name.strip() for name in columns]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise DataError(f"{path}:1: two columns are called {twice[0]!r}; give each its own name")
     for where, row in rows:
-        if None in row or None in row.values():
+        if len(row) != len(columns):
             raise DataError(f"{where}: the row has other columns than the first row names; mend its commas and quotes")
-    yield from rows
+    yield from ((where, dict(zip(columns, row, strict=True))) for where, row in rows)
 
 
 @contextmanager

@@ -13,11 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed.data import EncodedExample, pad_token_id
+from fedkseed.errors import DataError
 from fedkseed.models.probing import TOKENS, context_of, masks_padding, num_rows
 from fedkseed.randomness import generator
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+NOTHING_ASKED = (
+    "a record has no prompt, not even a token that a text begins with, so there is nothing to answer; give records with "
+    "instructions, or ask for no answers"
+)
+"""Of texts that are learnt whole."""
 
 
 class Decoder:
@@ -69,6 +76,8 @@ class Decoder:
         """
         from transformers import LogitsProcessorList
 
+        if not all(map(len, prompts)):
+            raise DataError(NOTHING_ASKED)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         answers = [""] * len(prompts)
         if self._soft_prompt:  # peft counts positions through the padding between its prompt and the text's; so there is none

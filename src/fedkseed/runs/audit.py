@@ -17,6 +17,8 @@ from fedkseed.kseed.change_server import ChangeServer
 from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.kseed.server import Server
 from fedkseed.runs.audit_log import AUDIT, BEFORE_THE_FIRST, KINDS, Attempt, Session, asked, line_digest
+from fedkseed.runs.folder import exists
+from fedkseed.runs.settings import without_void
 
 SERVERS: dict[str, type[Server] | type[ChangeServer]] = {"scalars": Server, "changes": ChangeServer}
 """By what clients send; the registry of algorithms has the same, and loads torch."""
@@ -62,7 +64,7 @@ def audit(run: Path, without: str | None = None) -> Audit:
         LedgerError: the ledger cannot be read.
     """
     path, file = run / AUDIT, run / LEDGER
-    if not path.is_file():
+    if not exists(path):
         raise RunFolderError(
             f"{run} has no {AUDIT}: give the folder of a run that was started with --audit-log on and has asked its clients"
         )
@@ -190,7 +192,7 @@ class Replay:
 
     def _config(self, entry: Session) -> FederationConfig:
         try:
-            config = FederationConfig(**entry.settings)
+            config = FederationConfig(**without_void(entry.settings))
         except (ValidationError, TypeError) as error:
             why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise self._misfit(f"its settings are none ({why}); use the fedkseed that wrote it") from None

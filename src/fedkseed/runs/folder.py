@@ -70,7 +70,7 @@ class RunFolder:
             RunFolderError: it does.
         """
         for name in (CONFIG, METRICS, *FILES.values()):
-            if _exists(path / name):
+            if exists(path / name):
                 raise RunFolderError(
                     f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
                 )
@@ -284,7 +284,7 @@ def tuned_file(path: Path, which: str | int | None = None) -> Path:
         ConfigError: a round is asked for of what is no run, or see there.
         RunError: the run's settings cannot be read.
     """
-    if _exists(path / CONFIG):
+    if exists(path / CONFIG):
         return RunFolder.open(path).tuned_file(which)
     if which is not None:
         raise ConfigError(f"--round is of a run's folder, which {path} is not; leave it out")
@@ -298,7 +298,12 @@ def tuned_file(path: Path, which: str | int | None = None) -> Path:
     return path
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is something of that name.
+
+    Raises:
+        RunFolderError: one cannot look there.
+    """
     try:
         return path.exists()
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 from fedkseed.errors import RunError, RunFolderError
 from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.files import read_toml
-from fedkseed.runs.settings import BEFORE, DEALING, DRIVER
+from fedkseed.runs.settings import BEFORE, DEALING, DRIVER, without_void
 
 CONFIG, METRICS, LOCK, LEDGERS = "config.toml", "metrics.jsonl", ".lock", "ledgers"
 
@@ -34,4 +34,4 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         settings = {name: value for name, value in settings.items() if name not in DEALING}
     algorithm = ALGORITHMS.get(str(settings.get("algorithm")))
     before = {name: value for name, value in BEFORE.items() if algorithm is None or algorithm.takes(name)}
-    return before | settings, driver if isinstance(driver, dict) else {}
+    return before | without_void(settings), driver if isinstance(driver, dict) else {}

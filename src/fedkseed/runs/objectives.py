@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedkseed.data import EncodedExample, Example
 from fedkseed.errors import DataError
-from fedkseed.evaluation import Score, check_score, find_score
+from fedkseed.evaluation import NOTHING_ASKED, Score, check_score, find_score
 from fedkseed.runs.answer_task import Answers
 from fedkseed.runs.preferences import BATCH, Preferences
 from fedkseed.runs.settings import RunConfig
@@ -53,6 +53,8 @@ def goal_of(
         return None
     found = score or find_score(config.objective, where)
     check_score(found, records[0], config.objective)
+    if any(example.prompt_length == 0 for example in examples):
+        raise DataError(NOTHING_ASKED)
     longest, context = max(example.prompt_length for example in examples), learner.traits.context or math.inf
     if longest + config.max_new_tokens > context:
         raise DataError(

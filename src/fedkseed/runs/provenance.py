@@ -15,7 +15,7 @@ import numpy as np
 from fedkseed.errors import ConfigError
 from fedkseed.federation import Checkpoint
 from fedkseed.runs.folder import RunFolder, settings_of
-from fedkseed.runs.settings import BEFORE, RunConfig, SimulationConfig, flag
+from fedkseed.runs.settings import BEFORE, RunConfig, SimulationConfig, flag, without_void
 
 if TYPE_CHECKING:
     from fedkseed.runs.records import Records
@@ -90,7 +90,7 @@ def check_same(
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What differs, and how; what a checkpoint of another version does not know of is as it was then."""
-    old = before["settings"] if isinstance(before.get("settings"), dict) else {}
+    old = without_void(before["settings"]) if isinstance(before.get("settings"), dict) else {}
     new = now["settings"]
     for name in sorted(old.keys() | new.keys()):
         field = SimulationConfig.model_fields.get(name)

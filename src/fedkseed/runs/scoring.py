@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -11,20 +12,23 @@ from typing import Any, get_args
 
 from fedkseed.baselines import TunedTensors, restore
 from fedkseed.data import Example, LongPrompts, encode, read_source
-from fedkseed.errors import ConfigError, RunError
-from fedkseed.evaluation import AllScores, score
+from fedkseed.errors import ConfigError, RunError, RunFolderError
+from fedkseed.evaluation import AllScores, Scores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.answers import Answer, answer_to, keep_answers
-from fedkseed.runs.folder import RunFolder, tuned_file
+from fedkseed.runs.folder import RunFolder, exists, tuned_file
 from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.learner import learner_of
-from fedkseed.runs.observer import Nobody, Observer
+from fedkseed.runs.observer import WARNING, Nobody, Observer
 from fedkseed.runs.records import describe, load_examples, sample
 from fedkseed.runs.settings import RunConfig, SimulationConfig
 from fedkseed.runs.task import tune_all_but
+
+CLOSE = 0.01
+"""By how much of itself a loss differs between machines and precisions at most."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def measure(
 ) -> Evaluated:
     """The same, with the choices in one, and objects in place of what they name."""
     given = inputs or Inputs()
+    as_run = given == Inputs() and replace(choices, answers=0, round=None) == Choices()
     where = ledger or run
     if where is None:
         raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
@@ -117,8 +122,10 @@ def measure(
         raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
     if choices.round is not None and ledger is not None:
         raise ConfigError("--round is of a run, and --ledger is another ledger than the run's; give one of them")
+    if run is not None and ledger is not None and not exists(run / CONFIG):
+        raise RunFolderError(f"{run} holds no run (no {CONFIG}) whose records --ledger could be measured on; leave it out")
     file = tuned_file(where, choices.round)
-    config = _run_config(run or where)
+    config = _run_config(run or where, choices)
     baseline = config if config is not None and not config.facts.has_ledger and ledger is None else None
     tuning = TunedTensors.load(file) if baseline else Ledger.load(file)
     source = _source(config, choices, where)
@@ -148,6 +155,8 @@ def measure(
         )
 
     base = scored(model)
+    if isinstance(config, SimulationConfig) and as_run and (damage := _differs(run or where, base.overall)) is not None:
+        observer.note(WARNING + damage)
     if isinstance(tuning, Ledger):
         apply(model, tuning)
     elif baseline is not None:
@@ -155,18 +164,37 @@ def measure(
         model = restore(model, baseline, tuning)
     tuned = scored(model)
     answers = tuple(answer_to(kept[i], base.answers[i], tuned.answers[i]) for i in answered)
-    if answers and where.is_dir():
+    own_records = ledger is None and choices.data is None and given.data is None
+    if answers and run is not None and own_records and exists(run / CONFIG):  # a published folder is for others' eyes
         try:
-            keep_answers(where, tuning, answers)
+            keep_answers(run, tuning, answers)
         except RunError as error:  # somebody else's run, perhaps: what was measured is worth more
             observer.note(str(error))
     return Evaluated(base, tuned, tuning, len(records), answers)
 
 
-def _run_config(path: Path) -> RunConfig | None:
-    """The settings of the run whose folder or ledger this is."""
+def _run_config(path: Path, choices: Choices) -> RunConfig | None:
+    """The settings of the run whose folder or ledger this is; beside a bare file only where they are wanted: whose are they?"""
+    if not path.is_dir() and choices.model is not None and choices.data is not None:
+        return None
     folder = path if path.is_dir() else path.parent
     return RunFolder.open(folder).config if (folder / CONFIG).exists() else None
+
+
+def _differs(path: Path, base: Scores) -> str | None:
+    """Why what is measured is not what the run measured, if that shows: the base model's loss on the same records."""
+    events = RunFolder.open(path if path.is_dir() else path.parent).recorded().events
+    begun = next((e for e in events if e["event"] == "evaluation" and e["server_round"] == 0), None)
+    if begun is None or not math.isfinite(begun["eval_loss"]):
+        return None
+    same = (begun.get("num_examples"), begun.get("num_tokens")) == (base.num_examples, base.num_tokens)
+    if same and abs(base.loss - begun["eval_loss"]) <= CLOSE * abs(begun["eval_loss"]):
+        return None
+    return (
+        f"the base model's loss is {base.loss:.4f} on {base.num_examples} records, and was {begun['eval_loss']:.4f} on "
+        f"{begun.get('num_examples')} when the run began: records, template or model have changed, so that records that were "
+        "trained on may be among these"
+    )
 
 
 def _source(config: RunConfig | None, choices: Choices, where: Path) -> str:

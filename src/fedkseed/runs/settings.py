@@ -1,7 +1,6 @@
 """The settings of a run: what the server decides, which model it is of, and, where clients are simulated, their data."""
 
 import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ from fedkseed.data import (
     TEMPLATES,
     Known,
     LongPrompts,
+    arguments_text,
     columns_text,
     get_template,
+    is_natural_instructions,
     parse_arguments,
     parse_columns,
     resolve_source,
@@ -103,7 +104,7 @@ class RunConfig(FederationConfig):
     @field_validator("template_arguments", mode="before")
     @classmethod
     def _arguments_as_text(cls, value: Any) -> Any:
-        return ",".join(f"{name}={json.dumps(given)}" for name, given in value.items()) if isinstance(value, dict) else value
+        return arguments_text(value) if isinstance(value, dict) else value
 
     @field_validator("template_arguments")
     @classmethod
@@ -259,8 +260,8 @@ class SimulationConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
-    def _dealt_out_as_said(self, info: ValidationInfo) -> Self:
-        if self.partition == "dirichlet" or _is_stored(info):  # an older run's was taken and did nothing
+    def _dealt_out_as_said(self) -> Self:
+        if self.partition == "dirichlet":
             return self
         for name in ("alpha", "min_partition_size"):
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
@@ -274,6 +275,13 @@ class SimulationConfig(RunConfig):
     def _own_is_of_nodes(self) -> Self:
         if self.objective == OWN:
             raise ValueError("--objective own is of runs on Flower, whose nodes name functions; give PACKAGE:FUNCTION")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_of_records(self, info: ValidationInfo) -> Self:
+        sources = [Path(source) for source in (self.data, self.eval_data) if source is not None]
+        if self.columns is not None and sources and not _is_stored(info) and all(map(is_natural_instructions, sources)):
+            raise ValueError(f"--columns is {self.columns!r} and tasks of Natural Instructions have no columns; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -326,6 +334,16 @@ C = TypeVar("C", bound=RunConfig)
 def patterns(text: str | None) -> list[str]:
     """The patterns that a setting lists with commas between."""
     return [] if text is None else [part.strip() for part in text.split(",")]
+
+
+def without_void(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were written down, without what older versions took though it did nothing, which is refused now."""
+    void = set[str]()
+    if settings.get("algorithm") == "fedkseed":
+        void.add("importance_start")
+    if settings.get("partition", "dirichlet") != "dirichlet":
+        void |= {"alpha", "min_partition_size"}
+    return {name: value for name, value in settings.items() if name not in void}
 
 
 def started(config: C) -> C:

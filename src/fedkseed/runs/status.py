@@ -66,7 +66,7 @@ def status_of(path: Path) -> Status:
     settings, _ = read_settings(path)
     try:
         algorithm, num_rounds = str(settings["algorithm"]), int(settings["num_rounds"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{path / CONFIG} is damaged ({one_line(error, 100)}); restore it from a copy") from error
     metrics = read_metrics(path / METRICS)
     rounds = [event for event in metrics.events if event["event"] == "round"]
