@@ -96,6 +96,18 @@ def test_an_event_that_cannot_be_costs_a_warning(fedkseed: CommandLine, copied: 
     assert fedkseed("inspect", copied).code == 0
 
 
+def test_a_round_whose_ledger_could_not_be_saved_is_not_done(copied: Path) -> None:
+    """As on a full disk, where the event was written and the ledger was not."""
+    done = status_of(copied)
+    assert (done.state, done.round) == ("done", 3)
+    (copied / "ledger.safetensors").write_bytes((copied / "ledgers" / "round-00002.safetensors").read_bytes())
+    assert (status_of(copied).state, status_of(copied).round) == ("stopped", 2)
+    (copied / "ledger.safetensors").unlink()
+    assert status_of(copied).round == 0
+    (copied / "ledger.safetensors").write_bytes(b"damaged")
+    assert status_of(copied).round == 3
+
+
 def test_an_endless_run_is_damage(fedkseed: CommandLine, copied: Path) -> None:
     (copied / "config.toml").write_text('algorithm = "fedkseed"\nnum_rounds = inf\n')
     assert_one_line(fedkseed("status", copied), 1, "is damaged (cannot convert float infinity to integer)")

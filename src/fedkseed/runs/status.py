@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.errors import RunError
-from fedkseed.files import Lock
+from fedkseed.federation.algorithms import ALGORITHMS
+from fedkseed.files import Lock, safetensors_entry, safetensors_header
+from fedkseed.kseed.ledger_format import METADATA
+from fedkseed.runs.checkpoints import file_of
 from fedkseed.runs.layout import CONFIG, LOCK, METRICS, read_settings
 from fedkseed.runs.metrics import best_round, read_metrics
 from fedkseed.text import one_line
@@ -76,7 +79,7 @@ def status_of(path: Path) -> Status:
     return Status(
         run=str(path),
         algorithm=algorithm,
-        round=last.get("server_round", 0),
+        round=min(last.get("server_round", 0), _saved_round(path, algorithm)),
         num_rounds=num_rounds,
         process=Lock(path / LOCK).holder(),
         last_event=(path / METRICS).stat().st_mtime if metrics.events else None,
@@ -92,6 +95,20 @@ def status_of(path: Path) -> Status:
         bytes_up=_mean([event["bytes_up"] for event in rounds]),
         damage=metrics.damage,
     )
+
+
+def _saved_round(path: Path, algorithm: str) -> float:
+    """The round of the checkpoint, without its tensors: events are written first, and a full disk may take only these."""
+    if algorithm not in ALGORITHMS:
+        return math.inf
+    try:
+        with (path / file_of(ALGORITHMS[algorithm])).open("rb") as file:
+            number = safetensors_entry(safetensors_header(file)[0], METADATA)["round"]
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # for whoever reads it to say; or a baseline's
+        return math.inf
+    return number if type(number) is int else math.inf
 
 
 def _mean(values: list[float]) -> float | None:
