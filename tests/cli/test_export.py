@@ -322,6 +322,21 @@ def test_a_template_whose_file_is_gone_costs_a_line(fedkseed: CommandLine, copie
     assert_one_line(Result(1, "", result.stderr), 1, "'/no/such.toml' is unknown", "without its prompt template")
 
 
+def test_a_template_that_has_changed_since_costs_a_line(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
+    template = tmp_path / "t.toml"
+    template.write_text('prompt_input = "{instruction} {input} :"\nprompt_no_input = "{instruction} :"\n')
+    run = tmp_path / "run"
+    assert fedkseed("simulate", *flags(tiny_settings(tiny, num_rounds=1, template=template)), "--run", run).code == 0
+    assert fedkseed("export", run, tmp_path / "before").stderr == ""
+    template.write_text('prompt_input = "{instruction} {input}"\nprompt_no_input = "{instruction}"\n')
+    for name, words in (("out", ()), ("kept", ("--round", 1)), ("ledger", ("--ledger-only",))):
+        result = fedkseed("export", run, tmp_path / name, *words)
+        assert result.code == 0
+        assert_one_line(Result(1, "", result.stderr), 1, "t.toml: has changed since the run; the export is without its prompt")
+        assert "instruction" not in (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert "{instruction} {input} :" in (tmp_path / "before" / "README.md").read_text(encoding="utf-8")
+
+
 # --- Baselines ---
 
 

@@ -15,7 +15,7 @@ from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.kseed.thinning import thinned
 from fedkseed.models.dtypes import Dtype
 from fedkseed.runs.checkpoints import TENSORS
-from fedkseed.runs.folder import tuned_file
+from fedkseed.runs.folder import RunFolder, tuned_file
 from fedkseed.runs.layout import CONFIG
 from fedkseed.text import counted
 
@@ -87,7 +87,7 @@ def export(
     with waiting(Lines().note, f"loading {model} and adding {counted(tuning.round, 'round')} to it"):
         tokenizer = load_tokenizer(model)
         tuned = _tuned(tuning, model, config, dtype)
-    prompt = _taught(tokenizer, tuned, config) if config else None
+    prompt = _taught(tokenizer, tuned, config, path, tuning) if config else None
     card = model_card(public_name(model), tuning, About(config, losses, licence_of(model), prompt))
     wrapped = config is not None and config.facts.needs_peft
     # or else peft asks the hub whether the vocabulary has grown
@@ -126,7 +126,7 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
 
     model, config, losses = _origin(path, model, which, ledger)
     try:
-        prompt = _prompt(load_tokenizer(model), config) if config else None
+        prompt = _prompt(load_tokenizer(model), config, path, ledger) if config else None
     except ModelError as error:
         complain(f"{error}; the card is without the prompt template")
         prompt = None
@@ -173,11 +173,13 @@ def _tuned(tuning: Ledger | TunedTensors, model: str, config: RunConfig | None, 
     return tuned if dtype == "auto" else tuned.to(getattr(torch, dtype))
 
 
-def _taught(tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig) -> Prompt | None:
+def _taught(
+    tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig, path: Path, tuning: Ledger | TunedTensors
+) -> Prompt | None:
     """Let tokenizer and model ask and end as the run did, and say how."""
     from fedkseed.data import Example, encode
 
-    prompt = _prompt(tokenizer, config)
+    prompt = _prompt(tokenizer, config, path, tuning)
     if prompt is None:
         return None
     template = config.prompts()
@@ -195,11 +197,17 @@ def _taught(tokenizer: PreTrainedTokenizerBase, tuned: Any, config: RunConfig) -
     return prompt
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Prompt | None:
-    """How the run asked; None where its template is a file that is not there any more."""
+def _prompt(tokenizer: PreTrainedTokenizerBase, config: RunConfig, path: Path, tuning: Ledger | TunedTensors) -> Prompt | None:
+    """How the run asked; None where its template is a file that is not there any more, or says something else now."""
     from fedkseed.kseed.card import Prompt
+    from fedkseed.runs.provenance import template_digest
 
+    run = RunFolder.open(path if path.is_dir() else path.parent)
+    checkpoint = run.load_checkpoint() if isinstance(tuning, Ledger) else tuning  # a kept round's ledger says nothing of it
+    was = (checkpoint.made_with or {}).get("template") if checkpoint is not None else None
     try:
+        if was is not None and template_digest(config) not in (None, was):
+            raise InvalidValueError(f"template {config.template}: has changed since the run")
         return Prompt(Path(config.template).name, *config.prompts().text(tokenizer))
     except InvalidValueError as error:
         complain(f"{error}; the export is without its prompt template")

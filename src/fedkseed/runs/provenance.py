@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedkseed.data import TEMPLATES
 from fedkseed.errors import ConfigError
 from fedkseed.federation import Checkpoint
 from fedkseed.runs.folder import RunFolder, settings_of
@@ -31,7 +33,20 @@ REMEDY = (
 
 def made_with(config: RunConfig, records: Records | None) -> dict[str, Any]:
     """What a checkpoint holds of the settings and the records; None for those of clients elsewhere."""
-    return {"settings": _without(settings_of(config), FREE), "records": None if records is None else records_digest(records)}
+    template = template_digest(config)
+    return {
+        "settings": _without(settings_of(config), FREE),
+        "records": None if records is None else records_digest(records),
+        **({} if template is None else {"template": template}),
+    }
+
+
+def template_digest(config: RunConfig) -> str | None:
+    """SHA-256 (hex) of a template's file; None of a template that needs none, or whose file cannot be read."""
+    try:
+        return None if config.template in TEMPLATES else hashlib.sha256(Path(config.template).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def records_digest(records: Records) -> str:
