@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.support.command_line import CommandLine, Result, assert_one_line, flags
+from tests.support.natural_instructions import task, write_folder
 from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import tiny_settings, write_records
 
@@ -274,6 +275,41 @@ def test_records_that_have_changed_since_are_said(fedkseed: CommandLine, tiny: P
         file.write('{"instruction": "name the dog", "response": "red blue", "category": "new"}\n' * 30)
     said = fedkseed("evaluate", tmp_path / "run")
     assert (said.code, "records, template or model have changed" in said.stdout + said.stderr) == (0, True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "fedprompt", "num_virtual_tokens": 12},
+        {"algorithm": "fedptuning", "num_virtual_tokens": 12},
+        {"eval_limit": 2},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_a_run_that_is_evaluated_as_it_was_is_not_warned_of(
+    fedkseed: CommandLine, tiny: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """A soft prompt is in a run's first loss and in no base model's; and a run may go on with other records to evaluate on."""
+    settings = tiny_settings(tiny, num_rounds=1, local_steps=1, **changes)
+    if "algorithm" in changes:
+        settings = {name: value for name, value in settings.items() if name not in ("num_seeds", "noise", "eps")}
+    assert fedkseed("simulate", *flags(settings), "--run", tmp_path / "run").code == 0
+    if "eval_limit" in changes:
+        assert fedkseed("simulate", "--resume", tmp_path / "run", "--num-rounds", 2, "--eval-limit", "all").code == 0
+    said = fedkseed("evaluate", tmp_path / "run")
+    assert (said.code, said.stderr, "have changed" in said.stdout) == (0, "", False)
+
+
+def test_a_runs_own_file_is_of_the_run_whatever_is_said_beside_it(fedkseed: CommandLine, run: Path, tiny: Path) -> None:
+    ledger, data = run / "ledger.safetensors", ("--data", tiny / "records.jsonl")
+    assert rows(fedkseed("evaluate", ledger, *data, "--model", tiny / "model")) == rows(fedkseed("evaluate", ledger, *data))
+
+
+def test_columns_of_natural_instructions_are_refused(fedkseed: CommandLine, run: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "tasks", train={}, test={"task001_a": task([3] * 30, "a")})
+    result = fedkseed("evaluate", run, "--data", folder, "--columns", "output=zz")
+    assert_one_line(result, 2, "--columns is 'output=zz' and tasks of Natural Instructions have no columns; leave it out")
 
 
 def test_answers_to_private_records_stay_out_of_a_published_folder(

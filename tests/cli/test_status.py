@@ -79,8 +79,9 @@ HUGE = "1" + "0" * 400
         '{"event": "round", "server_round": 9, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": NaN}',
         *(
             f'{{"event": "round", "server_round": 9, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": 1, {odd}}}'
-            for odd in ('"refused": 5', '"missing": {}', '"num_replies": "x"')
+            for odd in ('"refused": 5', '"missing": {}', '"num_replies": "x"', f'"num_replies": {HUGE}', f'"eval_loss": {HUGE}')
         ),
+        f'{{"event": "round", "server_round": {HUGE}, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": 1}}',
     ],
     ids=lambda line: line[-30:],
 )
@@ -94,6 +95,20 @@ def test_an_event_that_cannot_be_costs_a_warning(fedkseed: CommandLine, copied: 
     assert status_of(copied).round == before.round
     assert "1 line of" in (status_of(copied).damage or "")
     assert fedkseed("inspect", copied).code == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "note", "server_round": 1, "eval_loss": "x"}',
+        '{"event": "evaluation", "server_round": 2, "eval_loss": Infinity}',  # as they were written once
+        '{"event": "evaluation", "server_round": 2, "eval_loss": 1e300}',
+    ],
+)
+def test_an_event_that_can_be_costs_none(copied: Path, line: str) -> None:
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert status_of(copied).damage is None
 
 
 def test_a_round_whose_ledger_could_not_be_saved_is_not_done(copied: Path) -> None:

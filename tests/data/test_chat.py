@@ -280,18 +280,29 @@ def test_a_table_of_arguments_is_kept_as_a_text_that_says_the_same(arguments: di
     assert parse_arguments(arguments_text(arguments)) == arguments
 
 
-@pytest.mark.parametrize("value", [None, date(2026, 1, 1), float("inf"), float("nan"), {1: 2}, [[None]], b"a"], ids=str)
-def test_what_a_published_template_cannot_write_is_no_argument(value: Any) -> None:
-    with pytest.raises(InvalidValueError, match=r"template_arguments has day = .*; expected a text, a finite number"):
-        parse_arguments({"day": value})
-    with pytest.raises(ConfigError, match="template_arguments has day = "):
-        build({"model": "m", "lr": 1, "data": "o/n", "template": "chat", "template_arguments": {"day": value}})
+@pytest.mark.parametrize(
+    "given",
+    [{"day": None}, {"day": {1: 2}}, {"day": [[None]]}, {"day": b"a"}, {"day": "\ud800"}, {"a.b": 1}, {"": 1}, {"é": 1}],
+    ids=str,
+)
+def test_what_no_text_can_say_is_no_argument(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValueError, match=r"^template_arguments has (day = |the name )"):
+        arguments_text(given)
+    with pytest.raises(ConfigError, match="template_arguments has "):
+        build({"model": "m", "lr": 1, "data": "o/n", "template": "chat", "template_arguments": given})
 
 
-@pytest.mark.parametrize("text", ["day=2026-01-01", "a=1,x=-inf", "a=[nan]"])
-def test_nor_from_a_text(text: str) -> None:
-    with pytest.raises(InvalidValueError, match="in quotes"):
-        parse_arguments(text)
+def test_an_argument_that_stands_twice_is_refused() -> None:
+    with pytest.raises(InvalidValueError, match="template_arguments has 'a' twice"):
+        parse_arguments("a=1,a=2")
+
+
+@pytest.mark.parametrize("text", ["day=2026-01-01", "day=-inf", "day=[nan]"])
+def test_what_a_chat_template_cannot_be_given_in_writing_is_said_by_whoever_writes_it(make: Make, text: str) -> None:
+    its, chat = make("{{ day }}{% for m in messages %}{{ m.content }}{% endfor %}"), get_template("chat", arguments=text)
+    assert prompt(chat, PLAIN, its)
+    with pytest.raises(InvalidValueError, match="which no chat template can be given in writing"):
+        chat.text(its)
 
 
 @pytest.mark.parametrize("message", [{"role": "sys\ud800", "content": "a"}, {"role": "a", "tool_calls": [{"x": ["\ud800"]}]}])

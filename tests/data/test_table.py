@@ -55,6 +55,8 @@ def test_a_tsv_gives_its_rows(tmp_path: Path) -> None:
 def test_blank_lines_of_a_csv_are_no_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "\n\ninstruction,response\n\nadd,3\n\n")
     assert read_examples(path) == [Example("add", "", "3", "")]
+    with pytest.raises(DataError, match=r"a\.csv:3: two columns are called 'a'"):
+        read_examples(write(tmp_path / "a.csv", "\n\na,a\n1,2\n"))
     with pytest.raises(DataError, match=r"a\.csv:4: the row has other columns"):
         read_examples(write(tmp_path / "a.csv", "\ninstruction,response\n\nadd,3,4\n"))
 

@@ -150,6 +150,15 @@ def test_what_cannot_be_scored_is_one_line_before_the_run(
     assert "\n" not in str(caught.value)
 
 
+def test_texts_that_are_learnt_whole_have_nothing_to_answer(tiny: Path, tmp_path: Path) -> None:
+    """The tiny tokenizer begins no text with a token of its own."""
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "name the dog"}\n' * 40)
+    with pytest.raises(DataError, match="a record has no prompt, .* nothing to answer"):
+        simulation(tmp_path / "run", tiny_settings(tiny, **SCORED, data=str(data), columns="output=text", partition="iid"))
+    assert not (tmp_path / "run" / "ledger.safetensors").exists()
+
+
 def test_records_without_a_reference_are_left_out_and_counted(tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny, **SCORED)
     lines = [json.loads(line) for line in Path(settings["data"]).read_text().splitlines()]

@@ -59,7 +59,7 @@ def export(
         raise ConfigError(f"--bits is {bits} and a whole model is exported; give --ledger-only too, or leave --bits out")
     if ledger_only and dtype != "auto":
         raise ConfigError(f"--dtype is {dtype} and --ledger-only, whose numbers are of no weights; leave one of them out")
-    if ledger_only and model is not None and output.suffix and bits is None:
+    if ledger_only and model is not None and output.suffix and (bits is None or not (path / CONFIG).exists()):
         raise ConfigError(f"--model is {model} and a bare ledger has no use for it; leave it out, or give a folder to write")
     checkpoint = tuned_file(path, which)
     if ledger_only and checkpoint.name == TENSORS:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from fedkseed.data.example import Example, Turn
 from fedkseed.data.jinja import literal, presets
 from fedkseed.data.rendered import Rendered
 from fedkseed.data.special import control_tokens, leading_text
+from fedkseed.data.values import is_whole, texts_in
 from fedkseed.errors import InvalidValueError, ModelError
 from fedkseed.text import nearest, one_line
 
@@ -179,10 +179,10 @@ def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
         InvalidValueError: a part that is not name=value, or a value that a chat template cannot be given in writing.
     """
     if isinstance(given, Mapping):
-        return _writable(dict(given))
+        return dict(given)
     try:
         arguments: dict[str, Any] = tomllib.loads(f"table = {{{given}}}")["table"]
-        return _writable(arguments)
+        return arguments
     except tomllib.TOMLDecodeError:  # a text without quotes, perhaps
         arguments = {}
     for part in given.split(","):
@@ -191,49 +191,43 @@ def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidValueError(
                 f"template_arguments has {part.strip()!r}; expected name=value, such as enable_thinking=false"
             )
+        if name in arguments:
+            raise InvalidValueError(f"template_arguments has {name!r} twice; leave one of them out")
         try:
             arguments[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             arguments[name] = value
-    return _writable(arguments)
+    return arguments
 
 
 def arguments_text(given: Mapping[str, Any]) -> str:
     """Arguments as `parse_arguments` reads them.
 
     Raises:
-        InvalidValueError: see there.
+        InvalidValueError: a name that is none, or a value that TOML has not, such as None.
     """
-    return ",".join(f"{name}={_toml(value)}" for name, value in _writable(dict(given)).items())
+    for name in given:
+        if not (isinstance(name, str) and name.isidentifier() and name.isascii()):
+            raise InvalidValueError(f"template_arguments has the name {name!r:.40}; expected one such as enable_thinking")
+    return ",".join(f"{name}={_toml(name, value)}" for name, value in given.items())
 
 
-def _toml(value: Any) -> str:
-    """A value as TOML has it on one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+def _toml(name: str, value: Any) -> str:
+    """An argument's value as TOML has it on one line."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return "{" + ", ".join(f"{_toml(name, key)} = {_toml(name, item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, str):
+        return "[" + ", ".join(_toml(name, item) for item in value) + "]"
+    if isinstance(value, str) and is_whole(value):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower()  # a truth value, or a number
-
-
-def _writable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments, none of which is what neither TOML nor a published chat template can write, such as a date."""
-    for name, value in arguments.items():
-        waiting = [value]
-        while waiting:
-            item = waiting.pop()
-            if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
-                waiting += item.values()
-            elif isinstance(item, (list, tuple)):
-                waiting += item
-            elif not isinstance(item, (str, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
-                raise InvalidValueError(
-                    f"template_arguments has {name} = {value!s:.40}; expected a text, a finite number, a truth value, or lists "
-                    'and tables of them (a date in quotes: "2026-01-01")'
-                )
-    return arguments
+    if isinstance(value, (int, float)):
+        return str(value).lower()  # a truth value, or a number
+    if isinstance(value, date):
+        return value.isoformat()
+    raise InvalidValueError(
+        f"template_arguments has {name} = {value!r:.40}; expected a text, a number, a truth value, a date, or lists and tables "
+        "of them"
+    )
 
 
 def _calls(turn: Turn) -> bool:
@@ -253,18 +247,9 @@ def _other(turn: Turn) -> Turn:
 
 def _marks(turns: Sequence[Turn], tokens: Sequence[str]) -> dict[str, str]:
     """For each special token that a turn names a character that none of them has."""
-    texts = "".join(_texts(turns))
+    texts = "".join(texts_in(turns))
     free = (chr(code) for code in MARKS if chr(code) not in texts)
     return dict(zip([token for token in tokens if token in texts], free, strict=False))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value of lists and tables."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
 
 
 def _marked(value: Any, marks: Mapping[str, str]) -> Any:

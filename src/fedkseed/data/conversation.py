@@ -1,11 +1,11 @@
 """Conversations of any make, as chat templates take them: messages of OpenAI's kind, or ShareGPT's `from` and `value`."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedkseed.data.example import Turn
-from fedkseed.data.values import absent, checked, kind, plain
+from fedkseed.data.values import absent, checked, kind, once, plain, texts_in
 from fedkseed.errors import DataError
 
 SPEAKERS = {
@@ -49,7 +49,7 @@ def read_turns(value: Any, name: str, where: str) -> tuple[Turn, ...]:
 def _listed(value: Any) -> Sequence[Any] | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=once)
         except (ValueError, RecursionError):
             return None
     if isinstance(value, Mapping) and all(isinstance(column, (list, tuple)) for column in value.values()):
@@ -62,38 +62,25 @@ def _listed(value: Any) -> Sequence[Any] | None:
 def _turn(message: Any, where: str, number: int) -> Turn:
     if not isinstance(message, Mapping):
         raise DataError(f"{where} is {kind(message)}; expected an object with 'role' and 'content'")
-    given = {str(key): value for key, value in message.items() if not absent(value)}
+    given = {str(key): plain(value) for key, value in message.items() if not absent(value)}
     speaker = given.pop("from", None)
     role = given.pop("role", SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker)
     if not isinstance(role, str):
         raise DataError(f"{where} has the role {role!r}; expected user, assistant, system, tool or another name")
-    for name, text in _texts({"role": role, **{key: plain(item) for key, item in given.items() if key != "content"}}):
-        checked(text, name, where)
+    for name, item in {"role": role, **given}.items():
+        for text in texts_in([name, item] if name not in ("content", "value") else name):  # a part of content may be no text
+            checked(text, name, where)
     if "content" not in message and "value" not in message and not given.get("tool_calls"):
         raise DataError(f"{where} has no 'content'; expected an object with 'role' and 'content'")
     value = given.pop("value", None)
-    content = plain(given.pop("content", value))
+    content = given.pop("content", value)
     if isinstance(content, (list, tuple)):
         content = "\n".join(_part(part, where, number) for part in content)
-    if calls := plain(given.pop("tool_calls", None)):
+    if calls := given.pop("tool_calls", None):
         if not isinstance(calls, (list, tuple)):
             raise DataError(f"{where} has tool_calls that are {kind(calls)}; expected an array")
         given["tool_calls"] = calls
     return {"role": role, "content": "" if content is None else checked(content, "content", where), **given}
-
-
-def _texts(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """All texts in what a message holds, each with the key that it is below."""
-    for key, value in given.items():
-        waiting = [value, key]
-        while waiting:
-            item = waiting.pop()
-            if isinstance(item, str):
-                yield key, item
-            elif isinstance(item, Mapping):
-                waiting += [*item, *item.values()]
-            elif isinstance(item, (list, tuple)):
-                waiting += item
 
 
 def _part(part: Any, where: str, number: int) -> str:

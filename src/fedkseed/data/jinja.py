@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from fedkseed.errors import InvalidValueError
 
 CONVERSATION = """\
 {%- set told = namespace(asked=-1, input='') -%}
@@ -21,7 +24,11 @@ others are the input, unless the caller gives one."""
 
 
 def literal(value: Any) -> str:
-    """A value as Jinja writes it: a text, number, truth value or None, and lists and tables of them."""
+    """A value as Jinja writes it: a text, finite number, truth value or None, and lists and tables of them.
+
+    Raises:
+        InvalidValueError: it is something else, such as a date.
+    """
     if isinstance(value, str):
         # Jinja reads the escapes that Python writes
         return '"' + value.encode("unicode_escape").decode().replace('"', '\\"') + '"'
@@ -29,7 +36,11 @@ def literal(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{literal(str(key))}: {literal(item)}" for key, item in value.items()) + "}"
-    return "[" + ", ".join(map(literal, value)) + "]" if isinstance(value, (list, tuple)) else repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return repr(value)
+    raise InvalidValueError(f"template_arguments has {value!s:.40}, which no chat template can be given in writing")
 
 
 def presets(values: Mapping[str, Any]) -> str:

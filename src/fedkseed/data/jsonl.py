@@ -9,7 +9,7 @@ from typing import Any
 from fedkseed.data.columns import COLUMNS, Columns
 from fedkseed.data.compression import read_bytes
 from fedkseed.data.record import Row
-from fedkseed.data.values import kind
+from fedkseed.data.values import kind, once
 from fedkseed.errors import DataError
 
 EXPECTED = "expected one object a line, so mend or delete the line"
@@ -54,18 +54,9 @@ def json_rows(path: Path, columns: Columns = COLUMNS) -> Iterator[Row]:
         yield where, _record(where, line)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose fields have one value each: of two, whoever reads takes another one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r:.40} stands twice in an object")
-    return found
-
-
 def _record(where: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -81,7 +72,7 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
 
 def _whole(content: bytes, path: Path) -> Any:
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+        return json.loads(content.decode("utf-8"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedkseed.data.example import Example
-from fedkseed.data.values import checked, kind
+from fedkseed.data.values import checked, kind, once
 from fedkseed.errors import DataError
 from fedkseed.randomness import generator
 
@@ -87,7 +87,7 @@ def _names(path: Path) -> list[str]:
 def _read_task(path: Path, split: Path) -> tuple[str, list[tuple[str, str]]]:
     """A task's definition, and its instances as (input, first output)."""
     try:
-        task = json.loads(path.read_bytes().decode("utf-8"))
+        task = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=once)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file, though {split} names the task; restore it or take its line out") from None
     except OSError as error:

@@ -41,11 +41,11 @@ def csv_rows(path: Path) -> Iterator[Row]:
                     rows.append((f"{path}:{done}", row))
     except csv.Error as error:
         raise DataError(f"{path}:{done + 1}: not CSV ({error}); mend the row's quotes") from None
-    _, columns = rows.pop(0) if rows else ("", [])
+    head, columns = rows.pop(0) if rows else (f"{path}", [])
     names = [name.strip() for name in columns]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise DataError(f"{path}:1: two columns are called {twice[0]!r}; give each its own name")
+        raise DataError(f"{head}: two columns are called {twice[0]!r}; give each its own name")
     for where, row in rows:
         if len(row) != len(columns):
             raise DataError(f"{where}: the row has other columns than the first row names; mend its commas and quotes")

@@ -1,5 +1,6 @@
 """Single values of a record: which count as absent, which are texts, which are names."""
 
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -14,6 +15,37 @@ def absent(value: Any) -> bool:
 def plain(value: Any) -> Any:
     """A value without NumPy's types, which pandas puts into records: lists for arrays, Python's numbers for scalars."""
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a value of lists and tables, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for item in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from texts_in(item)
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For JSON's readers: an object whose fields have one value each; of two, whoever reads takes another one.
+
+    Raises:
+        ValueError: a field stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r:.40} stands twice in an object")
+    return found
 
 
 def filled(value: Any) -> bool:
@@ -31,10 +63,8 @@ def checked(value: Any, name: str, where: str) -> str:
     """
     if not isinstance(value, str):
         raise DataError(f'{where}: field {name!r} is {kind(value)}; expected a string ("" where there is nothing)')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: field {name!r} has half a surrogate pair, which no text has; delete that escape") from None
+    if not is_whole(value):
+        raise DataError(f"{where}: field {name!r} has half a surrogate pair, which no text has; delete that escape")
     return value
 
 

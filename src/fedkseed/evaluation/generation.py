@@ -73,6 +73,9 @@ class Decoder:
             temperature: 0 takes the likeliest token each time; else one is drawn, from the logits over it.
             keys: what each prompt's draws are a function of, with its place in the answer, and nothing else: the same keys
                 under other weights are the same draws (the Gumbel-max way, Maddison et al., 2014, with common random numbers).
+
+        Raises:
+            DataError: a prompt has no tokens.
         """
         from transformers import LogitsProcessorList
 

@@ -79,7 +79,7 @@ def score(
         stop_ids, context: see `generate`.
 
     Raises:
-        DataError: no examples.
+        DataError: no examples, or one that is to be answered has no prompt.
     """
     told = heard or (lambda activity, done, total: None)
     done = 0

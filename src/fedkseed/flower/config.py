@@ -18,7 +18,7 @@ from fedkseed.federation.objectives import CODE
 from fedkseed.federation.objectives import OWN as OF_NODES
 from fedkseed.privacy import Privacy
 from fedkseed.privacy.accountant import require_accountant
-from fedkseed.runs.folder import RunFolder, settings_of
+from fedkseed.runs.folder import RunFolder, exists, settings_of
 from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.provenance import check_same, made_with
 from fedkseed.runs.records import Records
@@ -313,7 +313,7 @@ def open_run(config: FlowerConfig, records: Records | None = None) -> RunFolder:
         FedKSeedError: it cannot be read.
     """
     driver = config.driver()
-    if (config.run / CONFIG).exists():
+    if exists(config.run / CONFIG):
         stored = RunFolder.open(config.run)
         checkpoint, noted = stored.load_checkpoint(), stored.driver
         known = set() if checkpoint is None else {"model"} if records is None or checkpoint.made_with is None else MOVABLE

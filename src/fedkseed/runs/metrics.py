@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from fedkseed.text import one_line
 NEEDED = {"evaluation": ("eval_loss",), "round": ("dropped_steps", "bytes_down", "bytes_up", "seconds")}
 """The numbers without which an event of a kind tells nothing."""
 MOST = 2.0**63
-"""No round takes so many bytes, or seconds."""
-KINDS: dict[str, tuple[type, ...]] = {"refused": (dict,), "missing": (list,), "num_replies": (int,)}
+"""There are no more rounds, and none takes more replies, bytes or seconds."""
+KINDS = {"refused": dict, "missing": list, "num_replies": int}
 """What else an event may hold, and as what."""
 
 
@@ -94,9 +93,10 @@ def _event(line: bytes) -> dict[str, Any]:
             raise ValueError(f"{name} is missing")
         if type(event[name]) not in (int, float) or (name != "eval_loss" and not 0 <= event[name] <= MOST):
             raise ValueError(f"{name} is {event[name]!r:.40}")
-    if abs(event.get("eval_loss", 0)) > sys.float_info.max:  # an integer that no float holds
-        raise ValueError(f"eval_loss is {event['eval_loss']!r:.40}")
-    for name, kinds in KINDS.items():
-        if not isinstance(event.get(name), (*kinds, type(None))):
+    for name, kind in KINDS.items():
+        if not isinstance(event.get(name), (kind, type(None))):
+            raise ValueError(f"{name} is {event[name]!r:.40}")
+    for name in ("server_round", "num_replies", "eval_loss"):
+        if type(event.get(name)) is int and abs(event[name]) > MOST:  # of any length; a float has its own bounds
             raise ValueError(f"{name} is {event[name]!r:.40}")
     return event

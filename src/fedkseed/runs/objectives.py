@@ -44,8 +44,8 @@ def goal_of(
 
     Raises:
         ConfigError: there is no such function.
-        DataError: it has no number for a record's own response, or the model's context has no room for an answer to the longest
-            prompt.
+        DataError: it has no number for a record's own response, a record has no prompt, or the model's context has no room for
+            an answer to the longest one.
     """
     if config.goal.pairs:
         return Preferences(config, learner)

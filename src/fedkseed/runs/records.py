@@ -107,6 +107,9 @@ def prepare(
     config = config.model_copy(update={"max_length": learner.max_length(config.max_length, config.soft_prompt)})
     frozen = learner.frozen(config.train, config.freeze)
     train, held_out = load_examples(config, observer, given)
+    named = [Path(source) for source in (config.data, config.eval_data) if source is not None]
+    if config.columns is not None and named and all(map(is_natural_instructions, named)):
+        observer.note(f"{WARNING}--columns is {config.columns!r}, and tasks of Natural Instructions have no columns")
     if config.responses == "shuffled":
         train = shuffle_within_categories(train, generator(config.seed, "shuffled responses"))
     encoded = encoded_for(config, learner, train, "training", observer)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedkseed.baselines import TunedTensors, restore
-from fedkseed.data import Example, LongPrompts, encode, read_source
+from fedkseed.data import Example, LongPrompts, encode, is_natural_instructions, read_source
 from fedkseed.errors import ConfigError, RunError, RunFolderError
 from fedkseed.evaluation import AllScores, Scores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.answers import Answer, answer_to, keep_answers
+from fedkseed.runs.checkpoints import FILES
 from fedkseed.runs.folder import RunFolder, exists, tuned_file
 from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.layout import CONFIG
@@ -120,6 +121,8 @@ def measure(
         raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
     if choices.columns is not None and choices.data is None:
         raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
+    if choices.columns is not None and is_natural_instructions(Path(choices.data or "")):
+        raise ConfigError(f"--columns is {choices.columns!r} and tasks of Natural Instructions have no columns; leave it out")
     if choices.round is not None and ledger is not None:
         raise ConfigError("--round is of a run, and --ledger is another ledger than the run's; give one of them")
     if run is not None and ledger is not None and not exists(run / CONFIG):
@@ -155,7 +158,8 @@ def measure(
         )
 
     base = scored(model)
-    if isinstance(config, SimulationConfig) and as_run and (damage := _differs(run or where, base.overall)) is not None:
+    comparable = isinstance(config, SimulationConfig) and not config.facts.has_soft_prompt  # whose round 0 has one
+    if comparable and as_run and (damage := _differs(run or where, base.overall)) is not None:
         observer.note(WARNING + damage)
     if isinstance(tuning, Ledger):
         apply(model, tuning)
@@ -175,7 +179,7 @@ def measure(
 
 def _run_config(path: Path, choices: Choices) -> RunConfig | None:
     """The settings of the run whose folder or ledger this is; beside a bare file only where they are wanted: whose are they?"""
-    if not path.is_dir() and choices.model is not None and choices.data is not None:
+    if path.is_file() and path.name not in FILES.values() and choices.model is not None and choices.data is not None:
         return None
     folder = path if path.is_dir() else path.parent
     return RunFolder.open(folder).config if (folder / CONFIG).exists() else None
@@ -184,11 +188,14 @@ def _run_config(path: Path, choices: Choices) -> RunConfig | None:
 def _differs(path: Path, base: Scores) -> str | None:
     """Why what is measured is not what the run measured, if that shows: the base model's loss on the same records."""
     events = RunFolder.open(path if path.is_dir() else path.parent).recorded().events
-    begun = next((e for e in events if e["event"] == "evaluation" and e["server_round"] == 0), None)
+    evaluations = [event for event in events if event["event"] == "evaluation"]
+    begun = next((event for event in evaluations if event["server_round"] == 0), None)
     if begun is None or not math.isfinite(begun["eval_loss"]):
         return None
-    same = (begun.get("num_examples"), begun.get("num_tokens")) == (base.num_examples, base.num_tokens)
-    if same and abs(base.loss - begun["eval_loss"]) <= CLOSE * abs(begun["eval_loss"]):
+    first, last = ((event.get("num_examples"), event.get("num_tokens")) for event in (begun, evaluations[-1]))
+    if first != last:  # it went on with other records to evaluate on, which it may
+        return None
+    if first == (base.num_examples, base.num_tokens) and abs(base.loss - begun["eval_loss"]) <= CLOSE * abs(begun["eval_loss"]):
         return None
     return (
         f"the base model's loss is {base.loss:.4f} on {base.num_examples} records, and was {begun['eval_loss']:.4f} on "

@@ -15,7 +15,6 @@ from fedkseed.data import (
     arguments_text,
     columns_text,
     get_template,
-    is_natural_instructions,
     parse_arguments,
     parse_columns,
     resolve_source,
@@ -275,13 +274,6 @@ class SimulationConfig(RunConfig):
     def _own_is_of_nodes(self) -> Self:
         if self.objective == OWN:
             raise ValueError("--objective own is of runs on Flower, whose nodes name functions; give PACKAGE:FUNCTION")
-        return self
-
-    @model_validator(mode="after")
-    def _columns_are_of_records(self, info: ValidationInfo) -> Self:
-        sources = [Path(source) for source in (self.data, self.eval_data) if source is not None]
-        if self.columns is not None and sources and not _is_stored(info) and all(map(is_natural_instructions, sources)):
-            raise ValueError(f"--columns is {self.columns!r} and tasks of Natural Instructions have no columns; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from fedkseed.runs.algorithms import kind_of, roles_of
 from fedkseed.runs.checkpoints import file_of
 from fedkseed.runs.driver import Driver
 from fedkseed.runs.extras import require_extras
-from fedkseed.runs.folder import RunFolder, new_folder
+from fedkseed.runs.folder import RunFolder, exists, new_folder
 from fedkseed.runs.forecast import Forecast, forecast
 from fedkseed.runs.inputs import separate
 from fedkseed.runs.layout import CONFIG
@@ -276,7 +276,7 @@ def simulate(
     path = new_folder(Path("runs")) if run is None else Path(run)
     config = build(named)
     require_extras(config)
-    folder = RunFolder.open(path) if (path / CONFIG).exists() else None
+    folder = RunFolder.open(path) if exists(path / CONFIG) else None
     with ExitStack() as stack:
         if folder is None:
             config = started(config)
