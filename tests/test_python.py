@@ -520,3 +520,31 @@ def test_a_ledgers_coefficients_cannot_be_written_into() -> None:
         ledger.coefficients[2] = 3
     given[2] = 3  # whose array stays the caller's
     assert ledger.coefficients[2] == 1
+
+
+def test_a_run_that_goes_on_has_the_rounds_that_are_asked_for(tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny, local_steps=1)
+    fk.simulate(settings | {"num_rounds": 1}, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("num_rounds = 1\n", "num_rounds = 6\n"))  # as of a run that was stopped
+    assert fk.simulate(settings | {"num_rounds": 2}, tmp_path / "run").ledger.round == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"columns": 3}, "columns is 3; expected a text"), ({"columns": ["a"]}, r"columns is \['a'\]; expected a text")],
+)
+def test_columns_that_are_none_are_one_line(tiny: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fk.simulate(tiny_settings(tiny) | given)
+
+
+@pytest.mark.parametrize("log", [None, "tensorboard", 3])
+def test_trackers_are_a_list(tiny: Path, tmp_path: Path, log: Any) -> None:
+    with pytest.raises(ConfigError, match=r"log is .*; expected a list of names, such as"):
+        fk.simulate(tiny_settings(tiny), tmp_path / "run", log=log)
+
+
+def test_a_template_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="template is 3; expected a text"):
+        fk.evaluate(tmp_path, template=3)

@@ -348,3 +348,12 @@ def test_a_text_that_is_learnt_whole_has_nothing_to_answer(tiny: Path) -> None:
     bare = [EncodedExample(one.input_ids[one.prompt_length :], 0) for one in examples]
     with pytest.raises(DataError, match=r"^a record has no prompt, not even a token .* nothing to answer; give records"):
         score(model, tokenizer, bare, [Example("", "", "dog", "")], 0, [0])
+
+
+def test_scores_replace_scores_and_nothing_else(fedkseed: CommandLine, copied: Path, tmp_path: Path) -> None:
+    for path in (copied / "ledger.safetensors", copied, copied / "config.toml"):
+        before = path.read_bytes() if path.is_file() else b""
+        assert_one_line(fedkseed("evaluate", copied, "--output", path), 2, f"--output {path} exists and is no file of scores")
+        assert not before or path.read_bytes() == before
+    for _ in range(2):
+        assert fedkseed("evaluate", copied, "--output", tmp_path / "scores.json").code == 0

@@ -1,14 +1,18 @@
 """Ctrl-C in any command: what is safe, a command that goes on and can be pasted, exit code 130."""
 
 import shlex
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import tomli_w
 from tests.support.command_line import FEDKSEED, flags
 from tests.support.tiny import tiny_settings
 
 from fedkseed.cli.console import say_command
+from fedkseed.runs.status import status_of
 
 RUN = "a run's folder"
 
@@ -94,3 +98,23 @@ def test_without_an_active_environment_commands_have_the_programs_path(
     assert told() == f"{FEDKSEED} status fedkseed"
     monkeypatch.chdir(FEDKSEED.parents[1])
     assert told() == f"{FEDKSEED.relative_to(Path.cwd())} status fedkseed"
+
+
+def test_a_comparison_that_is_ended_leaves_no_run_behind(tiny: Path, tmp_path: Path) -> None:
+    settings = {name: value for name, value in tiny_settings(tiny, num_rounds=5000).items() if name not in ("lr", "seed")}
+    method = {"name": "A", "algorithm": "fedkseed", "lr": 1e-3}
+    plan = tmp_path / "plan.toml"
+    plan.write_text(tomli_w.dumps({"settings": settings, "seeds": [1], "control": False, "methods": [method]}))
+    command = [FEDKSEED, "compare", plan, "--output", tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ledger = tmp_path / "out" / "runs" / "a-seed1" / "ledger.safetensors"
+    until = time.monotonic() + 100
+    while not ledger.exists():
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 130
+    assert "interrupted; finished runs are kept" in said
+    assert status_of(ledger.parent).state == "stopped"

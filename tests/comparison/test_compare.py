@@ -113,6 +113,11 @@ REFUSED: list[tuple[tuple[Any, ...], Any, str]] = [
     (("settings", "seed"), 5, "settings: seed is the comparison's to set; give seeds, control, or lr in a method"),
     (("settings", "lr"), 0.1, "settings: lr is the comparison's to set; give seeds, control, or lr in a method"),
     (("methods", 0, "responses"), "shuffled", "FedAvg: responses is the comparison's to set; give seeds, control, or lr"),
+    (("seeds",), [1, 2**63], "method 'FedAvg': --seed is '9223372036854775808'"),
+    (("seeds",), [True, 2], "seeds is True: input should be a valid integer"),
+    (("answers",), True, "answers is True: input should be a valid integer"),
+    (("control",), "no", "control is 'no': input should be a valid boolean"),
+    (("methods", 1, "lr"), [True, 0.5], "method 'FedKSeed K64': lr is True: input should be a valid number"),
     (("settings", "model"), None, "method 'FedAvg': --model is missing; give it on the command line or as model"),
 ]
 
@@ -140,6 +145,14 @@ def test_a_method_may_be_called_another_ones_control(tiny: Path, tmp_path: Path)
         for responses in ("own", "shuffled")
     ]
     assert len({trial.folder for trial in trials}) == 4
+
+
+def test_rounds_of_no_grid_are_refused(tiny: Path, tmp_path: Path) -> None:
+    what = content(tiny) | {"tuning_rounds": 2}
+    for method in what["methods"]:
+        method["lr"] = method["lr"][:1]
+    with pytest.raises(ConfigError, match="tuning_rounds is 2 and no method has several learning rates; leave it out"):
+        read_comparison(written(tmp_path, what))
 
 
 def test_a_learning_rate_twice_in_a_grid_is_refused(tiny: Path, tmp_path: Path) -> None:

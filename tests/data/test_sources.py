@@ -202,6 +202,32 @@ def test_several_with_commas_between_in_the_order_given(tmp_path: Path) -> None:
     assert (config.data, config.eval_data) == (f"{one},{two}", str(two))
 
 
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_a_compressed_file_of_several_streams_is_whole_or_an_error(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    """As pbzip2 and `cat` write them; Python's own functions end without a word at a later one that is damaged."""
+    lines = [f'{{"instruction": "a{i}", "response": "b"}}\n'.encode() for i in range(400)]
+    first, second = compress(b"".join(lines[:200])), compress(b"".join(lines[200:]))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(first + second)
+    assert len(read_examples(path)) == 400
+    path.write_bytes(first + second + b"\0" * 4)  # as xz pads
+    assert len(read_examples(path)) == 400
+    middle = len(second) // 2
+    for damaged in (second[:-9], second[:middle] + bytes([second[middle] ^ 1]) + second[middle + 1 :], b"more"):
+        path.write_bytes(first + damaged)
+        with pytest.raises(DataError, match=r"a\.jsonl: cannot be decompressed \(.*\); the file is damaged, so fetch it again"):
+            read_examples(path)
+
+
+def test_two_columns_of_one_name_are_refused_of_arrow_too(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["instruction", "response", "response"])
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(DataError, match=r"a\.arrow: two columns are called 'response'; give each its own name"):
+        read_examples(tmp_path / "a.arrow")
+
+
 def test_of_several_none_has_a_comma_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their absolute paths are kept with commas between."""
     folder = tmp_path / "a,b"

@@ -35,8 +35,7 @@ def test_nodes_tell_nothing_in_clear_and_count_what_they_spend(sites: Path, tmp_
     assert {hello.num_examples for hello in hellos} == {reply.num_examples for reply in replies} == {1}
     assert {reply.loss for reply in replies} == {None}
     assert len(replies) == 9
-    history = KeptHistory(tmp_path / "state", SITES[0]).load()
-    assert history == ((2.0, 2 / 12, 18),)
+    assert KeptHistory(tmp_path / "state", SITES[0]).load() == (((2.0, 2 / 12, 18),), "record")
     assert [event["train_loss"] for event in read_metrics(tmp_path / "run") if event["event"] == "round"] == [None] * 3
 
 
@@ -50,7 +49,7 @@ def test_a_node_whose_budget_is_spent_answers_no_more(sites: Path, tmp_path: Pat
     assert len(later) == 2
     for refused in later:  # the smallest site; the others' records are drawn less often
         assert f"this round would make it {get_epsilon(((2.0, 2 / 12, 12),), 1e-5):.3f}" in refused[SITES[0]]
-    assert KeptHistory(tmp_path / "state", SITES[0]).load() == ((2.0, 2 / 12, 6),)
+    assert KeptHistory(tmp_path / "state", SITES[0]).load() == (((2.0, 2 / 12, 6),), "record")
 
 
 def test_a_server_that_is_trusted_hides_clients_and_counts(sites: Path, tmp_path: Path) -> None:
@@ -72,15 +71,33 @@ def test_an_account_holds_over_runs_and_is_never_taken_for_an_empty_one(tmp_path
     other = KeptHistory(tmp_path / "state", "a/b")
     assert other.spend(PRIVACY.model_copy(update={"noise_multiplier": 3.0}), 0.1, 5) > first
     before = kept.load()
-    assert before == ((2.0, 0.1, 20), (3.0, 0.1, 5))
+    assert before == (((2.0, 0.1, 20), (3.0, 0.1, 5)), "record")
     with pytest.raises(PrivacyError, match=r"the privacy budget is spent: epsilon is .* and the node allows 3"):
         kept.spend(PRIVACY, 1.0, 50)
     assert kept.load() == before
-    assert KeptHistory(tmp_path / "state", "b").load() == ()
-    for damage in (b"", b"[[2.0, 0.1", b"[[2.0, 0.1, -3]]", b'{"a": 1}', b"[[2, 0.1, 1], 3]"):
+    assert KeptHistory(tmp_path / "state", "b").load() == ((), None)
+    damaged = (b"", b"[[2.0, 0.1", b"[[2.0, 0.1, -3]]", b'{"a": 1}', b"[[2, 0.1, 1], 3]", b"{}", b"[]", b'""', b"null")
+    infinite = (b"[[2.0, 0.1, 1e999]]", b"[[Infinity, 1.0, 9]]", b'{"unit": "all", "releases": [[2.0, 0.1, 1]]}')
+    for damage in (*damaged, *infinite):
         kept.path.write_bytes(damage)
         with pytest.raises(PrivacyError, match="the account of what was released cannot be read"):
             kept.spend(PRIVACY, 0.1, 1)
+
+
+def test_an_account_of_records_is_none_of_the_client(tmp_path: Path) -> None:
+    """What hid single records bounds nothing for the client as a whole; what hid the client hid each record too."""
+    client = Privacy(unit="client", clip_norm=1.0, noise_multiplier=8.0, epsilon=10.0)
+    kept = KeptHistory(tmp_path, "a")
+    kept.spend(client, 1.0, 1)
+    assert kept.load() == (((8.0, 1.0, 1),), "client")
+    kept.spend(PRIVACY, 0.1, 1)
+    assert kept.load() == (((8.0, 1.0, 1), (2.0, 0.1, 1)), "record")
+    with pytest.raises(PrivacyError, match="what was released hid single records, which says nothing of the client as a whole"):
+        kept.spend(client, 1.0, 1)
+    assert kept.load() == (((8.0, 1.0, 1), (2.0, 0.1, 1)), "record")
+    kept.path.write_text("[[2.0, 0.1, 20]]")  # of before there were units
+    kept.spend(client, 1.0, 1)
+    assert kept.load() == (((2.0, 0.1, 20), (8.0, 1.0, 1)), "client")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +129,13 @@ def test_a_choice_is_read_as_a_script_writes_it(sites: Path, tmp_path: Path) -> 
     assert node_settings(config, own | dict.fromkeys(keys, "")).privacy is None
     found = node_settings(config, own | dict(zip(keys, ("record", "1.0", "2", "3", ""), strict=True))).privacy
     assert found == PRIVACY
+
+
+def test_a_private_node_does_not_count_epochs_by_what_it_hides(sites: Path, tmp_path: Path) -> None:
+    own = {"name": "a", "data": str(sites / "site-a.jsonl"), "dp": "record", "clip-norm": 1.0, "noise-multiplier": 2.0}
+    config = run_config(sites, tmp_path / "run", weighting="equal", local_unit="epochs", local_steps=1)
+    with pytest.raises(ConfigError, match=r"^node-config dp is record, .* local-unit is epochs, .* local-unit steps$"):
+        node_settings(config, own)
 
 
 def test_a_private_node_is_not_weighed_by_what_it_hides(sites: Path, tmp_path: Path) -> None:

@@ -98,3 +98,18 @@ class CountedDict(dict[str, Any]):
     def items(self) -> Any:
         self._counted["items"] += len(self)
         return super().items()
+
+
+@pytest.mark.parametrize("now", [says("a", 1800), says("c", 7)], ids=["records", "name"])
+def test_a_member_that_is_turned_away_is_none(now: Answer) -> None:
+    """It has started again and says something else; nobody is asked at its old name."""
+    grid = MemoryGrid()
+    grid.add(1, says("a", 18))
+    looks = Roll(grid, BASE, num_examples={"c": 8})
+    assert list(looks.look()) == ["a"]
+    grid.answers[1] = now
+    grid.infos[1].last_activated_at = "later"
+    assert looks.look() == {}
+    grid.answers[1] = says("a", 18)
+    grid.infos[1].last_activated_at = "later still"
+    assert list(looks.look()) == ["a"]

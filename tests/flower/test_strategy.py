@@ -412,6 +412,7 @@ def test_clients_evaluate_their_own_records_and_every_token_weighs_the_same(
         ({"num_examples": 100}, "it claims 100 records; its hello said 15"),
         ({"loss": -0.5}, "loss is -0.5; 0 to "),
         ({"loss": 1e9}, "loss is 1e+09; 0 to "),
+        ({"reward": 1e6}, "it tells a reward, which objective loss has none of"),
         ({"ledger": "0" * 64}, "it is about ledger 0000000000000000"),
     ],
     ids=str,

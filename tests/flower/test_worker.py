@@ -151,3 +151,24 @@ def test_work_that_nobody_waits_for_any_more_ends(made: Worker, sites: Path) -> 
     before.wait(timeout=30)
     made.renew()
     assert made.ask("hello", *about(sites), b"")
+
+
+def test_a_long_folder_for_temporary_files_is_no_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A socket's path has some 100 bytes at most."""
+    long = tmp_path / ("n" * 90)
+    long.mkdir()
+    monkeypatch.setattr(worker.tempfile, "tempdir", str(long))
+    with_it = Worker()
+    try:
+        assert len(os.fsencode(with_it._address)) <= 103
+    finally:
+        with_it.close()
+
+
+def test_what_cannot_be_reached_is_left_to_this_process(monkeypatch: pytest.MonkeyPatch, made: Worker) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(worker, "Client", fails)
+    with pytest.raises(ConnectionError, match=r"cannot be reached \(AF_UNIX path too long\)"):
+        made.ask("hello", 1, {}, {}, b"")

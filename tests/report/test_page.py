@@ -443,6 +443,17 @@ def test_an_event_that_cannot_be_read_is_left_out_and_said_so(make: Maker, line:
     assert [e.loss for e in reading.read(run).evaluations] == [4.0, 3.5]
 
 
+def test_somebodys_page_is_not_overwritten(complete: Complete, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("my own page")
+    (tmp_path / "reward.png").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"index\.html is no report of fedkseed; give another --output"):
+        report(complete.run, folder=tmp_path)
+    assert (tmp_path / "index.html").read_text() == "my own page"
+    assert (tmp_path / "reward.png").read_bytes() == b"mine"
+    ours = report(complete.run, folder=tmp_path / "ours")
+    assert report(complete.run, folder=tmp_path / "ours") == ours
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(RunFolderError, match="holds no run"):

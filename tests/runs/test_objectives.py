@@ -154,7 +154,7 @@ def test_texts_that_are_learnt_whole_have_nothing_to_answer(tiny: Path, tmp_path
     """The tiny tokenizer begins no text with a token of its own."""
     data = tmp_path / "texts.jsonl"
     data.write_text('{"text": "name the dog"}\n' * 40)
-    with pytest.raises(DataError, match="a record has no prompt, .* nothing to answer"):
+    with pytest.raises(DataError, match=r"a record has no prompt, .* nothing to answer"):
         simulation(tmp_path / "run", tiny_settings(tiny, **SCORED, data=str(data), columns="output=text", partition="iid"))
     assert not (tmp_path / "run" / "ledger.safetensors").exists()
 

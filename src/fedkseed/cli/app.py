@@ -1,6 +1,5 @@
 """`fedkseed`: the commands. Heavy imports wait until a command runs, so that help is quick."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -10,13 +9,13 @@ from typer.core import TyperGroup
 
 from fedkseed import __version__
 from fedkseed.cli.console import complain, log_to_standard_error
+from fedkseed.cli.failures import one_line_each
 from fedkseed.cli.interrupts import INTERRUPTED, Interrupted, interruptible
 from fedkseed.cli.simulate import simulate, tune
 from fedkseed.cli.verbosity import Quiet, Verbose
 from fedkseed.data import LongPrompts
-from fedkseed.errors import ConfigError, FedKSeedError, is_want_of_memory
+from fedkseed.errors import ConfigError
 from fedkseed.models.dtypes import Dtype
-from fedkseed.text import one_line
 
 TRAIN, USE, ARITHMETIC, MACHINE = "Train", "Look at a run, use its model", "Several tuned models", "This machine"
 """Groups of commands in the help."""
@@ -300,19 +299,5 @@ def doctor() -> None:
 def main() -> None:
     """Run the command line; errors of a user's making are one line on stderr and exit code 2 (usage) or 1 (failure)."""
     log_to_standard_error()
-    try:
+    with one_line_each(complain):
         app()
-    except FedKSeedError as error:
-        complain(error)
-        sys.exit(error.exit_code)
-    except PermissionError as error:
-        complain(f"{error.filename}: {error.strerror}; give files and folders that this user may use")
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not is_want_of_memory(error):
-            raise
-        complain(
-            f"no memory for what was to be done ({one_line(error, 80)}); a smaller --batch-size or --max-length "
-            "needs less, so does --dtype bfloat16; a run goes on with --resume"
-        )
-        sys.exit(1)

@@ -16,6 +16,7 @@ from fedkseed.evaluation import AllScores, Scores
 from fedkseed.federation import Checkpoint
 from fedkseed.files import write_atomically
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.folder import exists
 from fedkseed.runs.scoring import Choices, Evaluated, measure
 from fedkseed.text import counted
 
@@ -36,12 +37,22 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
         FedKSeedError: the ledger, the model or the data cannot be used.
     """
     if output is not None:
+        if exists(output) and not _holds_scores(output):
+            raise ConfigError(f"--output {output} exists and is no file of scores; give another file")
         make_folder_for(output)
     with looking_on() as observer:
         found = measure(run, ledger, choices, observer)
     _show(found, by_category)
     if output is not None:
         _write(output, found.base, found.tuned, found.tuning)
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether an output may be written anew, as whoever asks again expects."""
+    try:
+        return bool({"base", "tuned"} <= json.loads(path.read_bytes()).keys())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _show(found: Evaluated, by_category: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,11 @@ def _scores(path: Path) -> dict[str, dict[str, float]]:
     """The overall scores of the base and of the tuned model, as far as they are there."""
     if not path.exists():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {which: content[which]["overall"] for which in ("base", "tuned")}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {which: dict(content[which]["overall"]) for which in ("base", "tuned")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # half written: scored anew where answers are wanted
+        return {}
 
 
 def _points(record: RunRecord) -> Iterable[Point]:
@@ -96,5 +100,5 @@ class Equal:
 
 
 def _at(measured: Measured, budget: int, spent: Callable[[Point], int]) -> float:
-    """The last loss within a budget."""
-    return [point.loss for point in measured.points if spent(point) <= budget][-1]
+    """The last loss within a budget; NaN where none is known, as of metrics whose first lines are damaged."""
+    return next((point.loss for point in reversed(measured.points) if spent(point) <= budget), math.nan)

@@ -26,7 +26,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
-    lr: Annotated[list[float], Field(min_length=1)]
+    lr: Annotated[list[Annotated[float, Field(strict=True)]], Field(min_length=1)]
     settings: dict[str, Any]
 
     @property
@@ -53,11 +53,11 @@ class Comparison(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: dict[str, Any] = {}
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [1, 2, 3]
-    tuning_seed: Annotated[int, Field(ge=0)] = 0
-    tuning_rounds: Annotated[int, Field(ge=1)] | None = None
-    answers: Annotated[int, Field(ge=0)] = 0
-    control: bool = True
+    seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)] = [1, 2, 3]
+    tuning_seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    tuning_rounds: Annotated[int, Field(ge=1, strict=True)] | None = None
+    answers: Annotated[int, Field(ge=0, strict=True)] = 0
+    control: Annotated[bool, Field(strict=True)] = True
     methods: Annotated[list[Entry], Field(min_length=1)]
 
     def config(self, entry: Entry, seed: int, lr: float, responses: str = "own") -> SimulationConfig:
@@ -147,3 +147,9 @@ def _check(comparison: Comparison) -> None:
             raise ConfigError(f"method {entry.name!r} has a learning rate twice in {entry.lr}; give different ones")
         for lr in entry.lr:
             comparison.config(entry, comparison.tuning_seed, lr)
+        for seed in comparison.seeds:
+            comparison.config(entry, seed, entry.lr[0])
+    if comparison.tuning_rounds is not None and len(first.lr) == 1:
+        raise ConfigError(
+            f"tuning_rounds is {comparison.tuning_rounds} and no method has several learning rates; leave it out, or give grids"
+        )

@@ -131,7 +131,8 @@ def carry_out(
 def _check_data(comparison: Comparison, output: Path) -> None:
     """Refuse to go on over other records than those that the folder's runs were made with, which would share a row."""
     tables = [comparison.settings, *(entry.settings for entry in comparison.methods)]
-    sources = {str(table[name]) for table in tables for name in ("data", "eval_data") if table.get(name)}
+    named = [table[name] for table in tables for name in ("data", "eval_data") if table.get(name)]
+    sources = {",".join(map(str, source)) if isinstance(source, list) else str(source) for source in named}
     now = {source: source_digest(source) for source in sorted(sources)}
     try:
         before = dict(json.loads((output / DATA).read_text(encoding="utf-8")))

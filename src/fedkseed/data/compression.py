@@ -5,6 +5,7 @@ import gzip
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fedkseed.errors import DataError, installing
 from fedkseed.text import one_line
@@ -20,10 +21,26 @@ def _zstandard(content: bytes) -> bytes:
         return whole
 
 
+def _of_streams(make: Callable[[], Any]) -> Callable[[bytes], bytes]:
+    """All streams of a file, as pbzip2 writes several; the modules' own functions end without a word at a damaged later one."""
+
+    def decompress(content: bytes) -> bytes:
+        parts = []
+        while content:
+            stream = make()
+            parts.append(stream.decompress(content))
+            if not stream.eof:
+                raise EOFError("it ends in the middle of a stream")
+            content = stream.unused_data.lstrip(b"\0")  # xz may pad
+        return b"".join(parts)
+
+    return decompress
+
+
 DECOMPRESS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+    b"BZh": _of_streams(bz2.BZ2Decompressor),
+    b"\xfd7zXZ\x00": _of_streams(lzma.LZMADecompressor),
     b"\x28\xb5\x2f\xfd": _zstandard,
 }
 """By the bytes that such a file begins with."""

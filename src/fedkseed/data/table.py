@@ -42,10 +42,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
     except csv.Error as error:
         raise DataError(f"{path}:{done + 1}: not CSV ({error}); mend the row's quotes") from None
     head, columns = rows.pop(0) if rows else (f"{path}", [])
-    names = [name.strip() for name in columns]
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise DataError(f"{head}: two columns are called {twice[0]!r}; give each its own name")
+    _check_once([name.strip() for name in columns], head)
     for where, row in rows:
         if len(row) != len(columns):
             raise DataError(f"{where}: the row has other columns than the first row names; mend its commas and quotes")
@@ -91,10 +88,22 @@ def arrow_rows(path: Path) -> Iterator[Row]:
         from pyarrow import BufferReader, ipc
 
         open_table = ipc.open_file if content.startswith(b"ARROW1") else ipc.open_stream
-        rows: list[dict[str, Any]] = open_table(BufferReader(content)).read_all().to_pylist()
+        table = open_table(BufferReader(content)).read_all()
+        names.extend(table.column_names)
+        rows: list[dict[str, Any]] = table.to_pylist()
         return rows
 
-    return _numbered(_load(load, str(path), "an Arrow file"), str(path))
+    names: list[str] = []
+    rows = _load(load, str(path), "an Arrow file")
+    _check_once(names, str(path))
+    return _numbered(rows, str(path))
+
+
+def _check_once(names: list[str], where: str) -> None:
+    """Refuse columns of one name: nobody knows which of them is meant."""
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(f"{where}: two columns are called {twice[0]!r}; give each its own name")
 
 
 def is_saved(folder: Path) -> bool:

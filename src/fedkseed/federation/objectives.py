@@ -41,6 +41,16 @@ class Objective:
         """Whether its loss is that of tokens, so that no client can tell one below 0 or far above that of a guess."""
         return self.smooth and not self.pairs
 
+    @property
+    def has_reward(self) -> bool:
+        """Whether evaluations measure a score beside the loss."""
+        return self.answers or self.pairs
+
+    @property
+    def is_share(self) -> bool:
+        """Whether that score is from 0 to 1, as all of ours are; a function's may be anything."""
+        return self.has_reward and self.name in OBJECTIVES
+
 
 OBJECTIVES: dict[str, Objective] = {
     row.name: row

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.errors import ProtocolError, RunError
+from fedkseed.errors import InvalidValueError, ProtocolError, RunError
 from fedkseed.federation.checkpoint import Checkpoint
 from fedkseed.federation.cohort import count_steps, draw_cohort, shares
 from fedkseed.federation.config import FederationConfig
@@ -141,6 +142,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         Raises:
             ProtocolError: a name is not 1 to 64 bytes of printable text.
             RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
+            InvalidValueError: clients are no list, or a number of records is none.
         """
         cohort_size = self.config.cohort_size(len(clients))
         if cohort_size < self.config.min_replies or not clients:
@@ -161,8 +163,13 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
 
     def enrol(self, clients: Sequence[str], num_examples: Mapping[str, int] | None = None) -> None:
         """Know these clients, however many there are: an edge's, whose cohorts somebody else draws; see `admit`."""
+        if isinstance(clients, str):
+            raise InvalidValueError(f"clients are {clients!r:.80}; expected a list of their names")
         for name in clients:
             check_name(name)
+        for name, number in (num_examples or {}).items():
+            if not isinstance(number, Integral) or isinstance(number, bool) or number < 0:
+                raise InvalidValueError(f"num_examples of {name!r:.80} is {number!r:.40}; expected how many records it has")
         if len(set(clients)) != len(clients):
             raise RunError("two clients have the same name; names must be distinct")
         known = dict(num_examples or {})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import get_args
 from urllib.parse import quote
 
 from fedkseed.errors import PrivacyError
 from fedkseed.files import alone, write_atomically
-from fedkseed.privacy import Privacy
+from fedkseed.privacy import Privacy, Unit
 from fedkseed.privacy.accountant import History, added, get_epsilon
 from fedkseed.text import one_line
 
@@ -26,24 +28,28 @@ class KeptHistory:
     def __init__(self, folder: Path, client: str) -> None:
         self.path = folder / f"privacy-{quote(client, safe='')}.json"
 
-    def load(self) -> History:
-        """What was released so far.
+    def load(self) -> tuple[History, Unit | None]:
+        """What was released so far, and what each release hid: a record, if some hid no more; None if it is not known.
 
         Raises:
             PrivacyError: the file cannot be read; it is never taken for an empty one.
         """
         try:
-            entries = json.loads(self.path.read_bytes())
+            content = json.loads(self.path.read_bytes())
+            # before there were units it was the list alone
+            unit, entries = (None, content) if isinstance(content, list) else (content["unit"], content["releases"])
             history = tuple((float(noise), float(rate), int(steps)) for noise, rate, steps in entries)
-            if not all(noise >= 0 and 0 < rate <= 1 and steps > 0 for noise, rate, steps in history):
+            if not history or unit not in (None, *get_args(Unit)):
+                raise ValueError("it holds no release")
+            if not all(0 <= noise < math.inf and 0 < rate <= 1 and steps > 0 for noise, rate, steps in history):
                 raise ValueError("an entry is out of its range")
         except FileNotFoundError:
-            return ()
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            return (), None
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise PrivacyError(
                 f"{self.path}: the account of what was released cannot be read ({one_line(error, 80)}); restore it from a copy"
             ) from error
-        return history
+        return history, unit
 
     def spend(self, privacy: Privacy, sample_rate: float, steps: int) -> float:
         """Count some steps, on the disk when this returns; epsilon afterwards.
@@ -54,7 +60,12 @@ class KeptHistory:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with alone(self.path.parent / ".lock"):
-                before = self.load()
+                before, unit = self.load()
+                if (unit, privacy.unit) == ("record", "client"):
+                    raise PrivacyError(
+                        f"{self.path}: what was released hid single records, which says nothing of the client as a whole; keep "
+                        "dp = record, or give another state folder to a node whose records were in no release"
+                    )
                 history = added(before, privacy.noise_multiplier, sample_rate, steps)
                 epsilon = get_epsilon(history, privacy.delta)
                 if privacy.epsilon is not None and epsilon > privacy.epsilon:
@@ -62,7 +73,8 @@ class KeptHistory:
                         f"the privacy budget is spent: epsilon is {get_epsilon(before, privacy.delta):.3f} at delta "
                         f"{privacy.delta:g}, this round would make it {epsilon:.3f}, and the node allows {privacy.epsilon:g}"
                     )
-                write_atomically(self.path, json.dumps(history).encode(), private=True)
+                content = {"unit": "record" if unit == "record" else privacy.unit, "releases": history}
+                write_atomically(self.path, json.dumps(content).encode(), private=True)
         except OSError as error:
             raise PrivacyError(
                 f"{self.path}: the account of what is released cannot be kept ({error.strerror}); choose another folder: state "

@@ -254,6 +254,11 @@ def node_settings(run_config: Mapping[str, Any], node_config: Mapping[str, Any])
             f"node-config dp is {privacy.unit}, which hides how many records there are, and run-config weighting is "
             f"{config.weighting}, which weighs by them; a private node takes part in runs with weighting equal"
         )
+    if privacy is not None and config.local_unit == "epochs":
+        raise ConfigError(
+            f"node-config dp is {privacy.unit}, which hides how many records there are, and run-config local-unit is epochs, "
+            "which are counted by them; a private node takes part in runs with local-unit steps"
+        )
     eval_data = str(node_config["eval-data"]) if node_config.get("eval-data") else None
     return Node(
         str(node_config["name"]),

@@ -86,7 +86,14 @@ class Roll:
                 self._admit(node_id, unwrap(reply))
             except (ProtocolError, RunError) as error:
                 log(WARNING, "node %s is turned away: %s", node_id, error)
+                self._forget(node_id)
         return {name: member for name, member in sorted(self._members.items()) if member.node_id in self._online}
+
+    def _forget(self, node_id: int) -> None:
+        """Let a node be no member, which was one before it started again and said something else."""
+        name = self._named.pop(node_id, None)
+        if name is not None and name in self._members and self._members[name].node_id == node_id:
+            del self._members[name]
 
     def _admit(self, node_id: int, data: bytes) -> None:
         hello = Hello.decode(data)
@@ -113,8 +120,6 @@ class Roll:
                 f"{hello.name!r} has {hello.num_examples} records, and {known} when the run met it, by which it weighs; "
                 "give it those records, or another name, or change its number in the run's config.toml"
             )
-        before = self._named.get(node_id, hello.name)
-        if before != hello.name and before in self._members and self._members[before].node_id == node_id:
-            del self._members[before]  # the name that this node had
+        self._forget(node_id)  # the name that it had
         self._members[hello.name], self._named[node_id] = Member(node_id, hello), hello.name
         log(INFO, "%s is here: node %s, %s examples", hello.name, node_id, hello.num_examples)

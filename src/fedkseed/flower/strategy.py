@@ -315,6 +315,10 @@ class FedKSeed(Strategy):
         ):
             if claimed > most:
                 raise ProtocolError(f"it claims {claimed} {what}; its hello said {most}")
+        if evaluation.reward is not None and not self.config.goal.has_reward:
+            raise ProtocolError(f"it tells a reward, which objective {self.config.objective} has none of")
+        if evaluation.reward is not None and self.config.goal.is_share and not 0 <= evaluation.reward <= 1:
+            raise ProtocolError(f"its reward is {evaluation.reward:g}; that of {self.config.objective} is from 0 to 1")
         if self._guess_loss is not None:
             check_loss(evaluation.loss, MOST_GUESSES * self._guess_loss)
 
@@ -324,6 +328,11 @@ class FedKSeed(Strategy):
         Its steps must fit into a request: its own count of records must not end the run. Without backpropagation it answers
         with scalars, which only changes by sgd can be weighed against.
         """
+        if hello.num_examples > self.config.max_examples:
+            raise RunError(
+                f"{hello.name!r} says it has {hello.num_examples} records; at most {self.config.max_examples} are accepted "
+                "(max-examples)"
+            )
         count_steps(self.config, hello.num_examples, hello.name)
         if not hello.backpropagation and self.config.facts.has_pages and self.config.local_optimizer != "sgd":
             raise RunError(

@@ -28,6 +28,8 @@ from fedkseed.flower.log import log
 from fedkseed.text import named_line
 
 POLL_SECONDS = 0.05
+LONGEST_FOLDER = 60
+"""Bytes of the folder for temporary files: a socket's whole path has at most 103 of them on some systems."""
 SERVE = f"import sys; from {__name__} import serve; serve(sys.argv[1])"
 ANSWERED, REFUSED, WITHHELD, FAILED = "answered", "refused", "withheld", "failed"
 
@@ -94,7 +96,11 @@ class Worker:
         return Path(self._folder.name) / "socket"
 
     def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fedkseed-worker-", ignore_cleanup_errors=True)  # for this user only
+        usual = tempfile.gettempdir()
+        place = usual if len(os.fsencode(usual)) <= LONGEST_FOLDER else "/tmp"
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="fedkseed-worker-", dir=place, ignore_cleanup_errors=True
+        )  # for us only
         self._was_ready = False
         # its standard input closes when this process ends, however it ends
         self._process = subprocess.Popen([sys.executable, "-c", SERVE, self._folder.name], stdin=subprocess.PIPE)
@@ -106,6 +112,8 @@ class Worker:
             except (FileNotFoundError, ConnectionRefusedError):
                 if not _is_running(self._process.pid):
                     raise ConnectionError(f"the node's worker (process {self._process.pid}) is not there") from None
+            except OSError as error:
+                raise ConnectionError(f"the node's worker (process {self._process.pid}) cannot be reached ({error})") from error
             time.sleep(POLL_SECONDS)
 
 

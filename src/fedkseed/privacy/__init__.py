@@ -4,6 +4,6 @@ Pure functions of their arguments, among them the source of random bytes; `accou
 """
 
 from fedkseed.privacy.mechanism import Mechanism, Source, poisson_sample
-from fedkseed.privacy.settings import DELTA, WITHHELD, Privacy
+from fedkseed.privacy.settings import DELTA, WITHHELD, Privacy, Unit
 
-__all__ = ["DELTA", "WITHHELD", "Mechanism", "Privacy", "Source", "poisson_sample"]
+__all__ = ["DELTA", "WITHHELD", "Mechanism", "Privacy", "Source", "Unit", "poisson_sample"]

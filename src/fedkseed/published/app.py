@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from fedkseed.cli.failures import one_line_each
 from fedkseed.cli.interrupts import Interrupted
-from fedkseed.errors import ConfigError, FedKSeedError
+from fedkseed.errors import ConfigError
 from fedkseed.published.flags import PUBLISHED, parser
 from fedkseed.runs.settings import SimulationConfig
 from fedkseed.text import visible
@@ -29,11 +30,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the published command line; a user's errors are one line on stderr and exit code 2 (usage) or 1 (failure)."""
     try:
-        run(parser().parse_args(arguments))
-    except FedKSeedError as error:
-        text = re.sub(r"--[a-z][a-z-]*", lambda match: PUBLISHED.get(match[0], match[0]), str(error))
-        print(f"main.py: {visible(text)}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        with one_line_each(_tell):
+            run(parser().parse_args(arguments))
     except typer.Exit as done:
         if isinstance(done, Interrupted):
             done.tell()
@@ -41,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _tell(error: object) -> None:
+    """An error's line, with the published flags for ours."""
+    text = re.sub(r"--[a-z][a-z-]*", lambda match: PUBLISHED.get(match[0], match[0]), str(error))
+    print(f"main.py: {visible(text)}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from fedkseed.report import several
 from fedkseed.report.chart import Chart
 from fedkseed.report.charts import CHARTS, charts
 from fedkseed.report.drawing import LINES
+from fedkseed.report.markup import GENERATOR
 from fedkseed.report.page import page
 from fedkseed.report.picture import Picture, render
 from fedkseed.report.reading import read
@@ -34,10 +35,10 @@ def report(run: Path, which: str | int | None = None, folder: Path | None = None
     Raises:
         RunFolderError: there is no run, or it keeps no ledger of that round.
         RunError: a file of the run is damaged, or the report cannot be written.
-        ConfigError: the run's settings are not valid (any more).
+        ConfigError: the run's settings are not valid (any more), or the folder holds a page that is no report.
         LedgerError: the run's ledger is damaged or of another version.
     """
-    record, where = read(run, which), _made(folder or run / FOLDER)
+    record, where = read(run, which), _made(folder or run / FOLDER, PAGE if folder else None)
     shown = charts(record)
     pictures = _drawn(shown)
     content = page(run, record, shown, {name: picture.svg for name, picture in pictures.items()})
@@ -63,7 +64,7 @@ def report_several(runs: Sequence[Path], folder: Path | None = None) -> Path:
     if len(runs) > len(LINES):
         raise ConfigError(f"{len(runs)} runs; the lines of more than {len(LINES)} cannot be told apart")
     records = {name: read(run) for name, run in zip(several.names_of(runs), runs, strict=True)}
-    where = _made(folder or runs[0] / FOLDER)
+    where = _made(folder or runs[0] / FOLDER, COMPARED if folder else None)
     shown = several.charts_of(records)
     pictures = _drawn(shown)
     content = several.page(records, shown, {name: picture.svg for name, picture in pictures.items()})
@@ -74,10 +75,12 @@ def _drawn(shown: Sequence[Chart]) -> dict[str, Picture]:
     return {chart.name: render(chart.name, chart.title, chart.draw) for chart in shown if chart.draw is not None}
 
 
-def _made(folder: Path) -> Path:
-    """The folder to write into, before anything is drawn, which takes seconds."""
+def _made(folder: Path, page: str | None) -> Path:
+    """The folder to write into, before anything is drawn, which takes seconds; a `page` there must be one of ours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if page is not None and (folder / page).exists() and GENERATOR.encode() not in (folder / page).read_bytes()[:4096]:
+            raise ConfigError(f"{folder / page} is no report of fedkseed; give another --output")
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return folder

@@ -62,7 +62,10 @@ def separate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Inputs]:
         named["objective"] = (
             f"{getattr(score, '__module__', 'function')}:{getattr(score, '__qualname__', type(score).__name__)}"
         )
-    columns = parse_columns(named["columns"]) if named.get("columns") else COLUMNS
+    given = named.get("columns")
+    if given is not None and not isinstance(given, (str, Mapping)):
+        raise ConfigError(f"columns is {given!r:.80}; expected a text such as output=answer, or a dict")
+    columns = parse_columns(given) if given else COLUMNS
     for key in ("data", "eval_data"):
         if named.get(key) is not None and not _is_named(named[key]):
             records = objects[key] = read_records(named[key], columns, key)

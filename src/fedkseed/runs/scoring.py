@@ -105,6 +105,9 @@ def evaluate(
         number = choices.get(name)
         if number is not None and (not isinstance(number, Integral) or isinstance(number, bool) or number < least):
             raise ConfigError(f"{name} is {number!r:.40}; expected an integer from {least} on")
+    for name in ("template", "columns"):
+        if not isinstance(choices.get(name), (str, Path, dict, type(None))):
+            raise ConfigError(f"{name} is {choices[name]!r:.80}; expected a text")
     named, inputs = separate(choices)
     where, other = None if run is None else Path(run), None if ledger is None else Path(ledger)
     return measure(where, other, Choices(**named), observer or Nobody(), inputs)

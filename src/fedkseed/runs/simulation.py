@@ -283,8 +283,10 @@ def simulate(
         else:
             stack.enter_context(folder.held())  # before anything is loaded
             before = folder.config
-            config = found_out(config, before).model_copy(update={"num_rounds": max(config.num_rounds, before.num_rounds)})
-            check_same(folder, folder.load_checkpoint(), config, None, accept_changes)  # what takes no reading of records
+            checkpoint = folder.load_checkpoint()
+            rounds = config.num_rounds if "num_rounds" in named else before.num_rounds
+            config = found_out(config, before).model_copy(update={"num_rounds": rounds})
+            check_same(folder, checkpoint, config, None, accept_changes)  # what takes no reading of records
         learner = load_learner(config, watch, inputs)
         records = prepare(config, watch, inputs, learner)
         folder = folder or RunFolder.create(path, records.config)

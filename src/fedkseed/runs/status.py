@@ -54,9 +54,9 @@ class Status:
     @property
     def state(self) -> str:
         """In a word: done, running, or stopped."""
-        if self.round >= self.num_rounds:
-            return "done"
-        return "stopped" if self.process is None else "running"
+        if self.process is not None:  # which may evaluate the last round yet
+            return "running"
+        return "done" if self.round >= self.num_rounds else "stopped"
 
 
 def status_of(path: Path) -> Status:

@@ -66,6 +66,8 @@ def check_trackers(names: Iterable[str], said: str = "--log") -> tuple[str, ...]
     Raises:
         ConfigError: one is unknown or not installed.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigError(f"{said} is {names!r:.80}; expected a list of names, such as ['tensorboard']")
     chosen = tuple(dict.fromkeys(names))
     for name in chosen:
         if name not in TRACKERS:
