@@ -18,12 +18,16 @@ def plain(value: Any) -> Any:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts in a value of lists and tables, keys among them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple, Mapping)):
-        for item in [*value, *value.values()] if isinstance(value, Mapping) else value:
-            yield from texts_in(item)
+    """All texts in a value of lists and tables, however deep, keys among them; in no order."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += item
 
 
 def is_whole(text: str) -> bool:

@@ -98,9 +98,8 @@ class Worker:
     def _start(self) -> None:
         usual = tempfile.gettempdir()
         place = usual if len(os.fsencode(usual)) <= LONGEST_FOLDER else "/tmp"
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="fedkseed-worker-", dir=place, ignore_cleanup_errors=True
-        )  # for us only
+        # for this user only
+        self._folder = tempfile.TemporaryDirectory(prefix="fedkseed-worker-", dir=place, ignore_cleanup_errors=True)
         self._was_ready = False
         # its standard input closes when this process ends, however it ends
         self._process = subprocess.Popen([sys.executable, "-c", SERVE, self._folder.name], stdin=subprocess.PIPE)
