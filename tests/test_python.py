@@ -23,6 +23,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model, load_tokenizer
 from fedkseed.runs import tuning
 from fedkseed.runs.rates import Rate
+from fedkseed.runs.settings import build
 from fedkseed.runs.simulation import Result
 from tests.support.command_line import CommandLine, assert_one_line, contents, environment, flags
 from tests.support.runs import Watcher, held_out, read_metrics
@@ -528,6 +529,11 @@ def test_a_run_that_goes_on_has_the_rounds_that_are_asked_for(tiny: Path, tmp_pa
     config = tmp_path / "run" / "config.toml"
     config.write_text(config.read_text().replace("num_rounds = 1\n", "num_rounds = 6\n"))  # as of a run that was stopped
     assert fk.simulate(settings | {"num_rounds": 2}, tmp_path / "run").ledger.round == 2
+    with pytest.raises(ConfigError, match=r"num_rounds is 1 and .* has 2 rounds already; give as many or more"):
+        fk.simulate(settings | {"num_rounds": 1}, tmp_path / "run")
+    assert "num_rounds = 2\n" in config.read_text()
+    unsaid = build({name: value for name, value in settings.items() if name != "num_rounds"})
+    assert fk.simulate(unsaid, tmp_path / "run").ledger.round == 2  # as many as the run wants, not the default
 
 
 @pytest.mark.parametrize(

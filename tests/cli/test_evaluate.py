@@ -335,9 +335,9 @@ def test_beside_a_ledger_a_run_must_be_one(fedkseed: CommandLine, run: Path, tin
 def test_somebodys_settings_beside_a_ledger_are_not_the_runs(
     fedkseed: CommandLine, run: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    shutil.copy(run.parent / "published.ledger", tmp_path)
+    shutil.copy(run.parent / "published.ledger", tmp_path / "ledger.safetensors")
     (tmp_path / "config.toml").write_text('title = "My blog"\n')
-    call = ("evaluate", tmp_path / "published.ledger", "--model", tiny / "model")
+    call = ("evaluate", tmp_path / "ledger.safetensors", "--model", tiny / "model")
     assert rows(fedkseed(*call, "--data", tiny / "records.jsonl", "--max-length", 48))["records"] == ["60", "60"]
 
 
@@ -355,5 +355,6 @@ def test_scores_replace_scores_and_nothing_else(fedkseed: CommandLine, copied: P
         before = path.read_bytes() if path.is_file() else b""
         assert_one_line(fedkseed("evaluate", copied, "--output", path), 2, f"--output {path} exists and is no file of scores")
         assert not before or path.read_bytes() == before
+    (tmp_path / "scores.json").touch()  # as mktemp makes it
     for _ in range(2):
         assert fedkseed("evaluate", copied, "--output", tmp_path / "scores.json").code == 0

@@ -339,6 +339,12 @@ def test_a_template_that_has_changed_since_costs_a_line(fedkseed: CommandLine, t
     assert "{instruction} {input} :" in (tmp_path / "before" / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_kept_round_is_exported_whatever_the_last_ledger_is_like(fedkseed: CommandLine, copied: Path, tmp_path: Path) -> None:
+    (copied / "ledger.safetensors").write_bytes(b"damaged")
+    result = fedkseed("export", copied, tmp_path / "out", "--round", 1, "--ledger-only")
+    assert (result.code, (tmp_path / "out" / "ledger.safetensors").exists()) == (0, True)
+
+
 # --- Baselines ---
 
 

@@ -292,11 +292,6 @@ def test_what_no_text_can_say_is_no_argument(given: dict[str, Any]) -> None:
         build({"model": "m", "lr": 1, "data": "o/n", "template": "chat", "template_arguments": given})
 
 
-def test_an_argument_that_stands_twice_is_refused() -> None:
-    with pytest.raises(InvalidValueError, match="template_arguments has 'a' twice"):
-        parse_arguments("a=1,a=2")
-
-
 @pytest.mark.parametrize("text", ["day=2026-01-01", "day=-inf", "day=[nan]"])
 def test_what_a_chat_template_cannot_be_given_in_writing_is_said_by_whoever_writes_it(make: Make, text: str) -> None:
     its, chat = make("{{ day }}{% for m in messages %}{{ m.content }}{% endfor %}"), get_template("chat", arguments=text)

@@ -95,9 +95,14 @@ def test_an_account_of_records_is_none_of_the_client(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match="what was released hid single records, which says nothing of the client as a whole"):
         kept.spend(client, 1.0, 1)
     assert kept.load() == (((8.0, 1.0, 1), (2.0, 0.1, 1)), "record")
-    kept.path.write_text("[[2.0, 0.1, 20]]")  # of before there were units
+    kept.path.write_text("[[2.0, 0.1, 20]]")  # of before the unit was kept: of a tenth of the records
+    with pytest.raises(PrivacyError, match="what was released hid single records"):
+        kept.spend(client, 1.0, 1)
+    kept.path.write_text("[[8.0, 1.0, 2]]")  # of the client, or of records that were all drawn
     kept.spend(client, 1.0, 1)
-    assert kept.load() == (((2.0, 0.1, 20), (8.0, 1.0, 1)), "client")
+    assert kept.load() == (((8.0, 1.0, 3),), None)
+    kept.spend(PRIVACY, 0.1, 1)
+    assert kept.load()[1] == "record"
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,35 @@ def test_a_member_that_is_turned_away_is_none(now: Answer) -> None:
     grid.answers[1] = says("a", 18)
     grid.infos[1].last_activated_at = "later still"
     assert list(looks.look()) == ["a"]
+
+
+def test_a_member_whose_hello_fails_once_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 1000.0
+    monkeypatch.setattr(roll.time, "monotonic", lambda: clock)
+    grid = MemoryGrid()
+    grid.add(1, says("a", 18))
+    looks = Roll(grid, BASE)
+    assert list(looks.look()) == ["a"]
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the node's worker ended in the middle of its work")
+    grid.answers[1] = lambda message: Message(error, reply_to=message)
+    grid.infos[1].last_activated_at = "later"
+    assert list(looks.look()) == ["a"]
+    grid.answers[1] = says("a", 18)
+    clock += 10
+    before = len(grid.sent)
+    assert list(looks.look()) == ["a"]
+    assert len(grid.sent) == before + 1  # asked again, since what it is now is not known
+
+
+def test_an_answer_to_an_older_hello_is_none() -> None:
+    """A node has started again before it answered; what it says late, of its first start, is of nobody who is there."""
+    grid = MemoryGrid()
+    held: list[Message] = []
+    grid.add(1, lambda message: held.append(message))  # type: ignore[arg-type,return-value,func-returns-value]
+    looks = Roll(grid, BASE)
+    assert looks.look() == {}
+    grid.infos[1].last_activated_at = "later"
+    grid.answers[1] = says("a", 18)
+    assert list(looks.look()) == ["a"]
+    assert list(looks.look()) == ["a"]
+    assert len({message.metadata.message_id for message in held}) <= 1

@@ -450,6 +450,8 @@ def test_somebodys_page_is_not_overwritten(complete: Complete, tmp_path: Path) -
         report(complete.run, folder=tmp_path)
     assert (tmp_path / "index.html").read_text() == "my own page"
     assert (tmp_path / "reward.png").read_bytes() == b"mine"
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "index.html").write_text('<html lang="en"><head><title>fedkseed report: an older one</title>')
     ours = report(complete.run, folder=tmp_path / "ours")
     assert report(complete.run, folder=tmp_path / "ours") == ours
 

@@ -19,8 +19,10 @@ if [[ $server =~ ^[0-9.]+$ || $server == *:* ]]; then address="IP:$server"; else
 log=$(mktemp)
 trap 'status=$?; ((status == 0)) || cat "$log" >&2; rm -f "$log"' EXIT
 if [[ ! -e ca.crt ]]; then
+    rm -f server.crt # which another authority has signed
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 365 -subj "/CN=fedkseed test authority" \
-        -keyout ca.key -out ca.crt 2>"$log"
+        -keyout ca.key -out new.crt 2>"$log"
+    mv new.crt ca.crt
 fi
 if [[ ! -e server.crt ]]; then
     openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=fedkseed SuperLink" \

@@ -48,9 +48,10 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
 
 
 def _holds_scores(path: Path) -> bool:
-    """Whether an output may be written anew, as whoever asks again expects."""
+    """Whether a file may be written anew, as whoever asks again expects: it is one of scores, or empty."""
     try:
-        return bool({"base", "tuned"} <= json.loads(path.read_bytes()).keys())
+        content = path.read_bytes()
+        return not content or bool({"base", "tuned"} <= json.loads(content).keys())
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 

@@ -203,7 +203,10 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, config: RunConfig, path: Path, t
     from fedkseed.runs.provenance import template_digest
 
     run = RunFolder.open(path if path.is_dir() else path.parent)
-    checkpoint = run.load_checkpoint() if isinstance(tuning, Ledger) else tuning  # a kept round's ledger says nothing of it
+    try:
+        checkpoint = run.load_checkpoint() if isinstance(tuning, Ledger) else tuning  # a kept round's ledger says nothing of it
+    except FedKSeedError:  # it is not the one that is exported
+        checkpoint = None
     was = (checkpoint.made_with or {}).get("template") if checkpoint is not None else None
     try:
         if was is not None and template_digest(config) not in (None, was):

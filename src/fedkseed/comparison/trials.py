@@ -213,6 +213,7 @@ class _Runner:
         """Evaluate those that have not been, by `fedkseed evaluate`."""
 
         def one(trial: Trial) -> None:
+            (trial.folder / SCORES).unlink(missing_ok=True)  # of fewer answers, or damaged, which `evaluate` would not replace
             what = ["evaluate", str(trial.folder), "--answers", str(answers), "--output", str(trial.folder / SCORES)]
             code, last = self._process(trial, what)
             if code:

@@ -191,8 +191,6 @@ def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidValueError(
                 f"template_arguments has {part.strip()!r}; expected name=value, such as enable_thinking=false"
             )
-        if name in arguments:
-            raise InvalidValueError(f"template_arguments has {name!r} twice; leave one of them out")
         try:
             arguments[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedkseed.data.example import Turn
-from fedkseed.data.values import absent, checked, kind, once, plain, texts_in
+from fedkseed.data.values import TwiceError, absent, checked, kind, once, plain, texts_in
 from fedkseed.errors import DataError
 
 SPEAKERS = {
@@ -38,7 +38,10 @@ def read_turns(value: Any, name: str, where: str) -> tuple[Turn, ...]:
         DataError: it is none of these, or a message lacks its role or content.
         UnusableError: a message holds what is no text, such as an image.
     """
-    messages = _listed(value)
+    try:
+        messages = _listed(value)
+    except TwiceError as error:
+        raise DataError(f"{where}: field {name!r}: {error}") from None
     if messages is None:
         raise DataError(f"{where}: field {name!r} is {kind(value)}; expected a list of messages with 'role' and 'content'")
     return tuple(
@@ -50,6 +53,8 @@ def _listed(value: Any) -> Sequence[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value, object_pairs_hook=once)
+        except TwiceError:
+            raise
         except (ValueError, RecursionError):
             return None
     if isinstance(value, Mapping) and all(isinstance(column, (list, tuple)) for column in value.values()):

@@ -38,7 +38,7 @@ def literal(value: Any) -> str:
         return "{" + ", ".join(f"{literal(str(key))}: {literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(literal, value)) + "]"
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return repr(value)
     raise InvalidValueError(f"template_arguments has {value!s:.40}, which no chat template can be given in writing")
 

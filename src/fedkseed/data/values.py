@@ -39,16 +39,20 @@ def is_whole(text: str) -> bool:
     return True
 
 
+class TwiceError(ValueError):
+    """A field stands twice in an object."""
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For JSON's readers: an object whose fields have one value each; of two, whoever reads takes another one.
 
     Raises:
-        ValueError: a field stands twice.
+        TwiceError: a field stands twice.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r:.40} stands twice in an object")
+        raise TwiceError(f"field {next(name for name in names if names.count(name) > 1)!r:.40} stands twice in an object")
     return found
 
 

@@ -36,13 +36,15 @@ class KeptHistory:
         """
         try:
             content = json.loads(self.path.read_bytes())
-            # before there were units it was the list alone
+            # the list alone, of before the unit was kept: what hid a client had all its records each time
             unit, entries = (None, content) if isinstance(content, list) else (content["unit"], content["releases"])
             history = tuple((float(noise), float(rate), int(steps)) for noise, rate, steps in entries)
             if not history or unit not in (None, *get_args(Unit)):
                 raise ValueError("it holds no release")
             if not all(0 <= noise < math.inf and 0 < rate <= 1 and steps > 0 for noise, rate, steps in history):
                 raise ValueError("an entry is out of its range")
+            if unit is None and any(rate < 1 for _, rate, _ in history):
+                unit = "record"
         except FileNotFoundError:
             return (), None
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -73,7 +75,8 @@ class KeptHistory:
                         f"the privacy budget is spent: epsilon is {get_epsilon(before, privacy.delta):.3f} at delta "
                         f"{privacy.delta:g}, this round would make it {epsilon:.3f}, and the node allows {privacy.epsilon:g}"
                     )
-                content = {"unit": "record" if unit == "record" else privacy.unit, "releases": history}
+                known = unit if before else privacy.unit
+                content = {"unit": "record" if "record" in (known, privacy.unit) else known, "releases": history}
                 write_atomically(self.path, json.dumps(content).encode(), private=True)
         except OSError as error:
             raise PrivacyError(

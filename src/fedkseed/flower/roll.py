@@ -72,11 +72,11 @@ class Roll:
         started = {id_: info.last_activated_at for id_, info in self._online.items() if id_ not in waiting}
         new = [node_id for node_id in started if self._asked.get(node_id) != started[node_id]]
         self._asked = started
-        self._hellos.drop(lambda message: message.metadata.dst_node_id in self._online)
+        self._hellos.drop(lambda message: message.metadata.dst_node_id in self._online.keys() - set(new))  # a newer one follows
         self._hellos.send([Message(wrap(b"hello"), node_id, HELLO, ttl=HELLO_SECONDS) for node_id in new])
         for request, reply in self._hellos.collect():
             node_id = request.metadata.dst_node_id
-            if reply.has_error() and reply.error.code in LOST:
+            if reply.has_error() and (reply.error.code in LOST or node_id in self._named):  # a member's may heal by itself
                 self._asked.pop(node_id, None)
                 wait = self._lost.get(node_id, (0.0, GREET_AGAIN_SECONDS))[1]
                 self._lost[node_id] = now + wait, min(2 * wait, MOST_GREET_AGAIN_SECONDS)

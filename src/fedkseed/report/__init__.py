@@ -9,7 +9,7 @@ from fedkseed.report import several
 from fedkseed.report.chart import Chart
 from fedkseed.report.charts import CHARTS, charts
 from fedkseed.report.drawing import LINES
-from fedkseed.report.markup import GENERATOR
+from fedkseed.report.markup import TITLE
 from fedkseed.report.page import page
 from fedkseed.report.picture import Picture, render
 from fedkseed.report.reading import read
@@ -79,7 +79,7 @@ def _made(folder: Path, page: str | None) -> Path:
     """The folder to write into, before anything is drawn, which takes seconds; a `page` there must be one of ours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if page is not None and (folder / page).exists() and GENERATOR.encode() not in (folder / page).read_bytes()[:4096]:
+        if page is not None and (folder / page).exists() and TITLE.encode() not in (folder / page).read_bytes()[:4096]:
             raise ConfigError(f"{folder / page} is no report of fedkseed; give another --output")
     except OSError as error:
         raise _cannot_write(folder, error) from error

@@ -80,8 +80,8 @@ def figures(charts: Sequence[Chart], pictures: Mapping[str, str]) -> list[Html]:
     return [tag("h2", "Charts"), tag("div", shown, class_="charts")]
 
 
-GENERATOR = '<meta name="generator" content="fedkseed">'
-"""By which a page is known to be ours."""
+TITLE = "<title>fedkseed report: "
+"""How the titles of all pages begin, by which one is known to be ours."""
 ON_DISK = tag("p", "Made by fedkseed report. The charts lie beside this page as PNG files.")
 """The foot of a page that is a file."""
 
@@ -89,8 +89,8 @@ ON_DISK = tag("p", "Made by fedkseed report. The charts lie beside this page as 
 def document(name: str, body: Sequence[Html], foot: Html = ON_DISK) -> str:
     """A whole page; `name` is that of what it reports."""
     head = (
-        f'<meta charset="utf-8">{GENERATOR}<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fedkseed report: {escape(visible(name))}</title><style>\n{_style()}</style>"
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{TITLE}{escape(visible(name))}</title><style>\n{_style()}</style>"
     )
     content = "\n".join(map(html, [*body, tag("footer", foot)]))
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'

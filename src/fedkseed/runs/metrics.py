@@ -91,7 +91,7 @@ def _event(line: bytes) -> dict[str, Any]:
     for name in NEEDED.get(event["event"], ()):
         if name not in event:
             raise ValueError(f"{name} is missing")
-        if type(event[name]) not in (int, float) or (name != "eval_loss" and not 0 <= event[name] <= MOST):
+        if type(event[name]) not in (int, float) or (name != "eval_loss" and not abs(event[name]) <= MOST):
             raise ValueError(f"{name} is {event[name]!r:.40}")
     for name, kind in KINDS.items():
         if not isinstance(event.get(name), (kind, type(None))):

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedkseed.baselines import TunedTensors, restore
-from fedkseed.data import Example, LongPrompts, encode, is_natural_instructions, read_source
-from fedkseed.errors import ConfigError, RunError, RunFolderError
+from fedkseed.data import Example, LongPrompts, encode, is_natural_instructions, read_source, resolve_source
+from fedkseed.errors import ConfigError, FedKSeedError, RunError, RunFolderError
 from fedkseed.evaluation import AllScores, Scores, score
 from fedkseed.federation import Checkpoint
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.answers import Answer, answer_to, keep_answers
-from fedkseed.runs.checkpoints import FILES
 from fedkseed.runs.folder import RunFolder, exists, tuned_file
 from fedkseed.runs.inputs import Inputs, separate
 from fedkseed.runs.layout import CONFIG
@@ -124,8 +123,6 @@ def measure(
         raise ConfigError("no run and no --ledger; give a run folder, or --ledger FILE with --model and --data")
     if choices.columns is not None and choices.data is None:
         raise ConfigError("--columns is of --data, which is missing; give --data, or leave --columns out")
-    if choices.columns is not None and is_natural_instructions(Path(choices.data or "")):
-        raise ConfigError(f"--columns is {choices.columns!r} and tasks of Natural Instructions have no columns; leave it out")
     if choices.round is not None and ledger is not None:
         raise ConfigError("--round is of a run, and --ledger is another ledger than the run's; give one of them")
     if run is not None and ledger is not None and not exists(run / CONFIG):
@@ -182,10 +179,15 @@ def measure(
 
 def _run_config(path: Path, choices: Choices) -> RunConfig | None:
     """The settings of the run whose folder or ledger this is; beside a bare file only where they are wanted: whose are they?"""
-    if path.is_file() and path.name not in FILES.values() and choices.model is not None and choices.data is not None:
-        return None
     folder = path if path.is_dir() else path.parent
-    return RunFolder.open(folder).config if (folder / CONFIG).exists() else None
+    if not (folder / CONFIG).exists():
+        return None
+    try:
+        return RunFolder.open(folder).config
+    except FedKSeedError:
+        if path.is_file() and choices.model is not None and choices.data is not None:  # anybody's, and not needed
+            return None
+        raise
 
 
 def _differs(path: Path, base: Scores) -> str | None:
@@ -215,6 +217,11 @@ def _source(config: RunConfig | None, choices: Choices, where: Path) -> str:
 
 def _records(config: RunConfig | None, choices: Choices, where: Path, max_length: int) -> list[Example]:
     if choices.data is not None:
+        resolve_source(choices.data)  # which says what is not there
+        if choices.columns is not None and is_natural_instructions(Path(choices.data)):
+            raise ConfigError(
+                f"--columns is {choices.columns!r} and tasks of Natural Instructions have no columns; leave it out"
+            )
         return read_source(choices.data, "test", max_length, config.seed if config else 0, choices.columns)
     if config is None:
         raise ConfigError(f"--data is missing and {where} has no {CONFIG} beside it that names held-out records; give --data")

@@ -284,7 +284,12 @@ def simulate(
             stack.enter_context(folder.held())  # before anything is loaded
             before = folder.config
             checkpoint = folder.load_checkpoint()
-            rounds = config.num_rounds if "num_rounds" in named else before.num_rounds
+            said = settings.model_fields_set if isinstance(settings, SimulationConfig) else named
+            rounds = config.num_rounds if "num_rounds" in said else before.num_rounds
+            if checkpoint is not None and rounds < checkpoint.round:
+                raise ConfigError(
+                    f"num_rounds is {rounds} and {path} has {checkpoint.round} rounds already; give as many or more"
+                )
             config = found_out(config, before).model_copy(update={"num_rounds": rounds})
             check_same(folder, checkpoint, config, None, accept_changes)  # what takes no reading of records
         learner = load_learner(config, watch, inputs)
