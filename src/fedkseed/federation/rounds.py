@@ -142,7 +142,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         Raises:
             ProtocolError: a name is not 1 to 64 bytes of printable text.
             RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
-            InvalidValueError: clients are no list, or a number of records is none.
+            InvalidValueError: a number of records is none.
         """
         cohort_size = self.config.cohort_size(len(clients))
         if cohort_size < self.config.min_replies or not clients:
@@ -163,8 +163,6 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
 
     def enrol(self, clients: Sequence[str], num_examples: Mapping[str, int] | None = None) -> None:
         """Know these clients, however many there are: an edge's, whose cohorts somebody else draws; see `admit`."""
-        if isinstance(clients, str):
-            raise InvalidValueError(f"clients are {clients!r:.80}; expected a list of their names")
         for name in clients:
             check_name(name)
         for name, number in (num_examples or {}).items():

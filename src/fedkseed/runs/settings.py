@@ -20,6 +20,7 @@ from fedkseed.data import (
     resolve_source,
 )
 from fedkseed.errors import ConfigError, DataError, InvalidValueError
+from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.federation.config import Count, FederationConfig, Positive
 from fedkseed.federation.objectives import OWN
 from fedkseed.files import read_toml
@@ -331,7 +332,8 @@ def patterns(text: str | None) -> list[str]:
 def without_void(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were written down, without what older versions took though it did nothing, which is refused now."""
     void = set[str]()
-    if settings.get("algorithm") == "fedkseed":
+    algorithm = ALGORITHMS.get(str(settings.get("algorithm")))
+    if algorithm is not None and not algorithm.takes("importance_start"):
         void.add("importance_start")
     if settings.get("partition", "dirichlet") != "dirichlet":
         void |= {"alpha", "min_partition_size"}
