@@ -178,7 +178,7 @@ def measure(
 
 
 def _run_config(path: Path, choices: Choices) -> RunConfig | None:
-    """The settings of the run whose folder or ledger this is; beside a bare file only where they are wanted: whose are they?"""
+    """The settings of the run whose folder or ledger this is; those beside a bare file may be no run's, and not wanted."""
     folder = path if path.is_dir() else path.parent
     if not (folder / CONFIG).exists():
         return None
