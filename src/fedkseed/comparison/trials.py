@@ -23,7 +23,7 @@ from fedkseed.runs.layout import CONFIG
 from fedkseed.runs.metrics import Metrics
 from fedkseed.runs.observer import Nobody
 from fedkseed.runs.records import prepare
-from fedkseed.runs.settings import SimulationConfig, flags, found_out
+from fedkseed.runs.settings import SimulationConfig, flags, found_out, source_text
 from fedkseed.text import visible
 
 NO_REPLIES = 75
@@ -132,7 +132,7 @@ def _check_data(comparison: Comparison, output: Path) -> None:
     """Refuse to go on over other records than those that the folder's runs were made with, which would share a row."""
     tables = [comparison.settings, *(entry.settings for entry in comparison.methods)]
     named = [table[name] for table in tables for name in ("data", "eval_data") if table.get(name)]
-    sources = {",".join(map(str, source)) if isinstance(source, list) else str(source) for source in named}
+    sources = {source_text(source) for source in named}
     now = {source: source_digest(source) for source in sorted(sources)}
     try:
         before = dict(json.loads((output / DATA).read_text(encoding="utf-8")))

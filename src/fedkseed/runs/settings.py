@@ -89,7 +89,7 @@ class RunConfig(FederationConfig):
     @field_validator("eval_data", mode="before")
     @classmethod
     def _eval_data_as_text(cls, value: Any) -> Any:
-        return _source_text(value)
+        return source_text(value)
 
     @field_validator("eval_data")
     @classmethod
@@ -227,7 +227,7 @@ class SimulationConfig(RunConfig):
     @field_validator("data", mode="before")
     @classmethod
     def _data_as_text(cls, value: Any) -> Any:
-        return _source_text(value)
+        return source_text(value)
 
     @field_validator("data")
     @classmethod
@@ -303,7 +303,7 @@ def _is_stored(info: ValidationInfo) -> bool:
     return bool(info.context and info.context["stored"])
 
 
-def _source_text(value: Any) -> Any:
+def source_text(value: Any) -> Any:
     """A path, or a list of them, as a text."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
 
