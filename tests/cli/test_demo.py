@@ -106,6 +106,17 @@ def test_the_report_lies_where_it_says(shown: Shown) -> None:
     assert "Answers before and after" in html
 
 
+def test_somebodys_records_are_not_written_anew(tmp_path: Path) -> None:
+    from fedkseed.cli.demo import demo
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "held-out.jsonl").write_text("mine\n")
+    with pytest.raises(RunFolderError, match=r"held-out\.jsonl is somebody's file.*choose another --run"):
+        demo(tmp_path, SEED)
+    assert contents(tmp_path / "data") == {"held-out.jsonl": b"mine\n"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 # --- Going on from it ---
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -355,6 +356,10 @@ def test_scores_replace_scores_and_nothing_else(fedkseed: CommandLine, copied: P
         before = path.read_bytes() if path.is_file() else b""
         assert_one_line(fedkseed("evaluate", copied, "--output", path), 2, f"--output {path} exists and is no file of scores")
         assert not before or path.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes to: not waited for
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        assert_one_line(fedkseed("evaluate", copied, "--output", path), 2, f"--output {path} exists and is no file of scores")
+    assert Path("/dev/null").is_char_device()
     (tmp_path / "scores.json").touch()  # as mktemp makes it
     for _ in range(2):
         assert fedkseed("evaluate", copied, "--output", tmp_path / "scores.json").code == 0

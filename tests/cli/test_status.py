@@ -32,6 +32,15 @@ def test_three_forms_say_what_the_run_says(fedkseed: CommandLine, finished: Path
     assert_one_line(fedkseed("status", finished, "--json", "--prometheus"), 2, "give one of them")
 
 
+def test_the_checkpoint_says_how_far_a_run_is_whatever_became_of_its_metrics(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    found = status_of(tmp_path / "run")
+    assert (found.state, found.round, found.eval_loss) == ("done", 3, None)
+    (tmp_path / "run" / "ledger.safetensors").unlink()
+    assert status_of(tmp_path / "run").state == "stopped"
+
+
 def test_who_is_at_a_run_is_seen_and_not_disturbed(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -361,6 +361,8 @@ def test_flags_with_resume_are_refused_and_missing_ones_have_their_defaults(
     call(tiny, "--rounds", 1, "-m", 0.5, "--log", "--eval_metric", "loss", "--eval_limit", 4)
     run = the_run(home)
     fails(capsys, ["--resume", str(run), "--save"], "--save can't be given with --resume")
+    fails(capsys, ["--resume", str(run), "--rounds", "40"], "--rounds can't be given with --resume")  # its default
+    fails(capsys, ["--resume", str(run), "-K", "4096"], "-K can't be given with --resume")
     (run / "config.yaml").write_text("log: true\neval_metric: loss\n")
     main(["--resume", str(run)])
     assert_outputs(run, 1, "loss")

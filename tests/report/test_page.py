@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from tests.support.report import Maker, Outline, closed, evaluation
 from fedkseed.errors import ConfigError, LedgerError, RunError, RunFolderError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.kseed.server import Server
-from fedkseed.report import drawing, reading, report
+from fedkseed.report import drawing, reading, report, report_several
 from fedkseed.report.charts import charts
 from fedkseed.report.page import page
 from fedkseed.report.picture import render
@@ -450,10 +451,15 @@ def test_somebodys_page_is_not_overwritten(complete: Complete, tmp_path: Path) -
         report(complete.run, folder=tmp_path)
     assert (tmp_path / "index.html").read_text() == "my own page"
     assert (tmp_path / "reward.png").read_bytes() == b"mine"
+    (tmp_path / "index.html").unlink()
+    with pytest.raises(ConfigError, match=r"reward\.png is no report of fedkseed; give another --output"):
+        report(complete.run, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["reward.png"]
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "index.html").write_text('<html lang="en"><head><title>fedkseed report: an older one</title>')
     ours = report(complete.run, folder=tmp_path / "ours")
     assert report(complete.run, folder=tmp_path / "ours") == ours
+    report_several([complete.run, shutil.copytree(complete.run, tmp_path / "other")], folder=tmp_path / "ours")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

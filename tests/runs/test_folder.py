@@ -45,6 +45,34 @@ def test_a_new_run_holds_its_settings_and_nothing_else(run: RunFolder, config: S
     assert run.metrics() == []
 
 
+@pytest.mark.parametrize("name", ["audit.jsonl", "ledgers", "metrics.jsonl", "ledger.safetensors", "tensors.safetensors"])
+def test_a_folder_with_something_of_a_run_is_not_taken(tmp_path: Path, config: SimulationConfig, name: str) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(RunFolderError, match=re.escape(f"holds a run already ({name}); go on with --resume")):
+        RunFolder.create(tmp_path / "run", config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("left", ["ledgers", "metrics"])
+def test_a_run_that_has_lost_its_checkpoint_is_not_begun_anew(run: RunFolder, left: str) -> None:
+    """Else what is left of it would be deleted; a round's event alone is what a kill leaves behind."""
+    if left == "ledgers":
+        (run.path / "ledgers").mkdir()
+        run.ledgers.path(0).write_bytes(b"")
+        assert run.load_checkpoint() is None
+        run.ledgers.path(3).write_bytes(b"")
+    else:
+        run.append_metrics(event(1))
+        assert run.load_checkpoint() is None
+        for server_round in (2, 3, 4):
+            run.append_metrics(event(server_round))
+    for read in (run.load_checkpoint, run.tuned_file):
+        with pytest.raises(RunFolderError, match=r"has lost its ledger\.safetensors: 3 rounds or more were done; restore it"):
+            read()
+    if left == "ledgers":
+        assert run.tuned_file(3) == run.ledgers.path(3)
+
+
 def test_a_run_older_than_long_prompts_dropped_them(run: RunFolder) -> None:
     file = run.path / "config.toml"
     text = file.read_text()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.runs import read_metrics, simulation
+from tests.support.runs import Watcher, read_metrics, simulation
 from tests.support.tiny import tiny_settings
 
 import fedkseed as fk
@@ -13,6 +13,7 @@ from fedkseed.kseed.ledger import Ledger
 from fedkseed.privacy.accountant import get_epsilon
 from fedkseed.report.model_card import About, model_card
 from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.records import prepare
 from fedkseed.runs.settings import build
 from fedkseed.runs.tuning import tune
 
@@ -76,6 +77,15 @@ def test_a_budget_ends_the_run_in_time_and_a_larger_one_goes_on(tiny: Path, tmp_
     further = fk.simulate({**settings, "epsilon": spent[2]}, tmp_path / "cut")
     assert further.checkpoint.round == 3
     assert rounds(tmp_path / "cut")[-1]["epsilon"] == spent[2]
+
+
+def test_a_budget_that_the_first_round_exceeds_is_refused_before_there_is_a_run(tiny: Path) -> None:
+    for dp, noise in (("client", 0.5), ("client", 0.0), ("record", 0.3)):
+        given = {**RECORD, "dp": dp, "noise_multiplier": noise, "epsilon": 0.2}
+        with pytest.raises(
+            ConfigError, match=rf"--epsilon is 0.2 and one round with --noise-multiplier {noise:g} costs .*raise"
+        ):
+            prepare(build(tiny_settings(tiny, **given)), Watcher())
 
 
 def test_noise_is_found_for_a_budget_and_stays(tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fedkseed.kseed.distance import moved_rms, relative_distance
 from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.runs.audit import Audit
 from fedkseed.runs.audit import audit as replay
-from fedkseed.runs.audit_log import AUDIT
+from fedkseed.runs.layout import AUDIT
 from fedkseed.text import counted
 
 

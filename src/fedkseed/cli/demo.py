@@ -14,7 +14,7 @@ from fedkseed.cli.display import watching
 from fedkseed.cli.interrupts import interruptible, with_run
 from fedkseed.data import Example, encode, read_examples
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
-from fedkseed.errors import RunError
+from fedkseed.errors import RunError, RunFolderError
 from fedkseed.evaluation import exact_match, generate
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.report import report
@@ -88,14 +88,18 @@ def _write_data(folder: Path, seed: int) -> tuple[SimulationConfig, list[Example
     data = folder / "data"
     records = held_out(seed)
     train = [Example(e.instruction, e.input, e.output, e.category, name) for name, own in clients(seed).items() for e in own]
+    files = {data / "train.jsonl": _lines(train).encode(), data / "held-out.jsonl": _lines(records).encode()}
     try:
+        for file, content in files.items():
+            if file.exists() and file.read_bytes() != content:
+                raise RunFolderError(f"{file} is somebody's file, which the demo would write anew; choose another --run")
         data.mkdir(parents=True, exist_ok=True)
-        for name, examples in (("train", train), ("held-out", records)):
-            (data / f"{name}.jsonl").write_text(_lines(examples), encoding="utf-8")
+        for file, content in files.items():
+            file.write_bytes(content)
     except OSError as error:
         raise RunError(f"{folder}: cannot write the run folder ({error.strerror}); choose another --run") from error
-    files = {"model": str(model_folder()), "data": data / "train.jsonl", "eval_data": data / "held-out.jsonl"}
-    return build({**SETTINGS, **files, "partition": "client", "seed": seed}), records
+    named = {"model": str(model_folder()), "data": data / "train.jsonl", "eval_data": data / "held-out.jsonl"}
+    return build({**SETTINGS, **named, "partition": "client", "seed": seed}), records
 
 
 def _lines(examples: Iterable[Example]) -> str:

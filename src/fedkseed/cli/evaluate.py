@@ -37,7 +37,7 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
         FedKSeedError: the ledger, the model or the data cannot be used.
     """
     if output is not None:
-        if exists(output) and not _holds_scores(output):
+        if exists(output) and not (output.is_file() and _holds_scores(output)):  # a pipe would be waited for
             raise ConfigError(f"--output {output} exists and is no file of scores; give another file")
         make_folder_for(output)
     with looking_on() as observer:

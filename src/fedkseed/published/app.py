@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import typer
 from fedkseed.cli.failures import one_line_each
 from fedkseed.cli.interrupts import Interrupted
 from fedkseed.errors import ConfigError
-from fedkseed.published.flags import PUBLISHED, parser
+from fedkseed.published.flags import PUBLISHED, given, parser
 from fedkseed.runs.settings import SimulationConfig
 from fedkseed.text import visible
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the published command line; a user's errors are one line on stderr and exit code 2 (usage) or 1 (failure)."""
     try:
         with one_line_each(_tell):
-            run(parser().parse_args(arguments))
+            run(parser().parse_args(arguments), given(arguments))
     except typer.Exit as done:
         if isinstance(done, Interrupted):
             done.tell()
@@ -47,8 +47,12 @@ def _tell(error: object) -> None:
     print(f"main.py: {visible(text)}", file=sys.stderr)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, named: Collection[str]) -> None:
     """Translate, say what it costs, train, and evaluate the tuned model.
+
+    Args:
+        args: all flags.
+        named: those that the command line names.
 
     Raises:
         FedKSeedError: see `translate` and `fedkseed.runs.simulation`.
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from fedkseed.runs.learner import load_learner
     from fedkseed.runs.records import prepare
 
-    config, args, folder = _settings(args)
+    config, args, folder = _settings(args, named)
     with watching(config) as display:
         display.note(f"the same with fedkseed: {command_line(config)}")
         if args.resume is None:
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         _train_and_evaluate(args, run_folder, records, learner, observer)
 
 
-def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Namespace, Path]:
+def _settings(args: argparse.Namespace, named: Collection[str]) -> tuple[SimulationConfig, argparse.Namespace, Path]:
     """What to run, with which flags, and where."""
     from fedkseed.published.outputs import read_flags
     from fedkseed.published.translation import translate
@@ -81,8 +85,9 @@ def _settings(args: argparse.Namespace) -> tuple[SimulationConfig, argparse.Name
 
     if args.resume is not None:
         defaults = vars(parser().parse_args([]))
-        if others := [name for name, value in vars(args).items() if name != "resume" and value != defaults[name]]:
-            raise ConfigError(f"--{others[0]} can't be given with --resume, which keeps the run's flags; leave it out")
+        if others := sorted(set(named) - {"resume"}):
+            flag = f"{'-' if len(others[0]) == 1 else '--'}{others[0]}"
+            raise ConfigError(f"{flag} can't be given with --resume, which keeps the run's flags; leave it out")
         flags = argparse.Namespace(**{**defaults, **vars(read_flags(args.resume)), "resume": args.resume})
         return RunFolder.open(args.resume).simulation, flags, args.resume
     return translate(args), args, new_folder(args.log_root if args.log else Path("runs"))

@@ -1,6 +1,7 @@
 """The published flags with their published defaults, and what to know of each."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -33,6 +34,14 @@ def yes_or_no(text: str) -> bool:
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no; expected one of {', '.join(known)}")
     return known[text.lower()]
+
+
+def given(arguments: Sequence[str] | None) -> set[str]:
+    """Which flags a command line names, whatever their values."""
+    p = parser()
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    return {*vars(p.parse_args(arguments))}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,7 +38,7 @@ def report(run: Path, which: str | int | None = None, folder: Path | None = None
         ConfigError: the run's settings are not valid (any more), or the folder holds a page that is no report.
         LedgerError: the run's ledger is damaged or of another version.
     """
-    record, where = read(run, which), _made(folder or run / FOLDER, PAGE if folder else None)
+    record, where = read(run, which), _made(folder or run / FOLDER, PAGE if folder else None, CHARTS)
     shown = charts(record)
     pictures = _drawn(shown)
     content = page(run, record, shown, {name: picture.svg for name, picture in pictures.items()})
@@ -64,7 +64,7 @@ def report_several(runs: Sequence[Path], folder: Path | None = None) -> Path:
     if len(runs) > len(LINES):
         raise ConfigError(f"{len(runs)} runs; the lines of more than {len(LINES)} cannot be told apart")
     records = {name: read(run) for name, run in zip(several.names_of(runs), runs, strict=True)}
-    where = _made(folder or runs[0] / FOLDER, COMPARED if folder else None)
+    where = _made(folder or runs[0] / FOLDER, COMPARED if folder else None, several.CHARTS)
     shown = several.charts_of(records)
     pictures = _drawn(shown)
     content = several.page(records, shown, {name: picture.svg for name, picture in pictures.items()})
@@ -75,15 +75,24 @@ def _drawn(shown: Sequence[Chart]) -> dict[str, Picture]:
     return {chart.name: render(chart.name, chart.title, chart.draw) for chart in shown if chart.draw is not None}
 
 
-def _made(folder: Path, page: str | None) -> Path:
-    """The folder to write into, before anything is drawn, which takes seconds; a `page` there must be one of ours."""
+def _made(folder: Path, page: str | None, pictures: Iterable[str]) -> Path:
+    """The folder to write into, before anything is drawn, which takes seconds; with a `page` what is there must be ours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if page is not None and (folder / page).exists() and TITLE.encode() not in (folder / page).read_bytes()[:4096]:
-            raise ConfigError(f"{folder / page} is no report of fedkseed; give another --output")
+        if page is not None and (found := _somebodys(folder, page, pictures)) is not None:
+            raise ConfigError(f"{found} is no report of fedkseed; give another --output")
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return folder
+
+
+def _somebodys(folder: Path, page: str, pictures: Iterable[str]) -> Path | None:
+    """What a report would write anew that is of none; pictures are known by a page of ours beside them."""
+    there = [one for one in (PAGE, COMPARED) if (folder / one).exists()]
+    ours = [one for one in there if TITLE.encode() in (folder / one).read_bytes()[:4096]]
+    others = [] if page in ours else [page]
+    others += [] if ours else [f"{picture}.png" for picture in pictures]
+    return next((folder / name for name in others if (folder / name).exists()), None)
 
 
 def _cannot_write(folder: Path, error: OSError) -> RunError:

@@ -16,8 +16,9 @@ from fedkseed.federation import FederationConfig
 from fedkseed.kseed.change_server import ChangeServer
 from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.kseed.server import Server
-from fedkseed.runs.audit_log import AUDIT, BEFORE_THE_FIRST, KINDS, Attempt, Session, asked, line_digest
+from fedkseed.runs.audit_log import BEFORE_THE_FIRST, KINDS, Attempt, Session, asked, line_digest
 from fedkseed.runs.folder import exists
+from fedkseed.runs.layout import AUDIT
 from fedkseed.runs.settings import without_void
 
 SERVERS: dict[str, type[Server] | type[ChangeServer]] = {"scalars": Server, "changes": ChangeServer}

@@ -23,8 +23,8 @@ from fedkseed.errors import RunError
 from fedkseed.federation import FederationConfig, Outcome, Rounds
 from fedkseed.federation.envelope import Request
 from fedkseed.kseed.ledger import Ledger
+from fedkseed.runs.layout import AUDIT
 
-AUDIT = "audit.jsonl"
 BEFORE_THE_FIRST = "0" * 64
 """In the first entry, in place of the digest of the one before."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -21,11 +21,12 @@ from fedkseed.federation import Checkpoint
 from fedkseed.files import Lock, write_atomically
 from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.runs.checkpoints import FILES, file_of, load_checkpoint
-from fedkseed.runs.layout import CONFIG, LEDGERS, LOCK, METRICS, read_settings
+from fedkseed.runs.layout import AUDIT, CONFIG, LEDGERS, LOCK, METRICS, read_settings
 from fedkseed.runs.ledgers import KeptLedgers
 from fedkseed.runs.metrics import Metrics, best_round, event_line, read_metrics
 from fedkseed.runs.settings import DRIVER, WORDS, RunConfig, SimulationConfig
 from fedkseed.runs.validation import validated
+from fedkseed.text import counted
 
 BEST = "best"
 """In place of a round's number: the one with the smallest held-out loss."""
@@ -69,7 +70,7 @@ class RunFolder:
         Raises:
             RunFolderError: it does.
         """
-        for name in (CONFIG, METRICS, *FILES.values()):
+        for name in (CONFIG, METRICS, AUDIT, LEDGERS, *FILES.values()):
             if exists(path / name):
                 raise RunFolderError(
                     f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
@@ -163,11 +164,12 @@ class RunFolder:
         """Where the run is, whichever its algorithm; None before the first round is done.
 
         Raises:
-            RunFolderError: the folder holds the checkpoint of another kind of algorithm.
+            RunFolderError: the folder holds the checkpoint of another kind of algorithm, or has lost its own.
             FedKSeedError: it cannot be read.
         """
         if self.checkpoint_path.exists():
             return load_checkpoint(self.checkpoint_path)
+        self._check_not_lost()
         for file in set(FILES.values()):
             if (self.path / file).exists():
                 raise RunFolderError(
@@ -175,6 +177,16 @@ class RunFolder:
                     "own settings, or choose another --run"
                 )
         return None
+
+    def _check_not_lost(self) -> None:
+        """Refuse to be before the first round where some were done: who goes on would delete what is left of them."""
+        events = (event["server_round"] for event in self.recorded().events if event["event"] == "round")
+        done = max([*self.ledgers.rounds, *(number - 1 for number in events)], default=0)  # an event is written first
+        if done > 0:
+            raise RunFolderError(
+                f"{self.path} has lost its {self.checkpoint_path.name}: {counted(done, 'round')} or more were done; restore it "
+                "from a copy, or choose another --run"
+            )
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint.
@@ -211,9 +223,12 @@ class RunFolder:
 
         Raises:
             ConfigError: it is neither, or the algorithm keeps no ledgers.
-            RunFolderError: no round is done yet, or the ledger of this one is not kept.
+            RunFolderError: no round is done yet, the checkpoint is lost, or the ledger of this round is not kept.
         """
-        if not self.checkpoint_path.exists():
+        saved = self.checkpoint_path.exists()
+        if which is None and not saved:
+            self._check_not_lost()
+        if not saved and (which is None or not self.ledgers.rounds):
             raise RunFolderError(f"{self.path} has no {self.checkpoint_path.name} yet: no round is done; --resume it first")
         if which is None:
             return self.checkpoint_path
@@ -227,7 +242,7 @@ class RunFolder:
         server_round = int(wanted)
         if (kept := self.ledgers.path(server_round)).exists():
             return kept
-        if Ledger.load(self.checkpoint_path).round == server_round:  # of a run that was begun when none were kept
+        if saved and Ledger.load(self.checkpoint_path).round == server_round:  # of a run that was begun when none were kept
             return self.checkpoint_path
         rounds = ", ".join(map(str, self.ledgers.rounds)) or "none"
         raise RunFolderError(f"--round {which}: {self.path} keeps no ledger of round {wanted}; those that it keeps: {rounds}")

@@ -10,7 +10,7 @@ from fedkseed.federation.algorithms import ALGORITHMS
 from fedkseed.files import read_toml
 from fedkseed.runs.settings import BEFORE, DEALING, DRIVER, without_void
 
-CONFIG, METRICS, LOCK, LEDGERS = "config.toml", "metrics.jsonl", ".lock", "ledgers"
+CONFIG, METRICS, LOCK, LEDGERS, AUDIT = "config.toml", "metrics.jsonl", ".lock", "ledgers", "audit.jsonl"
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

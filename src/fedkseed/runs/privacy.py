@@ -129,14 +129,26 @@ def with_noise(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
         sizes: how many records each client has.
 
     Raises:
-        ConfigError: no noise is enough, or dp-accounting is not installed.
+        ConfigError: no noise is enough, the noise that is given costs more than the budget in the first round, or
+            dp-accounting is not installed.
     """
-    if config.dp is None or config.noise_multiplier is not None or config.epsilon is None:
+    if config.dp is None or config.epsilon is None:
         return {}
     delta = DELTA if config.delta is None else config.delta
+    names = sorted(sizes)
+    if config.noise_multiplier is not None:
+        asked = draw_cohort(config, names, config.cohort_size(len(names)), 1, 0)
+        rate = max(sampling_rate(config.batch_size, sizes[name]) for name in asked)
+        use = (1.0, 1) if config.dp == "client" else (rate, config.local_steps)
+        cost = most_spent([added((), config.noise_multiplier, *use)], delta)
+        if cost > config.epsilon:
+            raise ConfigError(
+                f"--epsilon is {config.epsilon:g} and one round with --noise-multiplier {config.noise_multiplier:g} costs "
+                f"{cost:.3g} at delta {delta:g}; raise one of them"
+            )
+        return {}
     if config.dp == "client":
         return {"noise_multiplier": get_noise_multiplier(config.epsilon, delta, [(1.0, config.num_rounds)])}
-    names = sorted(sizes)
     rounds = dict.fromkeys(names, 0)
     for server_round in range(1, config.num_rounds + 1):
         for name in draw_cohort(config, names, config.cohort_size(len(names)), server_round, 0):

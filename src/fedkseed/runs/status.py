@@ -75,11 +75,11 @@ def status_of(path: Path) -> Status:
     rounds = [event for event in metrics.events if event["event"] == "round"]
     last: dict[str, Any] = rounds[-1] if rounds else {}
     losses = {number: loss for number, loss in metrics.losses.items() if math.isfinite(loss)}
-    best = best_round(losses)
+    best, saved = best_round(losses), _saved_round(path, algorithm)
     return Status(
         run=str(path),
         algorithm=algorithm,
-        round=min(last.get("server_round", 0), _saved_round(path, algorithm)),
+        round=last.get("server_round", 0) if saved is None else saved,
         num_rounds=num_rounds,
         process=Lock(path / LOCK).holder(),
         last_event=(path / METRICS).stat().st_mtime if metrics.events else None,
@@ -97,18 +97,21 @@ def status_of(path: Path) -> Status:
     )
 
 
-def _saved_round(path: Path, algorithm: str) -> float:
-    """The round of the checkpoint, without its tensors: events are written first, and a full disk may take only these."""
+def _saved_round(path: Path, algorithm: str) -> int | None:
+    """The round of the checkpoint, without its tensors; None if that is not to be had.
+
+    Events are written first, and a full disk may take only these; or they are lost, and a run needs none of them.
+    """
     if algorithm not in ALGORITHMS:
-        return math.inf
+        return None
     try:
         with (path / file_of(ALGORITHMS[algorithm])).open("rb") as file:
             number = safetensors_entry(safetensors_header(file)[0], METADATA)["round"]
     except FileNotFoundError:
         return 0
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # for whoever reads it to say; or a baseline's
-        return math.inf
-    return number if type(number) is int else math.inf
+        return None
+    return number if type(number) is int else None
 
 
 def _mean(values: list[float]) -> float | None:
