@@ -440,7 +440,7 @@ def test_an_optimiser_over_something_else() -> None:
     foreign = [
         (lambda numbers, lr: torch.optim.Adam(model.parameters(), lr=lr), "a Adam over 5 tensors"),
         (lambda numbers, lr: torch.optim.Adam([numbers[0].detach()], lr=lr), "a Adam over 1 tensors"),
-        (lambda numbers, lr: None, "a NoneType over 0 tensors"),
+        (lambda numbers, lr: None, "a NoneType; expected a class"),
     ]
     for factory, text in foreign:
         refused(lambda factory=factory: fk.prepare(model, POOL, lr=1e-2, optimizer=factory), f"^optimizer gave {text}")

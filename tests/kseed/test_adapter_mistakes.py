@@ -205,6 +205,86 @@ def test_what_cannot_be_prepared_with(given: dict[str, Any], text: str) -> None:
     assert list(model.state_dict()) == list(Net().state_dict())
 
 
+def test_a_model_that_has_gradients_can_be_prepared_once_they_are_gone() -> None:
+    model = Net()
+    loss_of(model, some_ids(0)).backward()
+    for _ in range(2):
+        refused(lambda: fk.prepare(model, POOL, lr=1e-2), r"^embed\.weight has a gradient already; call model\.zero_grad\(\)")
+    refused(lambda: fk.release(model), "^this Net is not being tuned; call fk.prepare first")
+    model.zero_grad()
+    model, optimizer = fk.prepare(model, POOL, lr=1e-2)
+    train(model, optimizer, range(1))
+    assert fk.release(model).round == 1
+
+
+class NoOptimizer:
+    """Has what is looked at, and neither hooks nor a place for a weak reference."""
+
+    __slots__ = ("param_groups",)
+
+    def __init__(self, parameters: list[Any], lr: float) -> None:
+        self.param_groups = [{"params": parameters}]
+
+
+@pytest.mark.parametrize("made", [NoOptimizer, lambda parameters, lr: None], ids=["look-alike", "nothing"])
+def test_what_is_no_optimizer_of_torch_leaves_the_model_alone(made: Any) -> None:
+    model = Net()
+    refused(lambda: fk.prepare(model, POOL, lr=1e-2, optimizer=made), "^optimizer gave a No.*; expected a class such as torch")
+    fk.prepare(model, POOL, lr=1e-2)
+
+
+def test_two_parts_that_are_tuned_have_a_ledger_each() -> None:
+    both = torch.nn.ModuleDict({"enc": Net(), "dec": Net()})
+    for net in both.values():
+        fk.prepare(net, POOL, lr=1e-2)
+    for call in (fk.ledger_of, fk.release):
+        refused(lambda call=call: call(both), "^2 parts of this ModuleDict are being tuned; call it on each: enc, dec$")
+    fk.release(both["enc"])
+    assert fk.release(both).round == 0  # the one that is left
+
+
+def test_a_model_in_another_layout_than_it_was_prepared_in() -> None:
+    model, optimizer = fk.prepare(torch.nn.Conv2d(3, 4, 3), POOL, lr=1e-2)
+    model.to(memory_format=torch.channels_last)
+    model(torch.ones(1, 3, 5, 5)).sum().backward()
+    before = model.weight.detach().clone()
+    refused(
+        optimizer.step, "^a weight is not contiguous in memory any more; call model.to.memory_format=torch.contiguous_format"
+    )
+    assert torch.equal(model.weight, before)
+    assert fk.ledger_of(model).round == 0
+    model.to(memory_format=torch.contiguous_format)
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
+def test_another_default_type() -> None:
+    base = torch.nn.Linear(4, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, optimizer = fk.prepare(base, POOL, lr=1e-2)
+        model(torch.ones(1, 4, dtype=torch.float32)).sum().backward()
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert numbers_of(optimizer).dtype == torch.float32
+    assert fk.release(model).round == 1
+
+
+def test_a_weight_that_is_no_number_and_not_used() -> None:
+    base = Net()
+    base.embed.weight.data[15] = float("nan")
+
+    def loss(model: torch.nn.Module) -> torch.Tensor:
+        return model.inner(model.embed(torch.arange(4))).square().sum()  # type: ignore[operator]
+
+    model, optimizer = fk.prepare(base, POOL, lr=1e-2)
+    assert fk.ledger_of(model).round == 0
+    loss(model).backward()
+    optimizer.step()
+    assert fk.release(model).round == 1
+
+
 def test_a_state_whose_columns_have_another_length() -> None:
     model, optimizer = fk.prepare(Net(), POOL, lr=1e-2)
     train(model, optimizer, range(1))

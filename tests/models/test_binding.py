@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import warnings
 import weakref
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.support.rows import backends, families, half_types, quick_backends
 import fedkseed as fk
 from fedkseed.errors import BackendError, BindingError, FedKSeedError, InvalidValueError
 from fedkseed.kseed.steps import StepSettings, local_steps
+from fedkseed.models.closed_page import ClosedPage
 from fedkseed.noise import get_backend
 
 KEY = 0xFEDCBA9876543210
@@ -734,6 +736,22 @@ def test_a_model_that_noise_cannot_be_applied_to_is_refused(case):
     assert all(torch.equal(x, y) for x, y in zip(dense, before, strict=True))
 
 
+def test_a_lazy_part_has_no_values_before_it_has_run():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that they are new
+        model = with_child(torch.nn.LazyLinear(4))
+    with pytest.raises(BindingError, match=r"^inner\.weight has no values yet; run the model once, then bind it$"):
+        fk.bind(model, pool_of("hadamard"))
+    model.inner(torch.ones(1, 3))
+    fk.bind(model, pool_of("hadamard"))
+
+
+@pytest.mark.parametrize("model", ["MODEL", None, small])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(BindingError, match=r"^model is a (str|NoneType|function); expected a torch\.nn\.Module$"):
+        fk.bind(model, pool_of("hadamard"))
+
+
 def test_a_model_that_torch_compile_made_is_refused():
     """The real wrapper, in case torch gives it another name one day."""
     with pytest.raises(BindingError, match=r"wrapped model"):
@@ -777,6 +795,77 @@ def test_a_model_spread_over_devices_has_the_bits_of_one_on_the_cpu(family):
         bound.rebuild(coefficients_of(SIZES[family]))
         bound.move([0, 2], [0.25, -0.5])
     assert laws.all_bits(spread) == laws.all_bits(whole)
+
+
+# --- a model whose memory was replaced ---
+
+
+def to_another_layout(model):
+    model.to(memory_format=torch.channels_last)
+
+
+REPLACED = {
+    "layout": (to_another_layout, r"^weight is not contiguous in memory"),
+    "type": (torch.nn.Module.double, r"^(bias|weight) is torch\.float64; tunable parameters are float32"),
+}
+
+
+@families
+@pytest.mark.parametrize("case", REPLACED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_that_can_no_longer_be_moved_is_said_to_be(dtype, case, family):
+    """A copy of its weights would move, and they would not."""
+    change, says = REPLACED[case]
+    pool = pool_of(family)
+    model, other = (torch.nn.Conv2d(3, 4, 3, dtype=dtype) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    bound, expected = fk.bind(model, pool), fk.bind(other, pool)
+    change(model)
+    before = laws.all_bits(model)
+    for call in (
+        lambda: bound.rebuild(coefficients_of(pool.size)),
+        lambda: bound.perturb(1, 0.5),
+        lambda: bound.open_page(fk.SeedPool(1, 4), [ClosedPage(pool, coefficients_of(pool.size))]),
+    ):
+        with pytest.raises(BindingError, match=says) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert laws.all_bits(model) == before
+    model.to(dtype)
+    model.weight.data = model.weight.data.contiguous()
+    for b in (bound, expected):  # nothing has changed meanwhile
+        b.perturb(2, 0.25)
+    assert bound.digest() == expected.digest()
+
+
+def test_a_model_on_another_device_than_it_was_bound_on_is_said_to_be(monkeypatch):
+    model = small()
+    bound = fk.bind(model, pool_of("hadamard"))
+    before = laws.all_bits(model)
+    monkeypatch.setattr(bound, "_backends", {"cuda": get_backend("cpu")})  # as if it had been bound there
+    with pytest.raises(BindingError, match=r"^0\.bias is on cpu, and was not when the model was bound; bind it anew there"):
+        bound.rebuild(coefficients_of(5))
+    assert laws.all_bits(model) == before
+
+
+def test_weights_in_another_layout_are_still_what_they_are():
+    model = torch.nn.Conv2d(3, 4, 3)
+    bound = fk.bind(model, pool_of("hadamard"))
+    bound.rebuild(coefficients_of(5))
+    to_another_layout(model)
+    assert bound.moved_from(coefficients_of(5)) is None
+    assert bound.moved_from(coefficients_of(5, 1)) == "bias"
+
+
+def test_a_weight_that_is_no_number_is_where_it_was():
+    model = torch.nn.Linear(3, 4)
+    model.weight.data[0, 0] = NAN
+    bound = fk.bind(model, pool_of("hadamard"))
+    assert bound.moved_from(np.zeros(5, F32)) is None
+    bound.rebuild(coefficients_of(5))
+    assert bound.moved_from(coefficients_of(5)) is None
+    model.weight.data[0, 1] = NAN
+    assert bound.moved_from(coefficients_of(5)) == "weight"
 
 
 # --- refused calls change nothing ---

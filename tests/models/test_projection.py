@@ -483,6 +483,52 @@ def test_folding_refuses_gradients_of_before_and_parameters_that_make_none():
         pass
 
 
+class Thrice(torch.nn.Module):
+    """One layer in a list three times: each name but the first is replaced once for every further name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)] * 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_folding_puts_back_the_parameters_of_a_module_that_has_three_names():
+    model = Thrice()
+    bound, before = fk.bind(model, fk.SeedPool(KEY, 4)), list(model.parameters())
+    found = []
+    for _ in range(2):
+        with bound.folding() as fold:
+            model(torch.ones(1, 4)).sum().backward()
+        assert bound.replaced() is None
+        assert all(x is y for x, y in zip(model.parameters(), before, strict=True))
+        found.append(fold.numbers())
+    np.testing.assert_array_equal(found[0], found[1])
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("of_another", [False, True], ids=["the same binding", "another"])
+def test_a_second_folding_inside_one_is_refused(of_another):
+    """The first would take every gradient, and the second be zeros."""
+    model = Net()
+    bound, other = fk.bind(model, fk.SeedPool(KEY, 4)), fk.bind(model, fk.SeedPool(1, 4))
+    says = r"^gradients of blocks\.0\.0\.bias are being folded already; leave that `with`, or call fk.release\(model\)"
+    with bound.folding() as fold:
+        with pytest.raises(InvalidValueError, match=says), (other if of_another else bound).folding():
+            pass
+        loss_of(model).backward()
+    assert fold.numbers().any()
+    with other.folding() as again:
+        loss_of(model).backward()
+    assert again.numbers().any()
+    fk.prepare(model, fk.SeedPool(KEY, 4), 1e-3)
+    with pytest.raises(InvalidValueError, match=says), bound.folding():
+        pass
+
+
 def test_a_projection_refuses_what_it_cannot_fold():
     projection = Projection(fk.SeedPool(KEY, 4), {"cpu": get_backend("cpu")})
     with pytest.raises(InvalidValueError, match=rf"gradient of w starts at 128; expected a multiple of {QUANTUM}"):

@@ -58,7 +58,7 @@ class KNumbers(torch.nn.Module):
         pool = bound.pool
         basis: Basis = "table" if pool.facts.has_table and block_size(pool.size) == pool.size else "coefficients"
         device = next(entry.device for entry in bound.model.parameters() if entry.requires_grad)
-        self.numbers = torch.nn.Parameter(torch.zeros(pool.size, device=device))
+        self.numbers = torch.nn.Parameter(torch.zeros(pool.size, dtype=torch.float32, device=device))
         self.num_steps = 0
         self.page = Page(pool, basis, bound.movement)
         self._bound, self._wire = bound, wire
@@ -74,8 +74,6 @@ class KNumbers(torch.nn.Module):
         self._frozen = [x for x in parameters if not x.requires_grad and is_plain_float(x)]
         self._dtypes = [x.dtype for x in self._weights]
         self._remember()
-        for x in self._weights:
-            setattr(x, TUNED, True)
         self._optimizer = weakref.ref(optimizer)
         self._handles: list[Any] = [
             *self._bound.fold_into(self._fold),
@@ -85,6 +83,8 @@ class KNumbers(torch.nn.Module):
             optimizer.register_load_state_dict_pre_hook(self._check_state),
             optimizer.register_load_state_dict_post_hook(self._take_state),
         ]
+        for x in self._weights:  # last, since only `detach` takes it away
+            setattr(x, TUNED, True)
 
     def _remember(self) -> None:
         """The weights and the numbers belong together as they are now."""
@@ -151,6 +151,10 @@ class KNumbers(torch.nn.Module):
             if x.dtype != dtype:
                 raise InvalidValueError(
                     f"the model was cast to {x.dtype} after it was prepared; load it in the type that is meant, then prepare it"
+                )
+            if not x.is_contiguous():
+                raise InvalidValueError(
+                    "a weight is not contiguous in memory any more; call model.to(memory_format=torch.contiguous_format)"
                 )
         if self._versions != _versions(self._weights) or self._frozen_versions != _versions(self._frozen):
             raise InvalidValueError(
@@ -326,8 +330,9 @@ def prepare(
         The same model, and the optimiser.
 
     Raises:
-        InvalidValueError: an unknown wire or movement, no model, pool or rate, or an optimiser that cannot be made, takes more
-            than a gradient a step, or is over anything but the numbers it was given.
+        InvalidValueError: an unknown wire or movement, no model, pool or rate, a weight that has a gradient already, or an
+            optimiser that cannot be made, takes more than a gradient a step, or is over anything but the numbers it was given.
+            The model is as it was then.
         BindingError: the model cannot be tuned, or it or a part of it is being tuned already, or it is not what `base` holds;
             see `fedkseed.bind`.
         BackendError: see `fedkseed.bind`.
@@ -354,11 +359,15 @@ def prepare(
             f"optimizer {optimizer!r:.80} made none ({one_line(error, 120)}); expected a class such as "
             "torch.optim.AdamW, or functools.partial of one"
         ) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise InvalidValueError(
+            f"optimizer gave a {type(made).__name__}; expected a class such as torch.optim.AdamW, or functools.partial of one"
+        )
     if isinstance(made, UNFIT):
         raise InvalidValueError(
             f"optimizer is {type(made).__name__}, which needs more than a gradient a step; take torch.optim.AdamW or the like"
         )
-    held = [x for group in getattr(made, "param_groups", [{"params": []}]) for x in group["params"]]
+    held = [x for group in made.param_groups for x in group["params"]]
     if len(held) != 1 or held[0] is not child.numbers:
         raise InvalidValueError(
             f"optimizer gave a {type(made).__name__} over {len(held)} tensors that are not the numbers it was given; expected "
@@ -373,7 +382,7 @@ def ledger_of(model: torch.nn.Module) -> Ledger:
     """The ledger of a prepared model, in its published form: what `fedkseed.apply` makes the same model of, to the bit.
 
     Raises:
-        InvalidValueError: the model was not prepared.
+        InvalidValueError: the model was not prepared, or several parts of it were.
         LedgerError: its weights are not those of its last step, since something else has changed them.
     """
     return _child(model).ledger()
@@ -391,7 +400,10 @@ def release(model: torch.nn.Module) -> Ledger:
 def _child(model: torch.nn.Module) -> KNumbers:
     if not isinstance(model, torch.nn.Module):
         raise InvalidValueError(f"model is {model!r:.80}; expected the module that fk.prepare gave")
-    found = [module for module in model.modules() if isinstance(module, KNumbers)]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, KNumbers)}
     if not found:
         raise InvalidValueError(f"this {type(model).__name__} is not being tuned; call fk.prepare first")
-    return found[0]
+    if len(found) > 1:
+        parts = ", ".join(name.removesuffix(f".{NUMBERS}") for name in found)
+        raise InvalidValueError(f"{len(found)} parts of this {type(model).__name__} are being tuned; call it on each: {parts}")
+    return next(iter(found.values()))

@@ -23,7 +23,9 @@ from fedkseed.models.identity import BaseIdentity
 from fedkseed.models.pages import ClosedPages
 from fedkseed.models.parameters import (
     NUMBERS,
+    TUNED,
     NamedParameter,
+    check_module,
     fit_again,
     is_quantised,
     named_parameters,
@@ -38,6 +40,8 @@ from fedkseed.noise.pool import MAX_ELEMENTS, MAX_FLOAT32, SeedPool
 from fedkseed.text import counted
 
 LOG = logging.getLogger(__name__)
+FOLDING = "_fedkseed_folding"
+"""The attribute that marks a parameter whose gradients are being folded."""
 
 
 class Binding:
@@ -97,7 +101,9 @@ class Binding:
         Raises:
             InvalidValueError: coefficients that `rebuild` would not take, an unknown movement, or one in proportion of a tensor
                 that is all zeros; nothing has changed then.
+            BindingError: see `rebuild`.
         """
+        self._check_memory()
         for moved in (movement, *(page.movement for page in closed)):
             if moved not in get_args(Movement):
                 raise InvalidValueError(f"movement is {moved!r:.40}; expected {' or '.join(get_args(Movement))}")
@@ -118,6 +124,13 @@ class Binding:
                     "freeze it"
                 )
 
+    def _check_memory(self) -> None:
+        """Refuse parameters whose memory was replaced by some that no sweep reaches: they would stay as they are."""
+        check_tunable(self._tunable)
+        for entry in self._tunable:
+            if (device := entry.parameter.device).type not in self._backends:
+                raise BindingError(f"{entry.name} is on {device}, and was not when the model was bound; bind it anew there")
+
     @property
     def num_pages(self) -> int:
         """How many pages the weights are the base and: the closed ones, and the open one."""
@@ -135,7 +148,9 @@ class Binding:
 
         Raises:
             InvalidValueError: another length, or a number that is not finite or beyond float32; nothing has changed then.
+            BindingError: the model has another type, layout or device by now, in which it cannot be moved.
         """
+        self._check_memory()
         coefficients = self.pool.check_coefficients(coefficients)
         mixture = self.pool.mixture_of(coefficients)
         self._centre = None
@@ -161,7 +176,9 @@ class Binding:
 
         Raises:
             InvalidValueError: an index or amount outside its range; nothing has changed then.
+            BindingError: see `rebuild`.
         """
+        self._check_memory()
         at, delta = self.pool.check_amounts(indices, amounts)
         moved = self._coefficients.copy()
         moved[at] += delta
@@ -239,17 +256,22 @@ class Binding:
             indices: see `project`.
 
         Raises:
-            InvalidValueError: a tunable parameter has a gradient already, or requires none any more; or see `project`.
+            InvalidValueError: a tunable parameter has a gradient already, or requires none any more, or its gradients are being
+                folded already; or see `project`.
         """
         self._check_gradients()
         projection = Projection(self.pool, self._backends, indices)
         with self._untied() as leaves:
             hooks = self._hook(leaves, lambda: projection)
+            for entry in self._tunable:
+                setattr(entry.parameter, FOLDING, True)
             try:
                 yield projection
             finally:
                 for hook in hooks:
                     hook.remove()
+                for entry in self._tunable:
+                    delattr(entry.parameter, FOLDING)
 
     def fold_into(self, projection: Callable[[], Projection]) -> list[RemovableHandle]:
         """Fold the gradients of every backward pass from now on; see `folding`, and `projection` for what to fold into.
@@ -278,6 +300,10 @@ class Binding:
                 raise InvalidValueError(f"{entry.name} has a gradient already; call model.zero_grad() before folding")
             if not entry.parameter.requires_grad:
                 raise InvalidValueError(f"{entry.name} requires no gradient any more; call requires_grad_(True) before folding")
+            if hasattr(entry.parameter, FOLDING) or hasattr(entry.parameter, TUNED):  # whose fold would take them all
+                raise InvalidValueError(
+                    f"gradients of {entry.name} are being folded already; leave that `with`, or call fk.release(model), first"
+                )
 
     def _hook(self, leaves: list[tuple[str, Any]], projection: Callable[[], Projection]) -> list[RemovableHandle]:
         def fold(name: str, parameter: torch.Tensor) -> None:
@@ -309,16 +335,17 @@ class Binding:
                     leaves.append((entry.name, owner[name]))
             yield leaves
         finally:
-            for owner, name, parameter in replaced:
+            for owner, name, parameter in reversed(replaced):  # a module with several names is in it several times
                 owner[name] = parameter
 
     def moved_from(self, coefficients: ArrayLike) -> str | None:
         """The name of the first tunable parameter that is not what `rebuild` would make it, or None; nothing is changed."""
         mixture = self.pool.mixture_of(coefficients)
         for entry in self._tunable:
-            there = {entry.name: torch.empty_like(entry.parameter, requires_grad=False)}
-            self._from_base(there)(*self._pages.mixtures, mixture)
-            if not torch.equal(there[entry.name], entry.parameter.detach()):
+            there = torch.empty_like(entry.parameter, requires_grad=False, memory_format=torch.contiguous_format)
+            self._from_base({entry.name: there})(*self._pages.mixtures, mixture)
+            now = entry.parameter.detach()
+            if not (torch.equal(there, now) or torch.allclose(there, now, rtol=0, atol=0, equal_nan=True)):
                 return entry.name
         return None
 
@@ -411,12 +438,11 @@ def bind(model: torch.nn.Module, pool: SeedPool, base: str | Path | None = None,
         backend: `auto` (for each parameter the fastest of its device), or the name of a noise backend.
 
     Raises:
-        BindingError: the model is wrapped; a parameter is on the meta device, sparse, not contiguous, of another type
-            than float32, float16 or bfloat16, or shares memory with another; the base file does not fit the model.
+        BindingError: the model is wrapped; a parameter has no values yet, is on the meta device, sparse, not contiguous, of
+            another type than float32, float16 or bfloat16, or shares memory with another; the base file does not fit the model.
         BackendError: no backend works on the parameters' device, or the named one cannot run here.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise BindingError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    check_module(model)
     if not isinstance(pool, SeedPool):
         raise BindingError(f"pool is a {type(pool).__name__}; expected a fedkseed.SeedPool")
     bound = Binding(model, pool, base, backend)

@@ -35,8 +35,10 @@ def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
     """All parameters of a bare module, tied ones once, sorted by canonical name.
 
     Raises:
-        BindingError: the model is wrapped, being tuned, has no parameters, or one is on the meta device or sparse.
+        BindingError: the model is none, wrapped, being tuned, has no parameters, or one has no values, is on the meta device or
+            sparse.
     """
+    check_module(model)
     if any(hasattr(parameter, TUNED) for parameter in model.parameters()):
         raise BindingError(
             f"this {type(model).__name__}, or a part of it, is being tuned (fk.prepare); call fk.release(model) first, or load "
@@ -52,11 +54,23 @@ def named_parameters(model: torch.nn.Module) -> list[NamedParameter]:
         raise BindingError(f"{type(model).__name__} has no parameters; expected a model with weights")
     _refuse_wrapped(model, [entry.name for entry in found])
     for entry in found:
+        if torch.nn.parameter.is_lazy(entry.parameter):
+            raise BindingError(f"{entry.name} has no values yet; run the model once, then bind it")
         if entry.parameter.device.type == "meta":
             raise BindingError(f"{entry.name} is on the meta device; load the model's weights before binding it")
         if entry.parameter.layout != torch.strided:
             raise BindingError(f"{entry.name} is sparse ({entry.parameter.layout}); expected a dense parameter")
     return sorted(found, key=lambda entry: entry.name)
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        BindingError: it is none.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise BindingError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
 
 
 def _refuse_wrapped(model: torch.nn.Module, names: Iterable[str]) -> None:

@@ -50,7 +50,7 @@ def between(backends: Backends, sources: Tensors, outputs: Tensors) -> Sweep:
     """`output <- cast(widen(source) + sum_k a_k z_k)`, between tensors of the same names."""
     return _prepare(
         backends,
-        [Slot(x.detach().reshape(-1), sources[name].detach().reshape(-1), tensor_id(name)) for name, x in outputs.items()],
+        [Slot(x.detach().view(-1), sources[name].detach().reshape(-1), tensor_id(name)) for name, x in outputs.items()],
     )
 
 
@@ -58,7 +58,7 @@ def from_base(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
     """`output <- cast(w0 + sum_k a_k z_k)`. A base in a file is read, and given back, batch by batch in each sweep."""
 
     def slot(stretch: Stretch) -> Slot:
-        out = outputs[stretch.name].detach().reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
+        out = outputs[stretch.name].detach().view(-1)[stretch.start : stretch.start + stretch.values.numel()]
         return Slot(out, stretch.values.to(out.device), tensor_id(stretch.name), stretch.start)
 
     def sweep(*mixtures: Mixture) -> None:
@@ -80,7 +80,7 @@ def scaled(backends: Backends, base: Base, outputs: Tensors) -> Sweep:
         (mixture,) = mixtures  # each page in proportion needs the weights that the one before it has led to
         for batch in base.batches(list(outputs)):
             for stretch in batch:
-                out = outputs[stretch.name].detach().reshape(-1)[stretch.start : stretch.start + stretch.values.numel()]
+                out = outputs[stretch.name].detach().view(-1)[stretch.start : stretch.start + stretch.values.numel()]
                 factor = torch.empty(out.shape, dtype=torch.float32, device=out.device)
                 _prepare(backends, [Slot(factor, None, tensor_id(stretch.name), stretch.start)])(mixture)
                 out.copy_(factor.add_(1).mul_(stretch.values.to(out.device, torch.float32)))
