@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +170,43 @@ def test_mistakes_are_one_line_and_change_nothing(tmp_path: Path) -> None:
             fk.swap(subject, a, tmp_path / "none")
         fk.swap(subject, a, b)  # the control
     refused(subject, InvalidValueError, "is not inside", b, a)
+
+
+def test_a_swap_follows_memory_that_was_replaced() -> None:
+    a, b, subject = ledger(1), ledger(2), model()
+    base = laws.all_bits(subject)
+    with fk.applied(subject, a):
+        for x in subject.parameters():
+            x.data = x.data.clone()
+        fk.swap(subject, a, b)
+        assert laws.all_bits(subject) == bits_of(b)
+    assert laws.all_bits(subject) == base
+
+
+@pytest.mark.parametrize("there", [{"dtype": torch.bfloat16}, {"memory_format": torch.channels_last}], ids=["type", "layout"])
+def test_a_swap_refuses_another_type_or_layout(there: dict[str, Any]) -> None:
+    subject = torch.nn.Conv2d(3, 4, 3)
+    a = Ledger.of(fk.bind(subject, fk.SeedPool(1, 5)), np.full(5, 0.01, np.float32))
+    base = subject.weight.detach().clone()
+    with fk.applied(subject, a):
+        subject.to(**there)
+        says = r"^(bias|weight) is .* now and was torch\.float32 on cpu when the block was entered; leave it, and enter"
+        refused(subject, InvalidValueError, says, a, 2.0 * a)
+        subject.to(torch.float32, memory_format=torch.contiguous_format)
+        fk.swap(subject, a, 2.0 * a)  # nothing has changed: it still holds the first
+    assert torch.equal(subject.weight, base)
+
+
+@pytest.mark.parametrize("thing", [None, "MODEL"])
+def test_what_is_no_model_is_refused(thing: Any) -> None:
+    a, says = ledger(1), r"^model is a (NoneType|str); expected a torch\.nn\.Module$"
+    for call in (
+        lambda: fk.swap(thing, a, a),
+        lambda: fk.applied(thing, a).__enter__(),
+        lambda: fk.apply(thing, a),
+    ):
+        with pytest.raises(BindingError, match=says):
+            call()
 
 
 def test_threads_that_enter_at_once_leave_the_base() -> None:

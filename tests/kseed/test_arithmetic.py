@@ -296,6 +296,9 @@ def test_other_mistakes_are_one_line() -> None:
         (lambda: fk.merge(a), "ledgers are <Ledger, published"),  # type: ignore[arg-type]
         (lambda: fk.apply(quadratic_model(), []), "expected a list of at least one"),
         (lambda: fk.merge([a, a], [1]), "1 weights came with 2 ledgers; expected one for each"),
+        (lambda: fk.merge([a, a], {0: 0.9, 1: 0.1}), r"^weights are \{0: 0.9, 1: 0.1\}; expected a number for each ledger"),
+        (lambda: fk.merge([a, a], {0.9, 0.1}), "^weights are {0.*}; expected a number for each ledger"),  # type: ignore[arg-type]
+        (lambda: fk.merge({"a": 1.0}), "^ledgers are {'a': 1.0}; expected a list"),  # type: ignore[arg-type]
         (lambda: fk.merge([a], 1.0), "weights are 1.0; expected a number for each ledger"),  # type: ignore[arg-type]
         (lambda: fk.merge([a, a], [1e38, 1e38]), "a number would be larger than 1.26765e.30, the most that a ledger holds"),
         (lambda: 1e300 * (1e300 * a), "page's scale would be inf|has a coefficient beyond float32"),

@@ -365,6 +365,18 @@ def test_a_model_whose_backward_fails_answers_with_two_points_and_says_so(
     assert all(x.grad is None for x in bound.model.parameters())
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_gradient_steps(around: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Else every client would answer with two-point steps."""
+    a_server, clients, _ = federation(settings_of("table", local_steps=4, batch_size=2), {"a": Quadratic})
+    (request,) = a_server.plan()
+    asked = clients["a"].answer(request.encode())
+    with around():
+        assert clients["a"].answer(request.encode()) == asked
+    assert ChangeReply.decode(asked).kind == CHANGE
+    assert not caplog.records
+
+
 class Broken(torch.autograd.Function):
     """Raises in its backward pass."""
 

@@ -12,7 +12,7 @@ from tests.support import laws
 from tests.support.generators import global_states, seed_globally
 
 import fedkseed as fk
-from fedkseed.errors import ProtocolError
+from fedkseed.errors import InvalidValueError, ProtocolError
 from fedkseed.federation import FederationConfig
 from fedkseed.kseed.client import Client
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
@@ -386,3 +386,40 @@ def test_bytes_that_are_no_request_are_refused(pair: tuple[Client, fk.Binding, C
     for data in (b"", b"\x00" * 100, reply):
         with pytest.raises(ProtocolError):
             participant.answer(data)
+
+
+@pytest.mark.parametrize("number", [np.int64(24), torch.tensor(24), np.uint8(24)], ids=["int64", "tensor", "uint8"])
+def test_a_number_of_records_of_any_integer_type_is_sent(number: Any) -> None:
+    class Counted(Classification):
+        num_examples = number
+
+    plain = network()
+    expected, bound, _ = client(plain, fk.SeedPool(31, 256))
+    model = network()
+    one, _, _ = client(model, fk.SeedPool(31, 256), task=Counted(model))
+    data = request(bound, np.zeros(256)).encode()
+    assert one.answer(data) == expected.answer(data)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (20.0, "^num_examples of a task is 20.0; expected how many records it has, an integer$"),
+        (None, "^num_examples of a task is None; expected how many"),
+        (True, "^num_examples of a task is True; expected how many"),
+        (0, "^a client has 0 records; expected at least one, so leave it out$"),
+    ],
+)
+def test_what_is_no_number_of_records_is_refused_before_any_work(number: Any, text: str) -> None:
+    class Counted(Classification):
+        num_examples = number
+
+    model = network()
+    task = Counted(model)
+    one, bound, _ = client(model, fk.SeedPool(31, 256), task=task)
+    bound.perturb(3, 0.5)
+    before = bound.digest()
+    with pytest.raises(InvalidValueError, match=text):
+        one.answer(request(bound, np.zeros(256)).encode())
+    assert task.asked == []
+    assert bound.digest() == before

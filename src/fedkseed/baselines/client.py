@@ -13,7 +13,7 @@ from fedkseed.baselines.messages import TensorReply, TensorRequest, pack_tensors
 from fedkseed.baselines.parameters import Parameters
 from fedkseed.errors import ProtocolError
 from fedkseed.federation import FederationConfig
-from fedkseed.federation.task import DifferentiableTask, check_addressee, local_batches
+from fedkseed.federation.task import DifferentiableTask, check_addressee, examples_of, local_batches
 from fedkseed.kseed.steps import StepSettings, local_steps
 from fedkseed.models.binding import bind
 from fedkseed.noise.pool import SeedPool
@@ -64,18 +64,20 @@ class TensorClient:
 
         Raises:
             ProtocolError: not a request, or one for another client, base model, algorithm or other tensors.
+            InvalidValueError: the task has no records, or their number is no integer.
         """
         request = TensorRequest.decode(data, size_cap(self._parameters.shapes))
         check_addressee(request, self.name, self._base)
         if request.algorithm != self._config.algorithm:
             raise ProtocolError(f"request is for {request.algorithm!r:.40}; this client runs {self._config.algorithm}")
+        num_examples = examples_of(self.task)
         self._parameters.write(unpack_tensors(request.tensors))
         heard = on_step or (lambda step, loss: None)
         train = self._zeroth_order if self._config.facts.measures == "two-point" else self._first_order
         trained = train(request, heard)
         reply = TensorReply(
             **request.head(),
-            num_examples=self.task.num_examples,
+            num_examples=num_examples,
             loss=math.fsum(trained.losses) / len(trained.losses) if trained.losses else None,
             dropped=trained.dropped,
             tensors=pack_tensors(self._parameters.read()),

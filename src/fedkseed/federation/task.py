@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -75,15 +76,32 @@ def by_step(order: Iterator[NDArray[np.int64]]) -> Callable[[int], NDArray[np.in
     return batch
 
 
+def examples_of(task: Task) -> int:
+    """How many records a task has; asked before any work, since a reply must say so.
+
+    Raises:
+        InvalidValueError: it has none, or their number is no integer.
+    """
+    try:
+        if isinstance(task.num_examples, bool):
+            raise TypeError
+        number = operator.index(task.num_examples)
+    except TypeError:
+        raise InvalidValueError(
+            f"num_examples of a task is {task.num_examples!r:.40}; expected how many records it has, an integer"
+        ) from None
+    if number < 1:
+        raise InvalidValueError(f"a client has {number} records; expected at least one, so leave it out")
+    return number
+
+
 def local_batches(task: Task, batch_size: int, place: tuple[int, int, int, str]) -> Callable[[int], NDArray[np.int64]]:
     """The batches of a client's local steps, by step; they depend on the exchange's place (`Head.place`) alone.
 
     Raises:
-        InvalidValueError: the task has no records.
+        InvalidValueError: see `examples_of`.
     """
-    if task.num_examples < 1:
-        raise InvalidValueError(f"a client has {task.num_examples} records; expected at least one, so leave it out")
-    return by_step(batches(task.num_examples, batch_size, generator(*place, "batches")))
+    return by_step(batches(examples_of(task), batch_size, generator(*place, "batches")))
 
 
 def batches(num_examples: int, batch_size: int, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -15,7 +15,7 @@ from fedkseed.errors import InvalidValueError
 from fedkseed.kseed.apply import base_reader, one_ledger, parameters_of, write_tuned
 from fedkseed.kseed.arithmetic import check_same_base
 from fedkseed.kseed.ledger import Ledger
-from fedkseed.models.parameters import NamedParameter
+from fedkseed.models.parameters import NamedParameter, check_module
 from fedkseed.models.sweeps import Backends, Tensors, backends_for
 
 Source = Ledger | str | Path | Sequence[Ledger | str | Path]
@@ -38,16 +38,31 @@ class _Tuned:
     backends: Backends
     ledger: Ledger | None = None
 
+    def __post_init__(self) -> None:
+        self._kinds = {name: (x.dtype, x.device) for name, x in self.parameters.items()}
+
     def write(self, ledger: Ledger) -> None:
-        """Set the parameters to a ledger's, as `fedkseed.apply` does."""
+        """Set the parameters to a ledger's, as `fedkseed.apply` does.
+
+        Raises:
+            InvalidValueError: one has another type, device or layout by now.
+        """
+        now = {name: x.detach() for name, x in self.parameters.items()}  # their memory may have been replaced
+        for name, x in now.items():
+            if (x.dtype, x.device) != self._kinds[name] or not x.is_contiguous():
+                layout, was = "" if x.is_contiguous() else ", not contiguous,", "{} on {}".format(*self._kinds[name])
+                raise InvalidValueError(
+                    f"{name} is {x.dtype} on {x.device}{layout} now and was {was} when the block was entered; leave it, and "
+                    "enter it with the model as it shall be"
+                )
         self.ledger = None
-        alike = {name: x for name, x in self.parameters.items() if x.dtype == self.base[name].dtype}
+        alike = {name: x for name, x in now.items() if x.dtype == self.base[name].dtype}
         if alike:
             write_tuned(ledger, self.backends, self.base, alike)
-        for name in self.parameters.keys() - alike.keys():  # rounded to the run's type first
+        for name in now.keys() - alike.keys():  # rounded to the run's type first
             values = {name: torch.empty_like(self.base[name])}
             write_tuned(ledger, self.backends, self.base, values)
-            self.parameters[name].copy_(values[name])
+            now[name].copy_(values[name])
         self.ledger = ledger
 
 
@@ -73,6 +88,7 @@ def applied(model: torch.nn.Module, ledger: Source, backend: str = "auto") -> It
         InvalidValueError: the model is inside `applied` already.
         FedKSeedError: see `fedkseed.apply`. Nothing has changed in any of these cases.
     """
+    check_module(model)
     ledger = one_ledger(ledger)
     with _ENTERING:  # two threads would each keep what the other had written
         if model in _TUNED:
@@ -91,7 +107,7 @@ def applied(model: torch.nn.Module, ledger: Source, backend: str = "auto") -> It
         for entry in changed:
             if read is not None and entry.name in ledger.base.frozen:  # rounded as the run had it
                 entry.parameter.detach().copy_(read(entry))
-        kept = _TUNED[model] = _Tuned({entry.name: entry.parameter.detach() for entry in tuned}, base, backends)
+        kept = _TUNED[model] = _Tuned({entry.name: entry.parameter for entry in tuned}, base, backends)
         kept.write(ledger)
         yield ledger
     finally:
@@ -112,10 +128,13 @@ def swap(model: torch.nn.Module, ledger: Source, other: Source) -> Ledger:
         The other ledger.
 
     Raises:
-        InvalidValueError: the model is not inside `applied`, or holds another ledger.
+        InvalidValueError: the model is not inside `applied`, or holds another ledger, or has another type, device or layout by
+            now.
+        BindingError: it is no model.
         LedgerError: a ledger cannot be read, or the other one is of another base model.
             Nothing has changed in any of these cases.
     """
+    check_module(model)
     tuned = _TUNED.get(model)
     if tuned is None:
         raise InvalidValueError(

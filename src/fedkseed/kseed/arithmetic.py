@@ -8,7 +8,7 @@ moves each weight by the base's times its sum. A later one multiplies what the p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -71,7 +71,7 @@ def listed(ledgers: object) -> list[Ledger | str | Path]:
     Raises:
         InvalidValueError: it is none, or an empty one, or holds something else.
     """
-    given = list(ledgers) if isinstance(ledgers, Iterable) and not isinstance(ledgers, (str, bytes)) else []
+    given = list(ledgers) if isinstance(ledgers, Iterable) and not isinstance(ledgers, (str, bytes, Mapping)) else []
     if not given or not all(isinstance(one, (Ledger, str, Path)) for one in given):
         raise InvalidValueError(f"ledgers are {ledgers!r:.80}; expected a list of at least one ledger, file, folder or name")
     return given
@@ -106,6 +106,8 @@ def check_same_base(ledger: Ledger, other: Ledger, name: str, other_name: str) -
 
 def _checked(weights: Sequence[float], count: int) -> list[float]:
     try:
+        if isinstance(weights, (Mapping, Set)):  # whose keys, or in whatever order, they would be
+            raise TypeError
         given = list(weights)
     except TypeError:
         raise InvalidValueError(f"weights are {weights!r:.80}; expected a number for each ledger") from None

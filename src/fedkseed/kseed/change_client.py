@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedkseed.errors import ModelError, NoBackwardError, ProtocolError, is_want_of_memory
 from fedkseed.federation.optimizer import OPTIMIZERS
-from fedkseed.federation.task import DifferentiableTask, check_addressee, local_batches
+from fedkseed.federation.task import DifferentiableTask, check_addressee, examples_of, local_batches
 from fedkseed.kseed.change_messages import CHANGE, SCALARS, ChangeReply, ChangeRequest, seeds_of
 from fedkseed.kseed.coding import Coded, encode
 from fedkseed.kseed.gradient_steps import Foldable, folded_gradient, gradient_steps
@@ -58,10 +58,12 @@ class ChangeClient:
 
         Raises:
             ProtocolError: not a request, or one for another client or base model, or about pages that it lacks.
+            InvalidValueError: the task has no records, or their number is no integer.
             ModelError: there is no memory for a gradient.
         """
         request = ChangeRequest.decode(data)
         check_addressee(request, self.name, self._base)
+        examples_of(self.task)  # which says what it cannot be, before any work
         self.pages = patched(self.pages, request)
         *closed, page = self.pages
         self.model.open_page(page.pool, [one.closed() for one in closed], page.movement)
@@ -102,7 +104,7 @@ class ChangeClient:
 
     def _private_gradients(self, request: ChangeRequest, page: Page, heard: Heard) -> Measure:
         mechanism = self._mechanism
-        batches = poisson_batches(self.task.num_examples, request.batch_size, mechanism.source)
+        batches = poisson_batches(examples_of(self.task), request.batch_size, mechanism.source)
 
         def loss(step: int, record: int) -> torch.Tensor:
             value = self.task.differentiable_loss(np.array([record]))
@@ -137,7 +139,7 @@ class ChangeClient:
 
     def _private_steps(self, request: ChangeRequest, settings: StepSettings, heard: Heard) -> LocalSteps:
         mechanism = self._mechanism
-        batches = poisson_batches(self.task.num_examples, request.batch_size, mechanism.source)
+        batches = poisson_batches(examples_of(self.task), request.batch_size, mechanism.source)
 
         def loss(step: int, record: int) -> float:
             value = self.task.loss(np.array([record]))
@@ -169,7 +171,7 @@ class ChangeClient:
         kept, private = np.delete(losses, dropped), self.privacy is not None
         return ChangeReply(
             **request.head(),
-            num_examples=WITHHELD if private else self.task.num_examples,
+            num_examples=WITHHELD if private else examples_of(self.task),
             loss=None if private or not kept.size or not math.isfinite(kept.mean()) else float(kept.mean()),
             kind=kind,
             steps=request.steps,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.errors import ProtocolError
-from fedkseed.federation.task import DrawingTask, Task, check_addressee, local_batches
+from fedkseed.federation.task import DrawingTask, Task, check_addressee, examples_of, local_batches
 from fedkseed.kseed.messages import TrainReply, TrainRequest
 from fedkseed.kseed.population import population_steps
 from fedkseed.kseed.private_steps import poisson_batches, private_steps, wire_scalars
@@ -52,7 +52,10 @@ class Client:
         """Train as a request says and give the reply's bytes; `on_step` hears each probe's step and loss.
 
         Raises:
-            ProtocolError: not a request, or one for another client, base model or pool.
+            ProtocolError: not a request, or one for another client, base model or pool; or for scores that are compared, of a
+                client that hides single records.
+            InvalidValueError: the task has no records, or their number is no integer.
+            BindingError: see `Binding.rebuild`.
         """
         request = TrainRequest.decode(data)
         check_addressee(request, self.name, self._base)
@@ -68,12 +71,13 @@ class Client:
         settings = StepSettings(
             request.lr, request.eps, request.max_grad, request.loss_clip, precision, request.directions, request.scaling
         )
+        num_examples = examples_of(self.task)
         self.model.rebuild(request.coefficients.unpack())
         steps = (self._private_steps if hides_records else self._steps)(request, settings, on_step)
         if privacy is None:
             kept = np.delete(steps.losses, steps.dropped)
             loss = float(kept.mean()) if kept.size else None
-            return self._reply(request, steps.projected_grads, steps.dropped, self.task.num_examples, loss)
+            return self._reply(request, steps.projected_grads, steps.dropped, num_examples, loss)
         if hides_records:
             return self._reply(request, steps.projected_grads)
         released = privacy.mechanism.release([steps.projected_grads.astype(np.float64)], len(request.indices), 1.0)
@@ -97,7 +101,7 @@ class Client:
     def _private_steps(self, request: TrainRequest, settings: StepSettings, on_step: Heard | None) -> LocalSteps:
         assert self.privacy is not None  # asked only where it hides records
         mechanism = self.privacy.mechanism
-        batches = poisson_batches(self.task.num_examples, request.batch_size, mechanism.source)
+        batches = poisson_batches(examples_of(self.task), request.batch_size, mechanism.source)
 
         def loss(step: int, record: int) -> float:
             value = self.task.loss(np.array([record]))

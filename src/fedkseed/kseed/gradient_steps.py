@@ -118,7 +118,7 @@ def folded_gradient(model: Foldable, basis: Basis, loss: Callable[[], torch.Tens
     Raises:
         NoBackwardError: the model cannot be backpropagated through.
     """
-    with model.folding() as fold:
+    with torch.inference_mode(False), model.folding() as fold:  # whatever the caller is in: it turns gradients on too
         value = loss()
         if math.isfinite(value.item()):
             _backward(value)
