@@ -333,6 +333,7 @@ def test_tune_finds_what_the_command_line_finds_and_leaves_a_model_as_it_was(
     assert f"{found.num_forward_passes} forward passes" in shown.stdout
     assert fk.bind(model, fk.SeedPool(1, 8)).digest() == before
     assert modes == {False}
+    assert model.training
 
 
 def test_a_rate_at_which_no_step_is_usable_is_no_rate_and_lower_ones_are_tried(shared: Path, tiny: Path) -> None:
@@ -386,6 +387,21 @@ def test_evaluate_says_what_it_lacks(run: Path, tmp_path: Path, tiny: Path) -> N
     ):
         with pytest.raises(ConfigError, match=text):
             fk.evaluate(**lacking)  # type: ignore[arg-type]
+
+
+def test_the_home_folder_is_meant_by_its_sign(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = fk.simulate(tiny_settings(tiny, num_rounds=1, local_steps=1), "~/run")
+    assert result.folder == tmp_path / "run"
+    for given in ({"run": "~/run"}, {"run": "~/run", "ledger": "~/run/ledger.safetensors"}):
+        assert fk.evaluate(**given).tuning.digest() == result.ledger.digest()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["run", "ledger"])
+def test_evaluate_takes_a_place_and_no_object(name: str) -> None:
+    text = f"^{name} is a SeedPool; expected a run's folder or a ledger's file: .folder of a result, .save of a ledger$"
+    with pytest.raises(ConfigError, match=text):
+        fk.evaluate(**{name: fk.SeedPool(1, 8)})  # type: ignore[arg-type]
 
 
 # --- Who watches ---

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 
+def placed(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads that somebody gave: `~` is the home folder, of a user that is not known itself."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
+
+
 def write_atomically(path: Path, content: bytes, private: bool = False) -> None:
     """Replace a file: write beside it, fsync, rename, fsync the folder. On an error the old file is as it was.
 

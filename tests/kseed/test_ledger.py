@@ -196,6 +196,30 @@ def test_what_a_run_publishes_is_always_held(seed: int, precision: Precision) ->
     assert same(fk.Ledger.decode(ledger.encode()), ledger)
 
 
+@pytest.mark.parametrize("changes", [{"coefficients": [1.0] * 8}, {"pool": fk.SeedPool(1, 8, "gaussian")}], ids=list)
+def test_other_numbers_beside_a_ledgers_pages_are_refused(changes: dict[str, Any]) -> None:
+    """The model is rebuilt from the pages, and the file has nothing else, so that the change would be lost without a word."""
+    paged = 2.0 * some_ledger(published=True)
+    with pytest.raises(
+        InvalidValueError, match=r"^pool and coefficients are not those of the ledger's last page, .*Ledger\.of_pages\(.*\)$"
+    ):
+        replace(paged, **changes)
+    assert replace(paged, coefficients=paged.coefficients.copy(), pool=replace(POOL)).digest() == paged.digest()
+
+
+@pytest.mark.parametrize("precision", ["int8", None, []])
+@forms
+def test_a_precision_that_there_is_not_is_refused(precision: Any, published: bool) -> None:
+    with pytest.raises(InvalidValueError, match=r"^precision is .*; expected float32 or float16$"):
+        replace(some_ledger(published=published), precision=precision)
+
+
+@pytest.mark.parametrize("bound", [None, linear()], ids=["none", "module"])
+def test_a_ledger_of_what_is_not_bound_is_refused(bound: Any) -> None:
+    with pytest.raises(InvalidValueError, match=r"^bound is a (NoneType|Linear); expected what fk.bind gives$"):
+        fk.Ledger.of(bound, [0.5] * 8)
+
+
 def test_a_person_can_read_a_ledger_and_a_binding() -> None:
     ledger = some_ledger()
     known = f"8 of K = 8 gaussian seeds in use, base {ledger.base.fingerprint[:16]}>"
@@ -646,11 +670,29 @@ def test_a_failed_step_leaves_the_old_file(
 def test_saving_where_nothing_can_be_saved(tmp_path: Path) -> None:
     for path, text in (
         (tmp_path / "none" / "l", "none is no folder; make it first"),
-        (tmp_path, "cannot save the ledger of round 1"),
+        (tmp_path, "cannot save a ledger there: it is a folder; give a file in it, such as .*ledger.safetensors"),
     ):
         with pytest.raises(LedgerError, match=text):
             some_ledger().save(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    some_ledger().save("~/l")
+    assert [path.name for path in tmp_path.iterdir()] == ["l"]
+    assert same(fk.Ledger.load("~/l"), some_ledger())
+    with pytest.raises(LedgerError, match=r"^~nobody-of-that-name/l: cannot save a ledger there"):
+        some_ledger().save("~nobody-of-that-name/l")
+
+
+@pytest.mark.parametrize("path", [None, "", " ", 3, "a\0b", b"l"])
+def test_what_is_no_path_is_one_line(path: Any) -> None:
+    for call in (some_ledger().save, fk.Ledger.load):
+        with pytest.raises(LedgerError, match=r"^a ledger's file is .*; expected a path, such as 'ledger.safetensors'$"):
+            call(path)
+    with pytest.raises(LedgerError, match=r"^a ledger's name is .*; give its file"):
+        fk.Ledger.from_pretrained(path)
 
 
 # --- Kills ---

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,15 +160,19 @@ CHANGES: dict[str, Callable[[Ledger], Ledger]] = {
     "frozen": lambda x: replace(x, base=replace(x.base, frozen=("w",))),
     "key": lambda x: paged(x, lambda page: replace(page, pool=replace(page.pool, key=1))),
     "movement": lambda x: replace(x, pages=tuple(replace(page, movement="proportional") for page in x.pages)),
-    "basis": lambda x: replace(x, pages=tuple(replace(page, basis="coefficients") for page in x.pages)),
+    "basis": lambda x: of_other_pages(x, [replace(page, basis="coefficients") for page in x.pages]),
     "a part less": lambda x: paged(x, lambda page: replace(page, parts=page.parts[:-1])),
     "a part's step": lambda x: paged(x, lambda page: replace(page, parts=(stepped(page.parts[0]), *page.parts[1:]))),
     "a part's bit": lambda x: paged(x, lambda page: replace(page, parts=(flipped(page.parts[0]), *page.parts[1:]))),
     "a page less": lambda x: replace(x, pages=x.pages[1:]),
-    "pages in another order": lambda x: replace(x, pages=x.pages[::-1]),
+    "pages in another order": lambda x: of_other_pages(x, x.pages[::-1]),
     "a number of the state": lambda x: replace(x, state={**(x.state or {}), "mean": np.nextafter((x.state or {})["mean"], 9)}),
     "a column less": lambda x: replace(x, state={"numbers": (x.state or {})["numbers"]}),
 }
+
+
+def of_other_pages(ledger: Ledger, pages: Sequence[Page]) -> Ledger:
+    return Ledger.of_pages(ledger.base, ledger.round, pages, ledger.precision, ledger.state)
 
 
 def paged(ledger: Ledger, change: Callable[[Page], Page]) -> Ledger:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 from tests.support.generators import global_states, seed_globally
 
 import fedkseed as fk
-from fedkseed.errors import ConfigError, LedgerError, ProtocolError, RunError
+from fedkseed.errors import ConfigError, InvalidValueError, LedgerError, ProtocolError, RunError
 from fedkseed.federation import FederationConfig, Outcome
 from fedkseed.kseed.ledger_format import History
 from fedkseed.kseed.messages import TrainReply, TrainRequest, coefficients_digest
@@ -770,6 +771,19 @@ def test_a_finished_run_plans_no_more_and_a_longer_one_goes_on() -> None:
 
 
 # --- Refused from the start ---
+
+
+@pytest.mark.parametrize("ledger", ["ledger.safetensors", None, fk.bind(torch.nn.Linear(2, 2), fk.SeedPool(0, 8))])
+def test_what_is_no_ledger_is_not_gone_on_from(ledger: Any) -> None:
+    says = r"^ledger is a (str|NoneType|Binding); expected a Ledger \(Ledger.load\(file\)\), or the base's identity"
+    with pytest.raises(InvalidValueError, match=says):
+        Server(config(), ledger, CLIENTS)
+
+
+@pytest.mark.parametrize("guess", [0, -1.0, float("nan"), float("inf"), "2.0", True])
+def test_a_loss_of_a_guess_that_is_none_is_refused(guess: Any) -> None:
+    with pytest.raises(InvalidValueError, match=r"^guess_loss is .*; expected a finite number above 0, or None$"):
+        Server(config(), start(config(), BASE), CLIENTS, guess_loss=guess)
 
 
 def test_a_published_ledger_cannot_go_on() -> None:

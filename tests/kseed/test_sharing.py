@@ -100,6 +100,43 @@ def test_saving_again_replaces_a_ledger_but_never_a_runs(ledger: fk.Ledger, tmp_
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["ledger.safetensors"]
 
 
+def test_a_card_of_something_else_says_nothing_of_a_ledger_beside_it(ledger: fk.Ledger, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\nbase_model: owner/other\n---\n# My model\n")
+    bare = dataclasses.replace(ledger, base_model=None)
+    bare.save(tmp_path / "tuned.safetensors")
+    assert fk.Ledger.from_pretrained(tmp_path / "tuned.safetensors").base_model is None
+    ledger.save_pretrained(tmp_path / "ours", "owner/base")
+    bare.save(tmp_path / "ours" / "tuned.safetensors")
+    assert fk.Ledger.from_pretrained(tmp_path / "ours" / "tuned.safetensors").base_model == "owner/base"
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        ("/home/me/secret/model", "model"),
+        ("~/secret/model/", "model"),
+        ("../secret/of/model", "model"),
+        (Path("secret/model"), "model"),
+        ("owner/base", "owner/base"),
+        ("owner/base@v1", "owner/base@v1"),
+        ("base", "base"),
+    ],
+    ids=str,
+)
+def test_a_card_never_names_a_folder_of_this_machine(ledger: fk.Ledger, tmp_path: Path, base: Any, named: str) -> None:
+    """Whether it is there now or not."""
+    card = (ledger.save_pretrained(tmp_path / "folder", base) / "README.md").read_text()
+    assert ModelCard(card).data.to_dict()["base_model"] == named
+    assert "secret" not in card
+
+
+def test_the_home_folder_is_meant_by_its_sign(ledger: fk.Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ledger.save_pretrained("~/folder", "owner/base") == tmp_path / "folder"
+    assert fk.Ledger.from_pretrained("~/folder").digest() == ledger.digest()
+    refused(lambda: fk.Ledger.from_pretrained("~nobody-of-that-name/folder"), "^~nobody-of-that-name/folder: cannot read")
+
+
 def test_somebody_s_own_readme_is_left_alone(ledger: fk.Ledger, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     refused(lambda: ledger.save_pretrained(tmp_path), "holds a README.md of something else, which this would replace")

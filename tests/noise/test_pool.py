@@ -540,6 +540,10 @@ ROUND_IT = r"; float32 cannot hold it: round it first, such as with \.astype\(np
 BEYOND = "; it must be finite in float32$"
 BAD_COEFFICIENTS = {
     "None": (None, "coefficients are NoneType; expected an array, a list or a tensor of numbers"),
+    "wide": (
+        [2**70] * 5,
+        "coefficients are list with 1180591620717411303424; expected .* of numbers, integers of 64 bits",
+    ),
     "text": ("abcde", "coefficients are str; expected an array"),
     "texts": (list("abcde"), "coefficients are list; expected an array"),
     "truth values": (np.ones(5, bool), "coefficients are bool; expected an array"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -71,6 +72,7 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
 
     Raises:
         RunError: there are fewer clients than `min_replies`, or a name twice, or a client's epochs are too many steps.
+        InvalidValueError: the loss of a guess, or a number of records, is none.
     """
 
     def __init__(
@@ -81,6 +83,9 @@ class Rounds(ABC, Generic[RequestT, ReplyT]):
         guess_loss: float | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> None:
+        is_number = isinstance(guess_loss, Real) and not isinstance(guess_loss, bool)
+        if guess_loss is not None and not (is_number and 0 < guess_loss < math.inf):
+            raise InvalidValueError(f"guess_loss is {guess_loss!r:.40}; expected a finite number above 0, or None")
         self.config, self.run_id, self.guess_loss = config, run_id, guess_loss
         self.mechanism = config.privacy.mechanism if config.dp == "client" and config.privacy else None
         self._attempt = 0

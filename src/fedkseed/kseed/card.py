@@ -19,6 +19,8 @@ PAPER = "[Qin et al., ICML 2024](https://proceedings.mlr.press/v235/qin24a.html)
 CARD = "README.md"
 ADAPTER_FIELD = "made_by"
 """What the card of an adapter to start from (`fedkseed lora`) says of the command that makes the same one."""
+LIBRARY = "fedkseed"
+"""What the card of a ledger says that it is of; others say something else."""
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 HOW = """K numbers over a base model. Together they are a causal language model {tuned}: each number
 says how far they go along a random direction that a seed stands for."""
@@ -139,7 +141,7 @@ def ledger_card(
     """
     base = visible(base)
     fields = {
-        "library_name": "fedkseed",
+        "library_name": LIBRARY,
         "pipeline_tag": "text-generation",
         "base_model": base,
         "base_model_relation": "adapter",

@@ -7,19 +7,20 @@ coefficients alone. The file: `fedkseed.kseed.ledger_format`.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedkseed.errors import FedKSeedError, InvalidValueError, LedgerError
-from fedkseed.files import write_atomically
+from fedkseed.files import placed, write_atomically
 from fedkseed.kseed.ledger_format import History, damaged, digest_of, encoded, read_fields
 from fedkseed.kseed.pages import Page
-from fedkseed.kseed.rounding import Precision, rounded
+from fedkseed.kseed.rounding import PRECISIONS, Precision, rounded
 from fedkseed.models.closed_page import Movement
 from fedkseed.models.identity import BaseIdentity
 from fedkseed.noise.pool import SeedPool
@@ -29,6 +30,7 @@ LEDGER = "ledger.safetensors"
 """What a ledger's file is called in a folder, a run's or a hub's."""
 
 
+@runtime_checkable
 class Bound(Protocol):
     """What a ledger needs of a model; `fedkseed.Binding` has it."""
 
@@ -64,8 +66,8 @@ class Ledger:
         base_model: name of the base model, a hub id or a folder, where it is known; no part of the digest or of the file.
 
     Raises:
-        InvalidValueError: the coefficients are not K numbers of that precision, or not those of the history; or the round is
-            no count.
+        InvalidValueError: the coefficients are not K numbers of that precision, or not those of the history or the last page;
+            or there is no such precision, or the round is no count.
     """
 
     pool: SeedPool
@@ -82,7 +84,16 @@ class Ledger:
     def __post_init__(self) -> None:
         if type(self.round) is not int or self.round < 0:
             raise InvalidValueError(f"round is {self.round!r}; expected an integer from 0 on")
+        if not self.pages and self.precision not in PRECISIONS:
+            raise InvalidValueError(f"precision is {self.precision!r:.40}; expected {' or '.join(PRECISIONS)}")
         coefficients = self.pool.check_coefficients(self.coefficients)
+        if self.pages and not (
+            self.pool == self.pages[-1].pool and np.array_equal(coefficients, self.pages[-1].coefficients())
+        ):
+            raise InvalidValueError(
+                "pool and coefficients are not those of the ledger's last page, which models are rebuilt from; make one of "
+                "other pages: Ledger.of_pages(base, round, pages, wire, None)"
+            )
         if self.history is not None and not np.array_equal(coefficients, rounded(self.history.accumulators, self.precision)):
             raise InvalidValueError(
                 "the coefficients are not those of the ledger's accumulators, which a run goes on from; change a published "
@@ -135,9 +146,11 @@ class Ledger:
             round: how many rounds led to them, if that means something.
 
         Raises:
-            InvalidValueError: see `Binding.rebuild`.
+            InvalidValueError: see `Binding.rebuild`; or the model is not bound.
             LedgerError: the model has closed pages, or moves in proportion, which coefficients alone do not say.
         """
+        if not isinstance(bound, Bound):
+            raise InvalidValueError(f"bound is a {type(bound).__name__}; expected what fk.bind gives")
         if bound.num_pages > 1 or bound.movement != "absolute":
             raise LedgerError(
                 f"coefficients alone do not say what {counted(bound.num_pages, 'page')} with {bound.movement} movement are; "
@@ -192,14 +205,17 @@ class Ledger:
         Raises:
             LedgerError: the file cannot be written (no space, no permission); an older file is as it was.
         """
+        path = _file(path)
         try:
-            write_atomically(Path(path), self.encode())
+            write_atomically(path, self.encode())
         except OSError as error:
-            if not Path(path).parent.is_dir():
+            if not path.parent.is_dir():
+                raise LedgerError(f"{path}: cannot save a ledger there: {path.parent} is no folder; make it first") from error
+            if path.is_dir():
                 raise LedgerError(
-                    f"{path}: cannot save a ledger there: {Path(path).parent} is no folder; make it first"
+                    f"{path}: cannot save a ledger there: it is a folder; give a file in it, such as {path / LEDGER}"
                 ) from error
-            there = "the ledger that lies there is whole: " if Path(path).exists() else ""
+            there = "the ledger that lies there is whole: " if path.exists() else ""
             raise LedgerError(
                 f"{path}: cannot save the ledger of round {self.round} ({error.strerror}); {there}make room or choose another "
                 "place, then resume"
@@ -212,8 +228,9 @@ class Ledger:
         Raises:
             LedgerError: the file is missing, not a ledger, damaged, or of another format version.
         """
+        path = _file(path)
         try:
-            with Path(path).open("rb") as file:
+            with path.open("rb") as file:
                 return cls._of(file)
         except OSError as error:
             raise LedgerError(f"{path}: cannot read the ledger ({error.strerror}); expected a ledger.safetensors") from error
@@ -255,6 +272,17 @@ class Ledger:
             return cls(**fields)
         except (TypeError, ValueError, FedKSeedError) as error:
             raise damaged(error) from error
+
+
+def _file(path: object) -> Path:
+    """Where a ledger's file is.
+
+    Raises:
+        LedgerError: it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not str(path).strip() or "\0" in str(path):
+        raise LedgerError(f"a ledger's file is {path!r:.80}; expected a path, such as {LEDGER!r}")
+    return placed(path)
 
 
 def _merged(ledgers: list[Ledger], weights: list[float]) -> Ledger:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.errors import ConfigError, LedgerError, ProtocolError
+from fedkseed.errors import ConfigError, InvalidValueError, LedgerError, ProtocolError
 from fedkseed.federation.config import FederationConfig
 from fedkseed.federation.divided import DividedRounds
 from fedkseed.federation.envelope import Reply
@@ -56,6 +56,7 @@ class Server(DividedRounds[TrainRequest, TrainReply]):
 
     Raises:
         ConfigError: the clients of the settings' algorithm send something else.
+        InvalidValueError: the ledger is none, nor an identity; or see `Rounds`.
         LedgerError: the ledger is of another pool or precision than the settings, or is a published one.
         RunError: see `Rounds`.
     """
@@ -75,6 +76,11 @@ class Server(DividedRounds[TrainRequest, TrainReply]):
             )
         if isinstance(ledger, BaseIdentity):
             ledger = start(config, ledger)
+        if not isinstance(ledger, Ledger):
+            raise InvalidValueError(
+                f"ledger is a {type(ledger).__name__}; expected a Ledger (Ledger.load(file)), or the base's identity "
+                "(bound.identity())"
+            )
         if ledger.history is None:
             raise LedgerError("a published ledger has no accumulators; go on from a run's own ledger.safetensors")
         if ledger.pool != seed_pool(config) or ledger.precision != config.wire:

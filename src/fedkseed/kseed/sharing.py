@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkseed.errors import InvalidValueError, LedgerError
-from fedkseed.files import write_atomically
-from fedkseed.kseed.card import CARD, Prompt, fields_in, ledger_card, licence_of
+from fedkseed.files import placed, write_atomically
+from fedkseed.kseed.card import CARD, LIBRARY, Prompt, fields_in, ledger_card, licence_of
 from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.text import one_line
 
@@ -50,7 +51,7 @@ def save_folder(
         InvalidValueError: no base model is known.
         LedgerError: it cannot be written, or the folder is a run's, or has somebody's own README.md.
     """
-    folder, published = Path(folder), ledger.published()
+    folder, published = placed(folder), ledger.published()
     card = _card(published, base_model or ledger.base_model, prompt, about)
     try:
         if (folder / LEDGER).exists() and Ledger.load(folder / LEDGER).is_checkpoint:
@@ -83,8 +84,9 @@ def _card(ledger: Ledger, base: str | None, prompt: Prompt | str | None, about: 
     if isinstance(prompt, str):
         prompt = Prompt("of its training", prompt, "jinja" if "{%" in prompt or "{{" in prompt else "text")
     about = None if about is None else {str(name): str(value) for name, value in about.items()}
-    folder = Path(base).expanduser()
-    return ledger_card(folder.resolve().name if folder.is_dir() else base, ledger, licence_of(base), prompt, about)
+    folder = placed(base)
+    is_hub_id = isinstance(base, str) and HUB_NAME.fullmatch(base) and not folder.is_dir()
+    return ledger_card(base if is_hub_id else folder.resolve().name, ledger, licence_of(base), prompt, about)
 
 
 def push(
@@ -131,9 +133,10 @@ def push(
 
 def find(source: str | Path) -> Ledger:
     """See `Ledger.from_pretrained`."""
-    path, name = Path(source).expanduser(), str(source)
-    if not name.strip() or "\0" in name:
-        raise LedgerError(f"a ledger's name is {name!r:.80}; give its file, its folder, or owner/name on a hub")
+    name = str(source)
+    if not isinstance(source, (str, os.PathLike)) or not name.strip() or "\0" in name:
+        raise LedgerError(f"a ledger's name is {source!r:.80}; give its file, its folder, or owner/name on a hub")
+    path = placed(source)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:
@@ -146,7 +149,8 @@ def find(source: str | Path) -> Ledger:
     elif is_folder:
         path = path / LEDGER
     ledger = Ledger.load(path)
-    base = fields_in(path.parent).get("base_model")  # of a bare ledger none
+    card = fields_in(path.parent)  # of a bare ledger none, or that of something else in its folder
+    base = card.get("base_model") if card.get("library_name") == LIBRARY else None
     return replace(ledger, base_model=base) if isinstance(base, str) else ledger
 
 

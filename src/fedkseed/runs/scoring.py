@@ -15,6 +15,7 @@ from fedkseed.data import Example, LongPrompts, encode, is_natural_instructions,
 from fedkseed.errors import ConfigError, FedKSeedError, RunError, RunFolderError
 from fedkseed.evaluation import AllScores, Scores, score
 from fedkseed.federation import Checkpoint
+from fedkseed.files import placed
 from fedkseed.kseed.apply import apply
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs.answers import Answer, answer_to, keep_answers
@@ -107,8 +108,14 @@ def evaluate(
     for name in ("template", "columns"):
         if not isinstance(choices.get(name), (str, Path, dict, type(None))):
             raise ConfigError(f"{name} is {choices[name]!r:.80}; expected a text")
+    for name, place in (("run", run), ("ledger", ledger)):
+        if not isinstance(place, (str, Path, type(None))):
+            raise ConfigError(
+                f"{name} is a {type(place).__name__}; expected a run's folder or a ledger's file: .folder of a result, .save "
+                "of a ledger"
+            )
     named, inputs = separate(choices)
-    where, other = None if run is None else Path(run), None if ledger is None else Path(ledger)
+    where, other = None if run is None else placed(run), None if ledger is None else placed(ledger)
     return measure(where, other, Choices(**named), observer or Nobody(), inputs)
 
 

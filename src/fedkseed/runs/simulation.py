@@ -15,6 +15,7 @@ from fedkseed.evaluation import evaluate_loss
 from fedkseed.federation import Checkpoint
 from fedkseed.federation.edge import Edge
 from fedkseed.federation.envelope import Request
+from fedkseed.files import placed
 from fedkseed.kseed.calibration import Calibration
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.models.loading import load_model
@@ -273,7 +274,7 @@ def simulate(
         named["lr"] = found.lr
         if isinstance(found, Calibration):
             named.setdefault("eps", found.eps)
-    path = new_folder(Path("runs")) if run is None else Path(run)
+    path = new_folder(Path("runs")) if run is None else placed(run)
     config = build(named)
     require_extras(config)
     folder = RunFolder.open(path) if exists(path / CONFIG) else None

@@ -33,8 +33,8 @@ def tune(settings: Mapping[str, Any] | str | Path | SimulationConfig, observer: 
     Two-point algorithms are calibrated by slope and curvature, the others by short federations at several rates.
 
     Args:
-        settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model keeps its weights, and is in
-            evaluation mode afterwards.
+        settings: as of `fedkseed.simulate`; `lr` and `eps` are not looked at. A loaded model is left as it was: what is tried
+            is tried on copies.
         observer: who watches; None for nobody.
 
     Returns:
