@@ -1,6 +1,7 @@
 """`fedkseed status`: where a run is, in three forms that say the same, while it goes on and after."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -67,7 +68,7 @@ def test_a_run_that_has_not_begun_or_is_damaged(fedkseed: CommandLine, finished:
     status = status_of(run)
     assert (status.round, status.last_event, status.eval_loss, status.num_replies) == (0, None, None, None)
     text = prometheus(status)
-    assert '{run="' + str(tmp_path) + '/a \\"quoted\\"\\nrun"} 0.0\n' in text
+    assert '{run="' + str(tmp_path) + '/a \\"quoted\\"\\\\nrun"} 0.0\n' in text
     assert "eval_loss" not in text
     (run / "metrics.jsonl").write_text('{"event": "round"\n{"event": "evaluation", "server_round": 0, "eval_loss": NaN}\n')
     assert status_of(run).eval_loss is None
@@ -75,6 +76,13 @@ def test_a_run_that_has_not_begun_or_is_damaged(fedkseed: CommandLine, finished:
     assert (shown.code, "1 line of" in shown.stderr) == (0, True)
     (run / "config.toml").write_text("num_rounds = 3\n")
     assert_one_line(fedkseed("status", run), 1, "is damaged ('algorithm'); restore it from a copy")
+
+
+def test_a_run_whose_name_is_not_utf_8_has_a_label(fedkseed: CommandLine, copied: Path) -> None:
+    run = copied.rename(copied.parent / os.fsdecode(b"bad\xff"))
+    shown = fedkseed("status", run, "--prometheus", env={"PYTHONIOENCODING": "utf-8:strict"})
+    assert shown.code == 0, shown.stderr
+    assert f'fedkseed_round{{run="{copied.parent}/bad\\\\udcff"}} 3.0\n' in shown.stdout
 
 
 HUGE = "1" + "0" * 400

@@ -1,5 +1,6 @@
 """Settings: flag > file > default, and what is no setting is an error of one line."""
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,38 @@ def test_a_choice_that_is_nearly_one_leads_to_it(needed: dict[str, Any]) -> None
     assert str(caught.value).count("chatt") == 1
     with pytest.raises(ConfigError, match=r"^--lr is '-1': input should be greater than or equal to 1e-37; give a number"):
         build({**needed, "lr": "-1"})
+
+
+ODD = os.fsdecode(b"d\xff")
+"""A name that is not UTF-8."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data", "data.jsonl"),
+        ("eval_data", f"../{ODD}/data.jsonl"),
+        ("template", "template.toml"),
+        ("model", "."),
+        ("held_out_category", ODD),
+        ("train", ODD),
+    ],
+)
+def test_what_is_not_utf_8_is_refused_before_a_run(
+    needed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """`config.toml` could not hold it: of any setting, and of a path that is made absolute."""
+    (tmp_path / ODD).mkdir()
+    (tmp_path / ODD / "data.jsonl").write_text("{}\n")
+    (tmp_path / ODD / "template.toml").write_text("prompt_input = '{instruction}{input}'\nprompt_no_input = '{instruction}'\n")
+    monkeypatch.chdir(tmp_path / ODD)
+    with pytest.raises(ConfigError, match=rf"^{flag(name)} is '[^']*d\\udcff[^']*', which is not UTF-8, .* another name$"):
+        build(needed | {name: value})
+
+
+def test_a_source_that_is_not_there_is_named_whatever_its_name(needed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^--data is '.*': d\\udcff: no such file"):
+        build(needed | {"data": f"{needed['data']},{ODD}"})
 
 
 def test_the_defaults_are_the_papers(needed: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from fedkseed.federation.objectives import OWN
 from fedkseed.files import read_toml
 from fedkseed.models.dtypes import Dtype
 from fedkseed.runs.validation import Words, validated
-from fedkseed.text import joined
+from fedkseed.text import joined, visible
 
 
 class RunConfig(FederationConfig):
@@ -124,6 +124,14 @@ class RunConfig(FederationConfig):
         if value is not None and not all(patterns(value)):
             raise ValueError("expected patterns of tensors' names, with commas between, such as '*.mlp.*,*norm*'")
         return value
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Self:
+        """`config.toml` is UTF-8, which names of files need not be."""
+        for name, value in self:
+            if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+                raise ValueError(f"{flag(name)} is {value!r}, which is not UTF-8, as config.toml is; give it another name")
+        return self
 
     @model_validator(mode="after")
     def _logs_no_sums(self) -> Self:
@@ -314,7 +322,7 @@ def _checked_source(value: str | None, info: ValidationInfo) -> str | None:
     try:
         return resolve_source(value)  # a run is gone on with from any folder
     except DataError as error:
-        raise ValueError(str(error).removeprefix(f"{value}: ")) from None
+        raise ValueError(visible(str(error).removeprefix(f"{value}: "))) from None
 
 
 DEALING = SimulationConfig.model_fields.keys() - RunConfig.model_fields.keys() - {"edges"}

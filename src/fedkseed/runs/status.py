@@ -14,7 +14,7 @@ from fedkseed.kseed.ledger_format import METADATA
 from fedkseed.runs.checkpoints import file_of
 from fedkseed.runs.layout import CONFIG, LOCK, METRICS, read_settings
 from fedkseed.runs.metrics import best_round, read_metrics
-from fedkseed.text import one_line
+from fedkseed.text import one_line, visible
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ GAUGES: dict[str, tuple[str, str]] = {
 
 def prometheus(status: Status) -> str:
     """The status in Prometheus' text format, for a textfile collector; what is not known is left out."""
-    label = "".join({"\\": r"\\", '"': r"\"", "\n": r"\n"}.get(letter, letter) for letter in status.run)
+    label = "".join({"\\": r"\\", '"': r"\""}.get(letter, letter) for letter in visible(status.run))
     values: dict[str, tuple[str, float]] = {"running": ("Whether a process is at the run.", float(status.process is not None))}
     for attribute, (name, about) in GAUGES.items():
         value = getattr(status, attribute)
