@@ -113,6 +113,10 @@ BAD_SETTINGS = [
     ({"template": "chat"}, ["no chat template"]),
     ({"num_clients": 58}, ["57 examples are too few for 58 clients"]),
     ({"min_replies": 3}, ["--min-replies is 3", "--fraction-train"]),
+    (
+        {"secure_sums": "on"},
+        ["--secure-sums is on and a round asks 2 of 4 clients", "among fewer than 3; raise --fraction-train"],
+    ),
 ]
 
 

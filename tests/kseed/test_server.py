@@ -803,6 +803,7 @@ def test_a_ledger_of_other_settings_is_refused(changes: dict[str, Any]) -> None:
         (("a", "b", "a"), {}, "same name"),
         ((), {}, "0 clients"),
         (CLIENTS, {"min_replies": 6}, "asks 5 of 10 clients, too few for min_replies = 6"),
+        (CLIENTS, {"secure_sums": "on", "fraction_train": 0.2}, "asks 2 of 10 clients, and a secure sum hides nobody among"),
         (("a",), {"min_replies": 2, "fraction_train": 1.0}, "asks 1 of 1 clients"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from tests.support.runs import Watcher, read_metrics, simulation, trained
 from tests.support.tiny import tiny_settings
 
-from fedkseed.errors import ConfigError, RunError
+from fedkseed.errors import ConfigError
 from fedkseed.federation import Summed, shares
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.runs import extras
@@ -166,11 +166,6 @@ def test_settings_that_no_sum_hides_are_refused(tiny: Path, changes: dict[str, A
     with pytest.raises(ConfigError) as told:
         build(settings_of(tiny, **changes))
     assert str(told.value).startswith(reason)
-
-
-def test_a_cohort_of_two_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"a round asks 2 of 4 clients, and a secure sum hides nobody among fewer than 3"):
-        simulation(tmp_path / "run", settings_of(tiny, fraction_train=0.5))
 
 
 @pytest.mark.parametrize("missing", ["cryptography", "Crypto"])

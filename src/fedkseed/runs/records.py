@@ -116,12 +116,7 @@ def prepare(
     evaluation = encoded_for(config, learner, held_out, "held-out", observer)
     parts = deal([train[i] for i in encoded.kept], config)
     clients = {name: [encoded.examples[i] for i in part] for name, part in parts.items()}
-    cohort = config.cohort_size(len(clients))
-    if cohort < config.min_replies:
-        raise ConfigError(
-            f"--min-replies is {config.min_replies} and a round asks {cohort} of {len(clients)} clients; "
-            "lower it, or raise --fraction-train or --num-clients"
-        )
+    _check_cohort(config, len(clients))
     folded: dict[str, str] = {}
     for name in parts:
         if (like := folded.setdefault(name.casefold(), name)) != name:
@@ -207,6 +202,21 @@ def load_examples(
         raise DataError(f"{config.data} has {len(examples)} record; expected enough to hold some out, or give --eval-data")
     kept, held_out = split_off(len(examples), EVAL_FRACTION, generator(config.seed, "evaluation split"))
     return [examples[i] for i in kept], [examples[i] for i in held_out]
+
+
+def _check_cohort(config: SimulationConfig, num_clients: int) -> None:
+    """Refuse rounds that ask too few."""
+    cohort = config.cohort_size(num_clients)
+    if cohort < config.min_replies:
+        raise ConfigError(
+            f"--min-replies is {config.min_replies} and a round asks {cohort} of {num_clients} clients; "
+            "lower it, or raise --fraction-train or --num-clients"
+        )
+    if cohort < config.min_cohort:
+        raise ConfigError(
+            f"--secure-sums is {config.secure_sums} and a round asks {cohort} of {num_clients} clients, and a sum hides nobody "
+            f"among fewer than {config.min_cohort}; raise --fraction-train or --num-clients"
+        )
 
 
 def _why(config: RunConfig, chosen: int, evaluation: EncodedData) -> str:
