@@ -96,7 +96,7 @@ class Lock:
         try:
             with self._path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):  # nobody can hold a folder, as whoever tries is told
             return None
         except BlockingIOError:
             return _number(self._path.read_bytes())

@@ -85,6 +85,12 @@ def test_a_run_whose_name_is_not_utf_8_has_a_label(fedkseed: CommandLine, copied
     assert f'fedkseed_round{{run="{copied.parent}/bad\\\\udcff"}} 3.0\n' in shown.stdout
 
 
+def test_a_folder_in_place_of_the_lock_is_held_by_nobody(copied: Path) -> None:
+    (copied / ".lock").unlink()
+    (copied / ".lock").mkdir()
+    assert (status_of(copied).state, status_of(copied).process) == ("done", None)
+
+
 HUGE = "1" + "0" * 400
 
 
@@ -96,7 +102,10 @@ HUGE = "1" + "0" * 400
         '{"event": "round", "server_round": 9, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": NaN}',
         *(
             f'{{"event": "round", "server_round": 9, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": 1, {odd}}}'
-            for odd in ('"refused": 5', '"missing": {}', '"num_replies": "x"', f'"num_replies": {HUGE}', f'"eval_loss": {HUGE}')
+            for odd in (
+                *('"refused": 5', '"missing": {}', '"missing": [1]', '"seconds_by": [1]', '"num_replies": "x"'),
+                *(f'"num_replies": {HUGE}', f'"eval_loss": {HUGE}'),
+            )
         ),
         f'{{"event": "round", "server_round": {HUGE}, "dropped_steps": 0, "bytes_down": 1, "bytes_up": 1, "seconds": 1}}',
     ],

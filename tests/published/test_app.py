@@ -257,6 +257,12 @@ def test_a_wrong_value_is_one_line(
     assert sorted(path.name for path in home.iterdir()) == ["data"]
 
 
+@pytest.mark.parametrize("content", [b"[" * 3000, b"\xff", b"7", b"a: [", b"1: 2"])
+def test_flags_that_cannot_be_read_are_one_line(home: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (home / "config.yaml").write_bytes(content)
+    fails(capsys, ["--resume", str(home)], f"{home} has no readable config.yaml; give a folder that main.py made")
+
+
 @pytest.mark.parametrize(
     ("dataset", "wanted"),
     [

@@ -18,7 +18,7 @@ from tests.support.drivers import in_simulation, on_flower
 from tests.support.flower_grid import as_in_a_task, federation, lying, run_config, started
 from tests.support.flower_sites import CORRUPTIONS, make_sites
 
-from fedkseed.errors import AuditError, ConfigError, RunFolderError, TooFewRepliesError
+from fedkseed.errors import AuditError, ConfigError, RunError, RunFolderError, TooFewRepliesError
 from fedkseed.federation import Rounds
 from fedkseed.federation.algorithms import ALGORITHMS as ALGORITHM_ROWS
 from fedkseed.federation.algorithms import Algorithm
@@ -302,6 +302,14 @@ def test_another_ledger_than_the_logs_is_told(logged: Path, tmp_path: Path, site
         audit(run)
     chained(run, [])
     with pytest.raises(AuditError, match="has no entry"):
+        audit(run)
+
+
+def test_a_folder_in_place_of_the_log_is_one_line(logged: Path, tmp_path: Path) -> None:
+    run = copied(logged, tmp_path)
+    (run / "audit.jsonl").unlink()
+    (run / "audit.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"audit\.jsonl: cannot be read \(Is a directory\); restore it from a copy"):
         audit(run)
 
 

@@ -32,7 +32,7 @@ def read_flags(folder: Path) -> argparse.Namespace:
     try:
         flags = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         return argparse.Namespace(**flags)
-    except (OSError, yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise RunFolderError(
             f"{folder} has no readable {CONFIG}; give a folder that main.py made, or use fedkseed simulate --resume"
         ) from error

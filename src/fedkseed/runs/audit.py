@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedkseed.errors import AuditError, FedKSeedError, LedgerError, RunFolderError
+from fedkseed.errors import AuditError, FedKSeedError, LedgerError, RunError, RunFolderError
 from fedkseed.federation import FederationConfig
 from fedkseed.kseed.change_server import ChangeServer
 from fedkseed.kseed.ledger import LEDGER, Ledger
@@ -61,6 +61,7 @@ def audit(run: Path, without: str | None = None) -> Audit:
 
     Raises:
         RunFolderError: there is no log, or the client never replied.
+        RunError: the log cannot be read.
         AuditError: an entry does not fit, or the ledger is another one; the message names the first.
         LedgerError: the ledger cannot be read.
     """
@@ -70,7 +71,10 @@ def audit(run: Path, without: str | None = None) -> Audit:
             f"{run} has no {AUDIT}: give the folder of a run that was started with --audit-log on and has asked its clients"
         )
     replay = Replay(path, without)
-    replay.read()
+    try:
+        replay.read()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); restore it from a copy") from error
     replay.compare(file)
     found = replay.found()
     if without is not None and not found.rounds[without]:

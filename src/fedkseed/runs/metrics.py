@@ -14,7 +14,7 @@ NEEDED = {"evaluation": ("eval_loss",), "round": ("dropped_steps", "bytes_down",
 """The numbers without which an event of a kind tells nothing."""
 MOST = 2.0**63
 """There are no more rounds, and none takes more replies, bytes or seconds."""
-KINDS = {"refused": dict, "missing": list, "num_replies": int}
+KINDS = {"refused": dict, "missing": list, "num_replies": int, "seconds_by": dict}
 """What else an event may hold, and as what."""
 
 
@@ -96,6 +96,8 @@ def _event(line: bytes) -> dict[str, Any]:
     for name, kind in KINDS.items():
         if not isinstance(event.get(name), (kind, type(None))):
             raise ValueError(f"{name} is {event[name]!r:.40}")
+    if not all(isinstance(client, str) for client in event.get("missing") or ()):
+        raise ValueError(f"missing is {event['missing']!r:.40}")
     for name in ("server_round", "num_replies", "eval_loss"):
         if type(event.get(name)) is int and abs(event[name]) > MOST:  # of any length; a float has its own bounds
             raise ValueError(f"{name} is {event[name]!r:.40}")
