@@ -185,8 +185,18 @@ def test_scores_that_cannot_be_written_are_refused_before_they_are_measured(
     fedkseed: CommandLine, run: Path, data: Path
 ) -> None:
     result = fedkseed("evaluate", run, "--output", "odd.jsonl/scores.json", cwd=data)
-    assert_one_line(result, 1, "odd.jsonl: cannot be made (File exists); give an output in another folder")
+    assert_one_line(result, 1, "odd.jsonl: cannot be made or written into (Not a directory); give an output in another folder")
     assert "base" not in result.stdout  # nothing was measured
+    result = fedkseed("evaluate", "run", "--output", "/no/such/scores.json", cwd=Path("/"), nobody=True)
+    assert_one_line(result, 1, "/no/such: cannot be made or written into (Permission denied); give an output in another")
+
+
+def test_a_command_that_refuses_leaves_no_folder(fedkseed: CommandLine, run: Path, tmp_path: Path) -> None:
+    for words in (("nosuch",), (run, "--limit", "1", "--round", "9")):
+        assert_one_line(fedkseed("evaluate", *words, "--output", "made/for/nothing.json", cwd=tmp_path), 2)
+    assert list(tmp_path.iterdir()) == []
+    assert fedkseed("evaluate", run, "--limit", "1", "--output", "made/for/this.json", cwd=tmp_path).code == 0
+    assert (tmp_path / "made" / "for" / "this.json").is_file()
 
 
 def test_without_a_run_what_is_missing_is_named(fedkseed: CommandLine, run: Path, tiny: Path) -> None:

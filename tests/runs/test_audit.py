@@ -313,6 +313,19 @@ def test_a_folder_in_place_of_the_log_is_one_line(logged: Path, tmp_path: Path) 
         audit(run)
 
 
+def test_a_log_that_is_cut_off_is_what_is_to_be_restored(logged: Path, tmp_path: Path) -> None:
+    run = copied(logged, tmp_path)
+    (run / "audit.jsonl").write_bytes(b"\n".join((logged / "audit.jsonl").read_bytes().split(b"\n")[:4])[:-9])
+    unfinished = r"\(the last line is unfinished, as a kill leaves it; a resume cuts it\)"
+    with pytest.raises(
+        AuditError, match=rf"audit\.jsonl ends after round 2 {unfinished} and .* is of round 3; restore the log$"
+    ):
+        audit(run)
+    (run / "ledger.safetensors").unlink()
+    with pytest.raises(AuditError, match=rf"is not what the log leads to {unfinished}: there is none, expected"):
+        audit(run)
+
+
 @pytest.mark.parametrize("junk", [b"", b"{", b"[]", b"7", b"null", b"[" * 10000, b"\xff", b'{"kind":"round"}', b'{"kind":{}}'])
 def test_a_line_that_is_no_entry_is_named(logged: Path, tmp_path: Path, junk: bytes) -> None:
     run = copied(logged, tmp_path)
@@ -367,7 +380,7 @@ def test_an_entry_too_few_is_told(sites: Path, tmp_path: Path) -> None:
     """The control: a log that lacks the last round of the ledger is no kill's."""
     run = in_simulation(sites, tmp_path / "run", audit_log="on").folder
     chained(run, read(run)[:-1])
-    with pytest.raises(AuditError, match=r"of round 3, expected .* of round 2"):
+    with pytest.raises(AuditError, match=r"audit\.jsonl ends after round 2 and .* is of round 3; restore the log"):
         audit(run)
 
 
@@ -460,14 +473,15 @@ def test_the_command_says_what_fits_and_writes_the_other_ledger(fedkseed: Comman
     assert "4 entries, rounds 1 to 3, 7 replies of 3 clients, 2 refused" in result.stdout
     assert audit(logged).head in result.stdout
     assert f"every entry fits, and they lead to {logged / 'ledger.safetensors'}" in result.stdout
-    result = fedkseed("audit", logged, "--without", "site-c", "--to", tmp_path / "other.safetensors")
+    other_ledger = tmp_path / "made" / "other.safetensors"
+    result = fedkseed("audit", logged, "--without", "site-c", "--to", other_ledger)
     assert (result.code, result.stderr) == (0, "")
     assert "without 'site-c': in 1 round the others' weights are shared anew" in result.stdout
     assert "these are the same replies, not another training" in result.stdout
     other = audit(logged, "site-c").without
     assert other is not None
-    assert Ledger.load(tmp_path / "other.safetensors").digest() == other.published().digest()
-    assert fedkseed("inspect", tmp_path / "other.safetensors").code == 0
+    assert Ledger.load(other_ledger).digest() == other.published().digest()
+    assert fedkseed("inspect", other_ledger).code == 0
 
 
 def test_the_command_is_one_line_and_a_code_for_what_is_wrong(fedkseed: CommandLine, logged: Path, tmp_path: Path) -> None:
@@ -476,13 +490,21 @@ def test_the_command_is_one_line_and_a_code_for_what_is_wrong(fedkseed: CommandL
     for words, code, wanted in (
         ([tmp_path], 2, "has no audit.jsonl"),
         ([tmp_path / "nowhere"], 2, "has no audit.jsonl"),
-        ([logged, "--without", "x"], 2, "expected a client that replied: site-a"),
+        ([logged, "--without", "x", "--to", tmp_path / "new" / "x"], 2, "expected a client that replied: site-a"),
         ([logged, "--to", tmp_path / "x"], 2, "give --without CLIENT too"),
         ([logged, "--without", "site-a", "--to", tmp_path / "here"], 2, "exists; give an output that does not"),
-        ([logged, "--without", "site-a", "--to", tmp_path / "here" / "x"], 1, "here: cannot be made (File exists)"),
+        (
+            [logged, "--without", "site-a", "--to", tmp_path / "here" / "x"],
+            1,
+            "here: cannot be made or written into (Not a directory)",
+        ),
     ):
         assert_one_line(fedkseed("audit", *words), code, wanted)
-    for entries, wanted in ((read(logged)[:3], "is not what the log leads to"), (read(logged)[1:], "entry 0 does not fit")):
+    assert not (tmp_path / "new").exists()
+    for entries, wanted in (
+        (read(logged)[:3], "audit.jsonl ends after round 2 and"),
+        (read(logged)[1:], "entry 0 does not fit"),
+    ):
         assert_one_line(fedkseed("audit", chained(run, entries)), 1, wanted)
     (run / "ledger.safetensors").write_bytes(b"junk")
     assert_one_line(fedkseed("audit", chained(run, read(logged))), 1, "not a ledger")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedkseed.cli.console import say, say_rows
-from fedkseed.cli.outputs import make_folder_for, require_new
+from fedkseed.cli.outputs import make_folder_for, require_new, require_place
 from fedkseed.errors import ConfigError
 from fedkseed.kseed.distance import moved_rms, relative_distance
 from fedkseed.kseed.ledger import LEDGER, Ledger
@@ -26,13 +26,13 @@ def audit(run: Path, without: str | None, to: Path | None) -> None:
     Raises:
         ConfigError: a file is named, and no client.
         RunFolderError: there is no log, the client never replied, or the file exists.
-        FedKSeedError: an entry of the log does not fit, or it does not lead to the run's ledger.
+        FedKSeedError: the file cannot be written, an entry of the log does not fit, or it does not lead to the run's ledger.
     """
     if to is not None and without is None:
         raise ConfigError(f"--to is {str(to)!r} and there is nothing to write; give --without CLIENT too, or leave it out")
     if to is not None:
         require_new(to)
-        make_folder_for(to)
+        require_place(to)
     found = replay(run, without)
     replies = sum(found.rounds.values())
     rounds = f"rounds {found.begin + 1} to {found.ledger.round}" if found.ledger.round > found.begin else "no round done"
@@ -59,5 +59,6 @@ def _show_without(found: Audit, client: str, ledger: Ledger, to: Path | None) ->
         "model that it had a part in"
     )
     if to is not None:
+        make_folder_for(to)
         ledger.published().save(to)
         say(f"{to}: {to.stat().st_size:,} bytes, {counted(ledger.round, 'round')}, digest {ledger.published().digest()}")

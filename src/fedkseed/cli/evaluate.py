@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkseed.cli.console import say, show_table
 from fedkseed.cli.display import looking_on
-from fedkseed.cli.outputs import make_folder_for
+from fedkseed.cli.outputs import make_folder_for, require_place
 from fedkseed.errors import ConfigError
 from fedkseed.evaluation import AllScores, Scores
 from fedkseed.federation import Checkpoint
@@ -39,11 +39,12 @@ def evaluate(run: Path | None, ledger: Path | None, choices: Choices, by_categor
     if output is not None:
         if exists(output) and not (output.is_file() and _holds_scores(output)):  # a pipe would be waited for
             raise ConfigError(f"--output {output} exists and is no file of scores; give another file")
-        make_folder_for(output)
+        require_place(output)
     with looking_on() as observer:
         found = measure(run, ledger, choices, observer)
     _show(found, by_category)
     if output is not None:
+        make_folder_for(output)
         _write(output, found.base, found.tuned, found.tuning)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from fedkseed.errors import RunError, RunFolderError
@@ -18,6 +20,20 @@ def require_new(output: Path) -> None:
         raise RunFolderError(f"{output} exists; give an output that does not")
 
 
+def require_place(file: Path) -> None:
+    """Refuse a file that could not be written, before what takes long is done for it; nothing is made yet.
+
+    Raises:
+        RunError: its folder cannot be made, or not be written into.
+        RunFolderError: one cannot look there.
+    """
+    folder = next(parent for parent in file.absolute().parents if exists(parent))
+    if not folder.is_dir():
+        raise _not_made(file, os.strerror(errno.ENOTDIR))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _not_made(file, os.strerror(errno.EACCES))
+
+
 def make_folder_for(file: Path) -> None:
     """Make the folder that a file is to be written into.
 
@@ -27,4 +43,8 @@ def make_folder_for(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{file.parent}: cannot be made ({error.strerror}); give an output in another folder") from error
+        raise _not_made(file, error.strerror) from error
+
+
+def _not_made(file: Path, why: str | None) -> RunError:
+    return RunError(f"{file.parent}: cannot be made or written into ({why}); give an output in another folder")

@@ -137,9 +137,14 @@ class Replay:
         if len(self._led_to) > 1 and self._is(ledger, self._led_to[-2]):
             self._notes.append("the log is one round ahead of the ledger, as a kill leaves it; a resume cuts it")
             return
+        notes = f" ({'; '.join(self._notes)})" if self._notes else ""
+        if ledger is not None and ledger.round > last.round:
+            raise AuditError(
+                f"{self._path} ends after round {last.round}{notes} and {file} is of round {ledger.round}; restore the log"
+            )
         found = "there is none" if ledger is None else f"it is {ledger.digest()} of round {ledger.round}"
         raise AuditError(
-            f"{file} is not what the log leads to: {found}, expected {last.digest()} of round {last.round}; restore it"
+            f"{file} is not what the log leads to{notes}: {found}, expected {last.digest()} of round {last.round}; restore it"
         )
 
     @staticmethod
