@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fedkseed as fk
 from fedkseed.errors import FedKSeedError, InvalidValueError, ModelError
-from fedkseed.models.loading import base_path, give_stored_dtypes, load_model, load_tokenizer
+from fedkseed.models.loading import base_path, give_stored_dtypes, load_model, load_tokenizer, save_model
 
 MODEL = "model.safetensors"
 
@@ -165,6 +165,18 @@ def test_an_adapter_that_came_along_is_seen(copy: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(LlamaForCausalLM, "_hf_peft_config_loaded", True)
     with pytest.raises(ModelError, match=r"an adapter \(adapter_config\.json\) lies beside the model"):
         load_model(copy)
+
+
+def test_ctrl_c_leaves_no_part_of_a_model(tmp_path: Path) -> None:
+    class Model:
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "model.safetensors").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_model(Model(), None, tmp_path / "out", "card")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stored_types_come_back_tensor_by_tensor(copy: Path) -> None:

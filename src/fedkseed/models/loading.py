@@ -152,8 +152,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(folder)
-    except Exception as error:  # OSError, and the safetensors library's own on a full disk
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, Exception):  # Ctrl-C; the others are OSError, and safetensors' own on a full disk
+            raise
         advice = "make room or choose another place"
         if any(is_quantised(parameter) for parameter in model.parameters()):
             advice = "not every quantised model can be saved again: publish the ledger, and apply it to the base"
