@@ -4,6 +4,7 @@ Every day on a tiny model and tiny data in the published places; the four publis
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -28,7 +29,9 @@ from fedkseed.errors import ConfigError
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.published import main
 from fedkseed.published.flags import PUBLISHED, parser
+from fedkseed.published.outputs import write_final, write_results
 from fedkseed.published.translation import translate
+from fedkseed.runs.folder import RunFolder
 from fedkseed.runs.settings import SimulationConfig, flag
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
@@ -345,6 +348,15 @@ def test_save_writes_the_tuned_model_and_a_finished_run_can_be_resumed(
     main(["--resume", str(run)])
     assert digest(capsys.readouterr().out) == before
     assert_outputs(run, 1, "loss")
+
+
+def test_what_diverges_leaves_json(home: Path) -> None:
+    """Which has no NaN."""
+    (home / "metrics.jsonl").write_text('{"event": "evaluation", "server_round": 0, "eval_loss": null}\n')
+    write_results(RunFolder(home, config_of()))
+    write_final(home, "loss", math.nan)
+    assert (home / "results.json").read_text() == '{"eval_avg_acc": [null]}'
+    assert (home / "final_eval.json").read_text() == '{"final_eval_loss": null}'
 
 
 def test_without_log_only_the_run_is_kept(home: Path, tiny: Path) -> None:

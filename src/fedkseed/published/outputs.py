@@ -12,6 +12,7 @@ import yaml
 from fedkseed.errors import RunFolderError
 from fedkseed.files import write_atomically
 from fedkseed.runs.folder import RunFolder
+from fedkseed.runs.metrics import for_json
 from fedkseed.runs.observer import Observer
 
 CONFIG, RESULTS, FINAL = "config.yaml", "results.json", "final_eval.json"
@@ -40,12 +41,12 @@ def read_flags(folder: Path) -> argparse.Namespace:
 
 def write_results(run: RunFolder) -> None:
     """`results.json`: the held-out loss of the base model and after each round, under the published name `eval_avg_acc`."""
-    _write(run.path / RESULTS, json.dumps({"eval_avg_acc": list(run.recorded().losses.values())}))
+    _write(run.path / RESULTS, _json({"eval_avg_acc": list(run.recorded().losses.values())}))
 
 
 def write_final(folder: Path, metric: str, value: float) -> None:
     """`final_eval.json`: the metric of the tuned model."""
-    _write(folder / FINAL, json.dumps({f"final_eval_{metric}": value}))
+    _write(folder / FINAL, _json({f"final_eval_{metric}": value}))
 
 
 class ResultsWriter:
@@ -60,6 +61,11 @@ class ResultsWriter:
         self._inner.event(event)
         if event["event"] == "evaluation":
             write_results(self._run)
+
+
+def _json(content: dict[str, Any]) -> str:
+    """JSON has no NaN, such as of a divergence: null stands for it, as in `metrics.jsonl`."""
+    return json.dumps(for_json(content), allow_nan=False)
 
 
 def _write(path: Path, text: str) -> None:

@@ -43,14 +43,15 @@ class Metrics:
 
 def event_line(event: dict[str, Any]) -> str:
     """An event as a line of the file: JSON, which has no NaN and no infinity; null stands for both."""
-    return json.dumps(_finite(event), allow_nan=False) + "\n"
+    return json.dumps(for_json(event), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def for_json(value: Any) -> Any:
+    """What JSON can hold of a value: null in place of each number that is none."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: for_json(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [for_json(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
