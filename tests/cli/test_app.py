@@ -84,6 +84,23 @@ def test_a_run_that_is_missing_is_one_mistake_with_one_exit_code(
     assert_one_line(result, 2, r"run\nfedkseed: forged\x1b[2J")
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("simulate", "--run", ""), "--run"),
+        (("simulate", "--resume="), "--resume"),
+        (("demo", "--run", ""), "--run"),
+        (("report", "run", "--output", ""), "--output"),
+        (("report", "run", ""), "RUN..."),
+        (("merge", "one", "other", "--to", ""), "--to"),
+        (("inspect", ""), "RUN|LEDGER"),
+    ],
+)
+def test_an_empty_name_is_not_this_folder(fedkseed: CommandLine, tmp_path: Path, words: tuple[str, ...], what: str) -> None:
+    assert_one_line(fedkseed(*words, cwd=tmp_path), 2, f"{what} is '': the name is empty; give one, or . for this folder")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_help_shows_the_ten_settings_that_matter_first() -> None:
     from typer.main import get_command
 

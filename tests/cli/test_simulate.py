@@ -109,7 +109,7 @@ BAD_SETTINGS = [
     ({"device": "cuda:"}, ["--device", "'cuda:'", "expected cpu, cuda or cuda:N"]),
     ({"device": "cuda:99"}, ["device 'cuda:99' cannot be used here", "try 'cpu'"]),
     ({"model": "/no/model"}, ["/no/model", "no such model folder"]),
-    ({"model": ""}, ["model"]),
+    ({"model": ""}, ["--model is '': the name is empty; give a model's folder or hub id"]),
     ({"template": "chat"}, ["no chat template"]),
     ({"num_clients": 58}, ["57 examples are too few for 58 clients"]),
     ({"min_replies": 3}, ["--min-replies is 3", "--fraction-train"]),

@@ -5,7 +5,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 from click import Context
-from typer.core import TyperGroup
+from click import Path as PathType
+from typer.core import TyperCommand, TyperGroup
 
 from fedkseed import __version__
 from fedkseed.cli.console import complain, log_to_standard_error
@@ -34,6 +35,19 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None
+
+
+class Command(TyperCommand):
+    """A command that takes no empty path, such as of a variable that is not set: for Python it would be this folder."""
+
+    def invoke(self, ctx: Context) -> Any:
+        """See click."""
+        for param in self.params:
+            given = ctx.params.get(param.name or "")
+            if isinstance(param.type, PathType) and "" in (given if isinstance(given, (list, tuple)) else (given,)):
+                what = param.get_error_hint(ctx).strip("'")
+                raise ConfigError(f"{what} is '': the name is empty; give one, or . for this folder")
+        return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -294,6 +308,10 @@ def doctor() -> None:
     from fedkseed.cli.doctor import doctor as check
 
     check()
+
+
+for registered in app.registered_commands:
+    registered.cls = Command
 
 
 def main() -> None:

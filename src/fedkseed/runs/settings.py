@@ -196,6 +196,8 @@ class RunConfig(FederationConfig):
     @field_validator("model")
     @classmethod
     def _is_absolute(cls, value: str) -> str:
+        if not value:  # as of a variable that is not set: for Python it would be this folder
+            raise ValueError("the name is empty; give a model's folder or hub id")
         return str(Path(value).resolve()) if Path(value).is_dir() else value
 
 
