@@ -70,8 +70,18 @@ def test_a_run_goes_on_with_other_edges_or_none_to_the_same_bits(tiny: Path, tmp
     assert [event.get("edges") for event in read_metrics(tmp_path / "cut") if event["event"] == "round"] == [2, 3, None]
 
 
+@pytest.mark.parametrize("none", [0, "0", "00", "-0", "+0", "0.0"])
+def test_no_edges_are_none_however_they_are_written(tiny: Path, none: object) -> None:
+    assert build(settings_of(tiny, edges=none)) == build(settings_of(tiny))
+
+
+@pytest.mark.parametrize("some", [2, "2", "02", "2.0"])
+def test_edges_sum_exactly(tiny: Path, some: object) -> None:
+    assert build(settings_of(tiny, edges=some)).summation == "exact"
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "in order": ({"summation": "ordered"}, "--edges is 2 and --summation ordered, in which sums of sums differ; leave out"),
+    "in order": ({"summation": "ordered"}, "sums of sums differ; start a run with --summation exact, the default"),
     "median": ({"aggregator": "median", "shared_seeds": "on"}, "--summation is exact and --aggregator median, which is no sum"),
     "krum": ({"aggregator": "krum", **GRADIENTS}, "--aggregator krum, which is no sum"),
     "secure sums": ({"secure_sums": "on"}, "--summation is exact and --secure-sums on, whose sums are another kind"),

@@ -248,9 +248,13 @@ class SimulationConfig(RunConfig):
     @classmethod
     def _edges_sum_exactly(cls, settings: Any) -> Any:
         """What edges need is the default where there are some."""
-        if isinstance(settings, dict) and settings.get("edges") not in (None, 0, "0"):
-            return {"summation": "exact", **settings}
-        return settings
+        if not isinstance(settings, dict):
+            return settings
+        try:
+            some = float(settings.get("edges") or 0) != 0
+        except (TypeError, ValueError, OverflowError):  # no number, as their own check says
+            some = False
+        return {"summation": "exact", **settings} if some else settings
 
     @model_validator(mode="after")
     def _edges_can_sum(self) -> Self:
@@ -258,7 +262,8 @@ class SimulationConfig(RunConfig):
             return self
         if self.summation != "exact":
             raise ValueError(
-                f"--edges is {self.edges} and --summation {self.summation}, in which sums of sums differ; leave out --summation"
+                f"--edges is {self.edges} and --summation {self.summation}, in which sums of sums differ; start a run with "
+                "--summation exact, the default where there are edges"
             )
         for given, name, why in (
             (self.audit_log == "on", "--audit-log on", "keeps each client's reply, which a server behind edges does not see"),
