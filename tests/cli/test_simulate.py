@@ -294,6 +294,11 @@ def test_resume_takes_no_other_folder(fedkseed: CommandLine, copied: Path, flag:
     assert_one_line(fedkseed("simulate", "--resume", copied, *flag), 2, f"{flag[0]} can't be given with --resume")
 
 
+def test_resume_looks_for_no_learning_rate(fedkseed: CommandLine, copied: Path) -> None:
+    result = fedkseed("simulate", "--resume", copied, "--lr", "auto")
+    assert_one_line(result, 2, "--lr auto can't be given with --resume, which goes on at the run's own rate; leave --lr out")
+
+
 def test_changes_are_accepted_of_a_resume_only(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:
     result = fedkseed("simulate", *flags(tiny_settings(tiny)), "--run", tmp_path / "run", "--accept-changes")
     assert_one_line(result, 2, "--accept-changes is of --resume, which is missing")

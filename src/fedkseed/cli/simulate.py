@@ -130,6 +130,8 @@ def _resume(
     for name, value in (("--run", run), ("--config", config)):
         if value is not None:
             raise ConfigError(f"{name} can't be given with --resume, which goes on in the run's folder with its settings")
+    if given.get("lr") == AUTO:
+        raise ConfigError("--lr auto can't be given with --resume, which goes on at the run's own rate; leave --lr out")
     folder = RunFolder.open(resume)
     settings = _moved(folder, given)
     with interruptible(with_run(resume, again())), folder.held(), ExitStack() as stack:  # before anything is loaded
