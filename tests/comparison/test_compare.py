@@ -428,6 +428,7 @@ def test_interrupted_it_goes_on_to_the_same_numbers(finished: Finished, copied: 
     stopped_after_a_round(cut)
     (untried / "metrics.jsonl").unlink()
     (untried / "ledger.safetensors").unlink()
+    shutil.rmtree(untried / "ledgers")
     for name in ("comparison.json", "table.md"):
         (copied / name).unlink()
     with pytest.raises(RunError, match=r"FedAvg, seed 1 ended with exit code 3: .*; see .*fedavg-seed1\.log"):
