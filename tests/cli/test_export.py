@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.support.baselines import row_settings
 from tests.support.command_line import CommandLine, Result, assert_one_line, flags, shell
 from tests.support.runs import read_metrics
@@ -173,6 +173,23 @@ def test_a_published_ledger_in_a_folder_has_the_card_of_its_run(
     tuned = fk.load(tmp_path / "out", base=tiny / "model")
     again = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(again[name], parameter.detach()) for name, parameter in tuned.named_parameters())
+
+
+def test_a_card_names_no_base_that_the_ledger_is_not_of(
+    fedkseed: CommandLine, tiny: Path, finished: Path, tmp_path: Path
+) -> None:
+    other, out = shutil.copytree(tiny / "model", tmp_path / "other"), tmp_path / "out"
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: x + 1 for name, x in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    assert_one_line(fedkseed("export", finished, out, "--ledger-only", "--model", other), 1, "base model")
+    assert_one_line(fedkseed("export", finished, out, "--ledger-only", "--model", ""), 2, "the model's name is empty")
+    assert not out.exists()
+    same = shutil.copytree(tiny / "model", tmp_path / "same")
+    assert fedkseed("export", finished, out, "--ledger-only", "--model", same).code == 0
+    assert 'base_model: "same"\n' in (out / "README.md").read_text(encoding="utf-8")
+    unknown = fedkseed("export", finished, tmp_path / "unchecked", "--ledger-only", "--model", "nobody/nothing")
+    assert unknown.code == 0
+    assert "that it is the ledger's base is not checked" in " ".join(unknown.stderr.split())
 
 
 def test_a_published_ledger_of_fewer_bits_says_what_they_cost(fedkseed: CommandLine, tiny: Path, tmp_path: Path) -> None:

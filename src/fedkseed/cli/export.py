@@ -124,7 +124,10 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
     from fedkseed.models.loading import load_tokenizer
     from fedkseed.report.model_card import About, rows_of
 
+    given = model
     model, config, losses = _origin(path, model, which, ledger)
+    if given is not None:
+        _check_base(given, config, ledger)
     try:
         prompt = _prompt(load_tokenizer(model), config, path, ledger) if config else None
     except ModelError as error:
@@ -135,6 +138,21 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
     if is_adapter(folder := Path(model).expanduser()):
         about, named = {**_adapter_row(folder), **about}, public_name(base_of(folder))
     return save_folder(published, output, named, prompt, about) / LEDGER
+
+
+def _check_base(model: str, config: RunConfig | None, ledger: Ledger) -> None:
+    """Refuse a base that the ledger is not of, which its card would name; what cannot be loaded here is not checked."""
+    from fedkseed.kseed.apply import apply
+    from fedkseed.models.loading import load_model
+
+    try:
+        loaded = load_model(model, config.dtype if config else "float32", "cpu")
+    except ModelError as error:
+        if not model:
+            raise
+        complain(f"{error}; that it is the ledger's base is not checked")
+        return
+    apply(loaded, ledger)
 
 
 def _adapter_row(folder: Path) -> dict[str, str]:
