@@ -314,6 +314,16 @@ def test_a_wrong_setting_is_one_line(tiny: Path, tmp_path: Path, change: dict[st
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_no_path_and_a_place_without_gradients_are_one_line(tiny: Path, tmp_path: Path) -> None:
+    for run in (3, b"run", ["run"]):
+        with pytest.raises(FedKSeedError, match=r"is no path; expected a text or a pathlib\.Path$"):
+            fk.simulate(tiny_settings(tiny), run)  # type: ignore[arg-type]
+    settings = tiny_settings(tiny, algorithm="fedkseed-grad", num_seeds=128, lr=1e-3)
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"^--algorithm fedkseed-grad needs gradients; call this out"):
+        fk.simulate(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # --- tune and evaluate ---
 
 

@@ -12,9 +12,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+from fedkseed.errors import InvalidValueError
+
 
 def placed(path: str | os.PathLike[str]) -> Path:
-    """Where a path leads that somebody gave: `~` is the home folder, of a user that is not known itself."""
+    """Where a path leads that somebody gave: `~` is the home folder, of a user that is not known itself.
+
+    Raises:
+        InvalidValueError: it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidValueError(f"{path!r:.80} is no path; expected a text or a pathlib.Path")
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
 
 

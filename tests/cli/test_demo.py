@@ -111,7 +111,7 @@ def test_somebodys_records_are_not_written_anew(tmp_path: Path) -> None:
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "held-out.jsonl").write_text("mine\n")
-    with pytest.raises(RunFolderError, match=r"held-out\.jsonl is somebody's file.*choose another --run"):
+    with pytest.raises(RunFolderError, match=r"held-out\.jsonl holds other records than this demo's; choose another --run"):
         demo(tmp_path, SEED)
     assert contents(tmp_path / "data") == {"held-out.jsonl": b"mine\n"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -169,6 +169,8 @@ def test_another_template_is_another_loss(fedkseed: CommandLine, run: Path) -> N
         (["--columns", "output=reply"], ["--columns is of --data, which is missing; give --data"]),
         (["--template", "alpaka"], ["template 'alpaka' is unknown"]),
         (["--model", "/no/model"], ["/no/model: no such model folder"]),
+        (["--model", ""], ["the model's name is empty"]),
+        (["--model", "~nobody-of-that-name/model"], ["nobody-of-that-name"]),
         (["--ledger", "nowhere.ledger"], ["nowhere.ledger"]),
         (["--data", "long.jsonl", "--max-length", "1000"], ["--max-length is 1000;", "takes 64 tokens, so give 64 or less"]),
     ],

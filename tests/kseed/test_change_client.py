@@ -377,6 +377,19 @@ def test_a_caller_without_gradients_gets_gradient_steps(around: Any, caplog: pyt
     assert not caplog.records
 
 
+def test_records_that_were_made_for_inference_are_answered_with_two_points(caplog: pytest.LogCaptureFixture) -> None:
+    a_server, clients, _ = federation(
+        settings_of("table", local_steps=4, batch_size=2, local_optimizer="sgd"), {"a": Quadratic}
+    )
+    (request,) = a_server.plan()
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        task: Any = clients["a"].task
+        task.h = task.h.clone()
+        answered = ChangeReply.decode(clients["a"].answer(request.encode()))
+    assert answered.kind == SCALARS
+    assert "a cannot backpropagate (its records or weights were made inside torch.inference_mode())" in caplog.text
+
+
 class Broken(torch.autograd.Function):
     """Raises in its backward pass."""
 

@@ -45,14 +45,6 @@ def test_a_new_run_holds_its_settings_and_nothing_else(run: RunFolder, config: S
     assert run.metrics() == []
 
 
-@pytest.mark.parametrize("name", ["audit.jsonl", "ledgers", "metrics.jsonl", "ledger.safetensors", "tensors.safetensors"])
-def test_a_folder_with_something_of_a_run_is_not_taken(tmp_path: Path, config: SimulationConfig, name: str) -> None:
-    (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(RunFolderError, match=re.escape(f"holds a run already ({name}); go on with --resume")):
-        RunFolder.create(tmp_path / "run", config)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
-
-
 @pytest.mark.parametrize("left", ["ledgers", "metrics"])
 def test_a_run_that_has_lost_its_checkpoint_is_not_begun_anew(run: RunFolder, left: str) -> None:
     """Else what is left of it would be deleted; a round's event alone is what a kill leaves behind."""
@@ -66,11 +58,14 @@ def test_a_run_that_has_lost_its_checkpoint_is_not_begun_anew(run: RunFolder, le
         assert run.load_checkpoint() is None
         for server_round in (2, 3, 4):
             run.append_metrics(event(server_round))
-    for read in (run.load_checkpoint, run.tuned_file):
+    lost = lambda: run.tuned_file(9)  # noqa: E731
+    for read in (run.load_checkpoint, run.tuned_file, *([lost] if left == "metrics" else [])):
         with pytest.raises(RunFolderError, match=r"has lost its ledger\.safetensors: 3 rounds or more were done; restore it"):
             read()
     if left == "ledgers":
         assert run.tuned_file(3) == run.ledgers.path(3)
+        with pytest.raises(RunFolderError, match="keeps no ledger of round 9"):
+            run.tuned_file(9)
 
 
 def test_a_run_older_than_long_prompts_dropped_them(run: RunFolder) -> None:
@@ -108,11 +103,14 @@ def test_the_folders_above_a_run_are_made(tmp_path: Path, config: SimulationConf
     assert RunFolder.create(tmp_path / "a" / "b" / "run", config).path.is_dir()
 
 
-@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "ledger.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.toml", "metrics.jsonl", "ledger.safetensors", "tensors.safetensors", "audit.jsonl", "ledgers"]
+)
 def test_any_file_of_a_run_makes_it_one(tmp_path: Path, config: SimulationConfig, name: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("x")
-    with pytest.raises(RunFolderError, match=rf"holds a run already \({name}\); go on with --resume .*run, or choose another"):
+    remedy = "go on with --resume .*run" if name == "config.toml" else "give it its config.toml back"
+    with pytest.raises(RunFolderError, match=rf"holds a run already \({name}\); {remedy}, or choose another"):
         RunFolder.create(tmp_path / "run", config)
     assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "x")]
 

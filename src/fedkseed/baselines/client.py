@@ -65,6 +65,7 @@ class TensorClient:
         Raises:
             ProtocolError: not a request, or one for another client, base model, algorithm or other tensors.
             InvalidValueError: the task has no records, or their number is no integer.
+            BindingError: see `Binding.move`, of two-point steps.
         """
         request = TensorRequest.decode(data, size_cap(self._parameters.shapes))
         check_addressee(request, self.name, self._base)

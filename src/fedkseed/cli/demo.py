@@ -16,6 +16,7 @@ from fedkseed.data import Example, encode, read_examples
 from fedkseed.demo import SETTINGS, clients, held_out, model_folder
 from fedkseed.errors import RunError, RunFolderError
 from fedkseed.evaluation import exact_match, generate
+from fedkseed.files import write_atomically
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.report import report
 from fedkseed.report.summary import PAPER_BYTES
@@ -92,10 +93,10 @@ def _write_data(folder: Path, seed: int) -> tuple[SimulationConfig, list[Example
     try:
         for file, content in files.items():
             if file.exists() and file.read_bytes() != content:
-                raise RunFolderError(f"{file} is somebody's file, which the demo would write anew; choose another --run")
+                raise RunFolderError(f"{file} holds other records than this demo's; choose another --run")
         data.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
-            file.write_bytes(content)
+            write_atomically(file, content)
     except OSError as error:
         raise RunError(f"{folder}: cannot write the run folder ({error.strerror}); choose another --run") from error
     named = {"model": str(model_folder()), "data": data / "train.jsonl", "eval_data": data / "held-out.jsonl"}

@@ -10,6 +10,7 @@ from fedkseed.cli.console import complain, say
 from fedkseed.cli.display import Lines, waiting
 from fedkseed.cli.outputs import make_folder_for, require_new
 from fedkseed.errors import ConfigError, FedKSeedError, InvalidValueError, ModelError
+from fedkseed.files import placed
 from fedkseed.kseed.distance import relative_distance
 from fedkseed.kseed.ledger import LEDGER, Ledger
 from fedkseed.kseed.thinning import thinned
@@ -135,14 +136,14 @@ def _write_folder(path: Path, output: Path, model: str | None, which: str | None
         prompt = None
     known = losses if published.digest() == ledger.published().digest() else None  # fewer bits are another model
     about, named = rows_of(published, About(config, known, licence_of(model))), public_name(model)
-    if is_adapter(folder := Path(model).expanduser()):
+    if is_adapter(folder := placed(model)):
         about, named = {**_adapter_row(folder), **about}, public_name(base_of(folder))
     return save_folder(published, output, named, prompt, about) / LEDGER
 
 
 def _check_base(model: str, config: RunConfig | None, ledger: Ledger) -> None:
     """Refuse a base that the ledger is not of, which its card would name; what cannot be loaded here is not checked."""
-    from fedkseed.kseed.apply import apply
+    from fedkseed.kseed.apply import base_reader, parameters_of
     from fedkseed.models.loading import load_model
 
     try:
@@ -152,7 +153,8 @@ def _check_base(model: str, config: RunConfig | None, ledger: Ledger) -> None:
             raise
         complain(f"{error}; that it is the ledger's base is not checked")
         return
-    apply(loaded, ledger)
+    entries, _ = parameters_of(loaded, ledger)
+    base_reader(loaded, entries, ledger)
 
 
 def _adapter_row(folder: Path) -> dict[str, str]:
@@ -255,7 +257,7 @@ def public_name(model: str) -> str:
     """What a model may be called elsewhere: no path of this machine."""
     from fedkseed.demo import model_folder
 
-    path = Path(model).expanduser()
+    path = placed(model)
     if not path.is_dir():
         return model
     return "fedkseed-demo" if path.resolve() == model_folder().resolve() else path.resolve().name

@@ -10,6 +10,7 @@ from fedkseed.cli.display import Lines, waiting
 from fedkseed.cli.export import public_name
 from fedkseed.cli.outputs import require_new
 from fedkseed.errors import ConfigError
+from fedkseed.files import placed
 from fedkseed.kseed.card import ADAPTER_FIELD, head_of
 from fedkseed.models.adapter_folder import has_adapter
 from fedkseed.models.loading import load_model, load_tokenizer, save_model
@@ -44,7 +45,7 @@ def lora(model: str, output: Path, rank: int, key: int) -> None:
         FedKSeedError: the model cannot be loaded, or the folder cannot be written.
     """
     require_new(output)
-    folder = Path(model).expanduser()
+    folder = placed(model)
     with waiting(Lines().note, f"loading {model}"):
         base, tokenizer = load_model(model), load_tokenizer(model)
     if has_adapter(base):  # as a hub's name may have one

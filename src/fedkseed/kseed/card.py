@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from fedkseed.files import placed
 from fedkseed.kseed.ledger import Ledger
 from fedkseed.noise.pool import SeedPool
 from fedkseed.text import visible
@@ -75,7 +76,7 @@ def fields_in(folder: Path) -> dict[str, Any]:
 
 def licence_of(model: str) -> dict[str, str]:
     """The licence fields of a base model's own card, where its folder has one; nothing is looked up elsewhere."""
-    known = fields_in(Path(model).expanduser())
+    known = fields_in(placed(model))
     return {name: known[name] for name in LICENCE_FIELDS if isinstance(known.get(name), str)}
 
 

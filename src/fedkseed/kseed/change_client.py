@@ -59,6 +59,7 @@ class ChangeClient:
         Raises:
             ProtocolError: not a request, or one for another client or base model, or about pages that it lacks.
             InvalidValueError: the task has no records, or their number is no integer.
+            BindingError: see `Binding.rebuild`.
             ModelError: there is no memory for a gradient.
         """
         request = ChangeRequest.decode(data)

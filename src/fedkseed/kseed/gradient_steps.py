@@ -119,10 +119,19 @@ def folded_gradient(model: Foldable, basis: Basis, loss: Callable[[], torch.Tens
         NoBackwardError: the model cannot be backpropagated through.
     """
     with torch.inference_mode(False), model.folding() as fold:  # whatever the caller is in: it turns gradients on too
-        value = loss()
+        value = _differentiable(loss)
         if math.isfinite(value.item()):
             _backward(value)
     return fold.table() if basis == "table" else fold.numbers(), value.item()
+
+
+def _differentiable(loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+    try:
+        return loss()
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved for backward" in str(error):
+            raise NoBackwardError("its records or weights were made inside torch.inference_mode()") from error
+        raise
 
 
 def _backward(loss: torch.Tensor) -> None:

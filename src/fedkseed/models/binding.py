@@ -67,6 +67,7 @@ class Binding:
         check_tunable(self._tunable)
         check_apart(self._entries)
         self._backends = backends_for(self._tunable, backend)
+        self._kinds = [(entry.parameter.dtype, entry.parameter.device) for entry in self._tunable]
         self._base: Base = MemoryBase.copy(self._tunable) if base is None else FileBase(base, self._tunable)
         self._pages = ClosedPages(self._backends, self._tunable, self._base)
         self._open(pool, "absolute")
@@ -125,11 +126,15 @@ class Binding:
                 )
 
     def _check_memory(self) -> None:
-        """Refuse parameters whose memory was replaced by some that no sweep reaches: they would stay as they are."""
-        check_tunable(self._tunable)
-        for entry in self._tunable:
-            if (device := entry.parameter.device).type not in self._backends:
-                raise BindingError(f"{entry.name} is on {device}, and was not when the model was bound; bind it anew there")
+        """Refuse parameters whose memory was replaced by some that would be moved otherwise, or not at all."""
+        for entry, (dtype, device) in zip(self._tunable, self._kinds, strict=True):
+            x = entry.parameter
+            if x.dtype != dtype or x.device != device or not x.is_contiguous():
+                layout = "" if x.is_contiguous() else ", not contiguous"
+                raise BindingError(
+                    f"{entry.name} is {x.dtype} on {x.device}{layout}, and was {dtype} on {device} when the model was bound; "
+                    "put it back, or bind the model anew"
+                )
 
     @property
     def num_pages(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import torch
 
 from fedkseed.errors import BindingError, InvalidValueError, ModelError, RunError
+from fedkseed.files import placed
 from fedkseed.models.adapter_folder import CONFIG as ADAPTER
 from fedkseed.models.adapter_folder import base_of, has_adapter, is_adapter, on_hub
 from fedkseed.models.base import FileBase, stored_dtypes
@@ -77,7 +78,7 @@ def load_model(source: str | Path, dtype: Dtype = "auto", device: str | torch.de
 
     model = _load(source, folder, "causal language model", load)
     if alone:
-        model.name_or_path = str(folder if Path(source).expanduser().is_dir() else source)  # transformers names the base model
+        model.name_or_path = str(folder if placed(source).is_dir() else source)  # transformers names the base model
     else:
         _refuse_adapter(source, has_adapter(model))  # as a hub id may have one
     return model
@@ -96,7 +97,7 @@ def _require_base(folder: Path) -> None:
     """Refuse an adapter whose base model is not on this machine."""
     base = base_of(folder)
     try:
-        known = Path(base).expanduser().is_dir() or has_cached(base)
+        known = placed(base).is_dir() or has_cached(base)
     except ModelError:  # no hub id either
         known = False
     if not known:
@@ -173,7 +174,7 @@ def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:
         source: what the model was loaded from.
         model: as it was loaded, not yet moved.
     """
-    folder = Path(source).expanduser()
+    folder = placed(source)
     if not folder.is_dir():
         return None
     try:
@@ -194,7 +195,7 @@ def base_path(source: str | Path, model: torch.nn.Module) -> Path | None:
 
 def files_of(source: str | Path) -> Path | None:
     """The folder with the files of a model that was loaded: a local one, or a hub id's in the cache; None if there is none."""
-    folder = Path(source).expanduser()
+    folder = placed(source)
     if folder.is_dir():
         return folder
     try:
@@ -256,7 +257,7 @@ def _configured_dtype(source: str | Path) -> torch.dtype | None:
 
 def _folder(source: str | Path) -> Path | None:
     """The local folder that is meant: a hub's adapter's is in the cache; None for another hub id."""
-    name, path = str(source), Path(source).expanduser()
+    name, path = str(source), placed(source)
     if not name.strip():
         raise ModelError("the model's name is empty; give a model folder, or a hub id such as 'owner/name'")
     try:

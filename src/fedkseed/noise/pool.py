@@ -131,7 +131,7 @@ class SeedPool:
             given = np.asarray(None)
         if given.dtype.kind not in "fiu":
             kind = getattr(coefficients, "dtype", type(coefficients).__name__)
-            wide = next((x for x in given.flat if type(x) is int and x.bit_length() > 64), None)  # NumPy has no type for it
+            wide = next((x for x in given.flat if type(x) is int), None)  # NumPy has no type for it
             one, most = ("", "") if wide is None else (f" with {wide!r:.40}", ", integers of 64 bits at most")
             raise InvalidValueError(f"coefficients are {kind}{one}; expected an array, a list or a tensor of numbers{most}")
         if given.shape != (self.size,):

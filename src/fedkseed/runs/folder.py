@@ -72,9 +72,8 @@ class RunFolder:
         """
         for name in (CONFIG, METRICS, AUDIT, LEDGERS, *FILES.values()):
             if exists(path / name):
-                raise RunFolderError(
-                    f"{path} holds a run already ({name}); go on with --resume {path}, or choose another --run"
-                )
+                remedy = f"go on with --resume {path}" if exists(path / CONFIG) else f"give it its {CONFIG} back"
+                raise RunFolderError(f"{path} holds a run already ({name}); {remedy}, or choose another --run")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -169,13 +168,13 @@ class RunFolder:
         """
         if self.checkpoint_path.exists():
             return load_checkpoint(self.checkpoint_path)
-        self._check_not_lost()
         for file in set(FILES.values()):
             if (self.path / file).exists():
                 raise RunFolderError(
                     f"{self.path} holds {file}, which --algorithm {self.config.algorithm} does not make; go on with the run's "
                     "own settings, or choose another --run"
                 )
+        self._check_not_lost()
         return None
 
     def _check_not_lost(self) -> None:
@@ -226,9 +225,8 @@ class RunFolder:
             RunFolderError: no round is done yet, the checkpoint is lost, or the ledger of this round is not kept.
         """
         saved = self.checkpoint_path.exists()
-        if which is None and not saved:
-            self._check_not_lost()
         if not saved and (which is None or not self.ledgers.rounds):
+            self._check_not_lost()
             raise RunFolderError(f"{self.path} has no {self.checkpoint_path.name} yet: no round is done; --resume it first")
         if which is None:
             return self.checkpoint_path

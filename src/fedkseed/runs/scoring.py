@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Integral
@@ -109,7 +110,7 @@ def evaluate(
         if not isinstance(choices.get(name), (str, Path, dict, type(None))):
             raise ConfigError(f"{name} is {choices[name]!r:.80}; expected a text")
     for name, place in (("run", run), ("ledger", ledger)):
-        if not isinstance(place, (str, Path, type(None))):
+        if not isinstance(place, (str, os.PathLike, type(None))):
             raise ConfigError(
                 f"{name} is a {type(place).__name__}; expected a run's folder or a ledger's file: .folder of a result, .save "
                 "of a ledger"
@@ -219,7 +220,7 @@ def _differs(path: Path, base: Scores) -> str | None:
 def _source(config: RunConfig | None, choices: Choices, where: Path) -> str:
     if choices.model is None and config is None:
         raise ConfigError(f"--model is missing and {where} has no {CONFIG} beside it that names the base model; give --model")
-    return choices.model or (config.model if config else "")
+    return config.model if choices.model is None and config else choices.model or ""
 
 
 def _records(config: RunConfig | None, choices: Choices, where: Path, max_length: int) -> list[Example]:

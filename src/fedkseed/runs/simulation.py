@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedkseed.errors import ConfigError, RunError
 from fedkseed.evaluation import evaluate_loss
 from fedkseed.federation import Checkpoint
@@ -276,6 +278,8 @@ def simulate(
             named.setdefault("eps", found.eps)
     path = new_folder(Path("runs")) if run is None else placed(run)
     config = build(named)
+    if config.facts.measures == "gradient" and torch.is_inference_mode_enabled():
+        raise ConfigError(f"--algorithm {config.algorithm} needs gradients; call this outside torch.inference_mode()")
     require_extras(config)
     folder = RunFolder.open(path) if exists(path / CONFIG) else None
     with ExitStack() as stack:
