@@ -197,6 +197,17 @@ def test_a_swap_refuses_another_type_or_layout(there: dict[str, Any]) -> None:
     assert torch.equal(subject.weight, base)
 
 
+def test_a_swap_refuses_other_parameters() -> None:
+    subject = torch.nn.Linear(3, 4)
+    a = Ledger.of(fk.bind(subject, fk.SeedPool(1, 5)), np.full(5, 0.01, np.float32))
+    held = subject.weight
+    with fk.applied(subject, a):
+        subject.weight = torch.nn.Parameter(held.detach().clone())
+        refused(subject, InvalidValueError, r"^weight is another parameter than when the block was entered", a, 2.0 * a)
+        subject.weight = held
+        fk.swap(subject, a, 2.0 * a)  # the control
+
+
 @pytest.mark.parametrize("thing", [None, "MODEL"])
 def test_what_is_no_model_is_refused(thing: Any) -> None:
     a, says = ledger(1), r"^model is a (NoneType|str); expected a torch\.nn\.Module$"

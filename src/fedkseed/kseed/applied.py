@@ -128,8 +128,8 @@ def swap(model: torch.nn.Module, ledger: Source, other: Source) -> Ledger:
         The other ledger.
 
     Raises:
-        InvalidValueError: the model is not inside `applied`, or holds another ledger, or has another type, device or layout by
-            now.
+        InvalidValueError: the model is not inside `applied`, or holds another ledger, or has other parameters, or another type,
+            device or layout, by now.
         BindingError: it is no model.
         LedgerError: a ledger cannot be read, or the other one is of another base model.
             Nothing has changed in any of these cases.
@@ -141,6 +141,9 @@ def swap(model: torch.nn.Module, ledger: Source, other: Source) -> Ledger:
             f"this {type(model).__name__} is not inside `with fedkseed.applied(model, ledger)`, which keeps the base weights; "
             "swap there"
         )
+    now = dict(model.named_parameters(remove_duplicate=False))
+    if (name := next((name for name, x in tuned.parameters.items() if now.get(name) is not x), None)) is not None:
+        raise InvalidValueError(f"{name} is another parameter than when the block was entered; leave it, and enter it anew")
     ledger, other = one_ledger(ledger), one_ledger(other)
     if tuned.ledger is not None and ledger.published().digest() != tuned.ledger.published().digest():
         held, given = (f"{one!r} (digest {one.published().digest()[:16]})" for one in (tuned.ledger, ledger))
