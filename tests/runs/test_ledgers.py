@@ -173,7 +173,7 @@ def test_a_ledger_that_cannot_be_kept_is_an_error_and_the_checkpoint_is_safe(tin
         ready.train()
     (tmp_path / "run" / "ledgers").unlink()
     (tmp_path / "run" / "ledgers" / "round-00000.safetensors").mkdir(parents=True)
-    with pytest.raises(LedgerError, match="cannot save the ledger of round 0"):
+    with pytest.raises(LedgerError, match=r"round-00000\.safetensors: cannot save a ledger there: it is a folder"):
         ready.train()
     (tmp_path / "run" / "ledgers" / "round-00000.safetensors").rmdir()
     ready.train()

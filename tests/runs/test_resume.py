@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.command_line import FEDKSEED, CommandLine, assert_one_line, environment, flags
+from tests.support.command_line import FEDKSEED, CommandLine, assert_one_line, contents, environment, flags
 from tests.support.runs import held_out, read_metrics
 from tests.support.tiny import tiny_settings
 
@@ -408,18 +408,20 @@ def test_an_interrupt_of_the_console_script_exits_130(tiny: Path, tmp_path: Path
 # --- Going on ---
 
 
-def test_a_folder_without_a_ledger_starts_at_round_0(
-    fedkseed: CommandLine, uninterrupted: Whole, tiny: Path, tmp_path: Path
+def test_a_folder_without_a_ledger_starts_at_round_0_if_no_round_was_done(
+    fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path
 ) -> None:
-    """Whatever metrics there are: they are of a round that no ledger knows."""
-    for name, leave in (("config", ["config.toml"]), ("metrics", ["config.toml", "metrics.jsonl"])):
-        run = tmp_path / name
-        whole(fedkseed, run, uninterrupted.settings)
-        for path in run.iterdir():
-            if path.name not in leave and path.is_file():
-                path.unlink()
-        go_on(fedkseed, run, uninterrupted)
-        assert_as_uninterrupted(run, uninterrupted)
+    """Else its kept ledgers would be deleted, and what its privacy has cost forgotten."""
+    run = tmp_path / "run"
+    whole(fedkseed, run, uninterrupted.settings)
+    (run / "ledger.safetensors").unlink()
+    for left in ("ledgers", "metrics.jsonl"):
+        before = contents(run)
+        assert_one_line(fedkseed("simulate", "--resume", run), 2, "has lost its ledger.safetensors", "restore it from a copy")
+        assert {name: x for name, x in contents(run).items() if name != ".lock"} == before
+        shutil.rmtree(run / left) if left == "ledgers" else (run / left).unlink()
+    go_on(fedkseed, run, uninterrupted)
+    assert_as_uninterrupted(run, uninterrupted)
 
 
 def test_resuming_a_finished_run_changes_nothing(fedkseed: CommandLine, uninterrupted: Whole, tmp_path: Path) -> None:
